@@ -1,0 +1,37 @@
+"""dodgeburn edits text-to-image diffusion models in weight space and measures what each edit did.
+
+The Python API mirrors the command line: `dodgeburn.load("pocket")`, `dodgeburn.generate(model, prompts, seeds)`,
+`dodgeburn.merge(a, b, out, preset="ReverseSmoothstep", base=0.4)`, `dodgeburn.compare(...)`. Nothing heavy is
+imported before it is used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from dodgeburn.merge.compare import compare
+    from dodgeburn.merge.run import merge
+    from dodgeburn.models.loading import load_model as load
+    from dodgeburn.sampling.loop import GenerateSettings, generate
+
+__all__ = ["GenerateSettings", "compare", "generate", "load", "merge"]
+
+_HOMES = {
+    "load": ("dodgeburn.models.loading", "load_model"),
+    "generate": ("dodgeburn.sampling.loop", "generate"),
+    "GenerateSettings": ("dodgeburn.sampling.settings", "GenerateSettings"),
+    "compare": ("dodgeburn.merge.compare", "compare"),
+    "merge": ("dodgeburn.merge.run", "merge"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'dodgeburn' has no attribute '{name}'")
+    from importlib import import_module
+
+    home, attribute = _HOMES[name]
+    return getattr(import_module(home), attribute)

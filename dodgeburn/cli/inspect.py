@@ -1,0 +1,128 @@
+"""dodgeburn inspect: what a checkpoint is, from its header alone."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import tyro
+
+from dodgeburn.checkpoint.layout import detect_layout
+from dodgeburn.checkpoint.metadata import CONFIGS, RECIPE, recipe_of
+from dodgeburn.checkpoint.naming import find_checkpoint
+from dodgeburn.checkpoint.tensorfile import read_header
+from dodgeburn.errors import UserError
+
+HELP = "show what a checkpoint is: layout, components, types, metadata, recipe"
+EXAMPLE = "dodgeburn inspect model.safetensors"
+_WIDTH = 100  # characters of a metadata value that are shown
+
+
+@dataclass
+class Inspect:
+    """Show a checkpoint's layout, components, types, metadata and recipe. Reads only its header."""
+
+    file: tyro.conf.Positional[str]
+    """A .safetensors file, or a packaged model such as pocket."""
+    json: bool = False
+    """Print one JSON object as the last line, with all metadata in full."""
+
+
+def inspect_file(name: str) -> dict[str, Any]:
+    """Everything the header says, as plain values; UserError for a file that is not a sound safetensors
+    file.
+    """
+    path = find_checkpoint(name)
+    header = read_header(path)
+    values: Counter[str] = Counter()
+    components: dict[str, dict[str, Any]] = {}
+    layout, why = None, ""
+    try:
+        layout = detect_layout(header.tensors, {key: info.shape for key, info in header.tensors.items()})
+    except UserError as error:
+        why = str(error)
+    for key, info in header.tensors.items():
+        values[info.dtype] += info.numel
+        part = components.setdefault(
+            layout.component(key) if layout else "all", {"tensors": 0, "values": 0, "bytes": 0, "dtypes": {}}
+        )
+        part["tensors"] += 1
+        part["values"] += info.numel
+        part["bytes"] += info.nbytes
+        part["dtypes"][info.dtype] = part["dtypes"].get(info.dtype, 0) + 1
+    return {
+        "file": path.name,
+        "bytes": header.size,
+        "layout": layout.name if layout else None,
+        "layout_title": layout.title if layout else f"unknown: {why}",
+        "blocks": list(layout.blocks) if layout else [],
+        "tensors": len(header.tensors),
+        "values": sum(values.values()),
+        "dtypes": dict(values),
+        "components": components,
+        "metadata": header.metadata,
+        "recipe": recipe_of(header.metadata),
+    }
+
+
+def _text(found: dict[str, Any]) -> str:
+    lines = [
+        f"{found['file']}: {found['layout_title']}, {found['bytes'] / 1e6:,.2f} MB, {found['tensors']} tensors"
+    ]
+    if found["blocks"]:
+        ins = sum(block.startswith("IN") for block in found["blocks"])
+        lines.append(f"blocks: {ins} IN + M00 + {len(found['blocks']) - ins - 1} OUT")
+    lines.append(f"{'component':<16}{'tensors':>8}{'values':>16}{'MB':>12}  types")
+    for name, part in found["components"].items():
+        types = ", ".join(f"{dtype} x {n}" for dtype, n in sorted(part["dtypes"].items()))
+        lines.append(
+            f"{name:<16}{part['tensors']:>8}{part['values']:>16,}{part['bytes'] / 1e6:>12,.2f}  {types}"
+        )
+    lines.append(f"metadata: {len(found['metadata'])} keys" if found["metadata"] else "metadata: none")
+    for key, value in found["metadata"].items():
+        if key in (RECIPE, CONFIGS):
+            lines.append(f"  {key}: JSON of {len(value):,} characters")
+            continue
+        short = value if len(value) <= _WIDTH else value[:_WIDTH] + f"… ({len(value):,} characters)"
+        lines.append(f"  {key}: {short}")
+    if found["recipe"]:
+        lines += ["recipe:", *_recipe_lines(found["recipe"], "  ")]
+    return "\n".join(lines)
+
+
+def _recipe_lines(recipe: dict[str, Any], indent: str) -> list[str]:
+    """A merge recipe as a tree of parents; other recipes as their plain values."""
+    if recipe.get("kind") != "merge":
+        return [
+            f"{indent}{key}: {value}" for key, value in recipe.items() if not isinstance(value, (dict, list))
+        ]
+    preset = recipe.get("preset") or "no preset"
+    keep = ", ".join(recipe.get("keep") or []) or "nothing"
+    lines = [
+        f"{indent}{recipe.get('method')}: {preset}, base {recipe.get('base')}, kept of A: {keep} (shares are B's)"
+    ]
+    for name in ("a", "b"):
+        parent = recipe.get(name) or {}
+        lines.append(
+            f"{indent}{name.upper()} = {parent.get('file')} (sha256 {str(parent.get('sha256'))[:10]})"
+        )
+        if isinstance(parent.get("recipe"), dict):
+            lines += _recipe_lines(parent["recipe"], indent + "    ")
+    return lines
+
+
+def main(args: list[str]) -> int:
+    """Run `dodgeburn inspect`; raises UserError for bad input."""
+    settings = tyro.cli(
+        Inspect,
+        args=args,
+        prog="dodgeburn inspect",
+        description=f"{Inspect.__doc__}\n\nexample:\n  {EXAMPLE}",
+    )
+    found = inspect_file(settings.file)
+    print(_text(found))
+    if settings.json:
+        print(json.dumps(found))
+    return 0

@@ -1,0 +1,145 @@
+"""dodgeburn merge: two checkpoints into one, block by block."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from dodgeburn.errors import DodgeburnWarning, UserError
+
+HELP = "merge two checkpoints block by block, streamed and written safely"
+EXAMPLE = (
+    "dodgeburn merge pocket-style pocket-bold -o merged.safetensors --preset ReverseSmoothstep --base 0.4"
+)
+
+
+@dataclass
+class Merge:
+    """Merge checkpoint B into checkpoint A, block by block.
+
+    Every share, preset and base is B's: 0 = all A, 1 = all B. (ComfyUI's merge nodes count the other way:
+    their ratio is model1's share.) A preset sets the U-Net's blocks only. Base is everything else: time and
+    label embeddings, text encoders and VAE, unless kept. The output has A's tensor names, shapes and types.
+    """
+
+    a: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="A")]
+    """Checkpoint A: a .safetensors file (SD1.5 or SDXL names), or a packaged model such as pocket-style."""
+    b: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="B")]
+    """Checkpoint B, of the same architecture and size."""
+    out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], metavar="OUT")] = None
+    """The .safetensors file to write; never one of the inputs."""
+    preset: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """One of the 16 block presets, by the card's or the published name (GradV = GRAD_V); none: every block
+    is base.
+    """
+    base: float = 0.5
+    """B's share of everything outside the U-Net's blocks, 0 to 1."""
+    block: Annotated[list[str], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=SHARE")] = field(
+        default_factory=list
+    )
+    """B's share of single blocks, such as IN04=0.3 or OUT00=0,OUT01=0; replaces the preset's. Repeatable."""
+    keep: Annotated[str, tyro.conf.arg(metavar="PARTS")] = ""
+    """Parts to take from A whatever the shares say: text, vae, or text,vae."""
+    xl_presets: Literal["curve", "cut"] = "curve"
+    """How the presets, made for SD1.5's 25 blocks, become SDXL's 19: formulas on 19 points, or
+    supermerger's cut.
+    """
+    method: str = "weighted_sum"
+    """The merge method."""
+    threads: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """Threads to merge with; the file's bytes do not depend on it."""
+    dry_run: Annotated[bool, tyro.conf.arg(aliases=["-n"])] = False
+    """Only print what would be done."""
+    json: bool = False
+    """Print one JSON object as the last line."""
+
+
+def main(args: list[str]) -> int:
+    """Run `dodgeburn merge`; raises UserError for bad input."""
+    settings = tyro.cli(
+        Merge,
+        args=args,
+        prog="dodgeburn merge",
+        description=f"{inspect.cleandoc(Merge.__doc__ or '')}\n\nexample: {EXAMPLE}",
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+    if settings.dry_run:
+        return _dry_run(settings)
+    if settings.out is None:
+        raise UserError(
+            "no output file: say where to write with -o OUT.safetensors, or look first with --dry-run"
+        )
+    from dodgeburn.merge.blocks import parse_blocks
+    from dodgeburn.merge.run import merge
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", DodgeburnWarning)
+        result = merge(
+            settings.a,
+            settings.b,
+            settings.out,
+            preset=settings.preset,
+            base=settings.base,
+            blocks=parse_blocks(settings.block),
+            keep=[settings.keep],
+            method=settings.method,
+            xl_presets=settings.xl_presets,
+            threads=settings.threads,
+        )
+    for warning in caught:
+        print(f"warning: {warning.message}", file=sys.stderr)
+    merged = sum(w.action == "merge" for w in result.plan.work)
+    copied = len(result.plan.work) - merged
+    size = result.path.stat().st_size
+    print(f"wrote {result.path}: {size / 1e6:,.1f} MB, {merged} tensors merged, {copied} copied")
+    print(f"in {result.seconds:.1f} s; shares are B's ({result.recipe.b.file})")
+    if settings.json:
+        found = {
+            "out": str(result.path),
+            "sha256_tensors": result.sha256_tensors,
+            "seconds": round(result.seconds, 3),
+            "bytes": size,
+            "tensors": len(result.plan.work),
+            "merged": merged,
+            "counts": result.plan.counts,
+            "recipe": result.recipe.as_dict(),
+        }
+        print(json.dumps(found))
+    return 0
+
+
+def _dry_run(settings: Merge) -> int:
+    from dodgeburn.merge.blocks import parse_blocks
+    from dodgeburn.merge.run import dry_run
+
+    plan, text = dry_run(
+        settings.a,
+        settings.b,
+        settings.out,
+        preset=settings.preset,
+        base=settings.base,
+        blocks=parse_blocks(settings.block),
+        keep=[settings.keep],
+        method=settings.method,
+        xl_presets=settings.xl_presets,
+    )
+    print(text)
+    if settings.json:
+        found = {
+            "dry_run": True,
+            "layout": plan.layout.name,
+            "blocks": plan.blocks,
+            "keep": list(plan.keep),
+            "tensors": len(plan.work),
+            "bytes_written": plan.bytes_written,
+            "counts": plan.counts,
+        }
+        print(json.dumps(found))
+    return 0

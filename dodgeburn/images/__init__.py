@@ -1,0 +1,1 @@
+"""Pictures as files: `png` (generation settings in PNG metadata, both ways), `sheet` (contact sheets and grids)."""

@@ -1,0 +1,116 @@
+"""A job is its settings: their hash names it, and the parts it has finished let it go on where it was interrupted."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dodgeburn.errors import UserError
+
+RECORD = "job.json"
+
+
+def job_hash(settings: Mapping[str, Any]) -> str:
+    """16 hex digits that depend on the settings alone (not on the order of their keys).
+
+    Settings are what JSON can hold; tuples count as lists. NaN raises ValueError.
+    """
+    return hashlib.sha256(_canonical(settings).encode()).hexdigest()[:16]
+
+
+def _canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+class PartStore:
+    """A job's folder with its finished parts: files that are there are whole, so a second run makes only the rest.
+
+    The folder holds `job.json` with the settings. Raises UserError for a folder that belongs to other settings, that
+    holds anything else, or that cannot be written.
+    """
+
+    def __init__(self, folder: str | Path, settings: Mapping[str, Any]) -> None:
+        self.folder = Path(folder)
+        self.settings = json.loads(_canonical(settings))
+        self.hash = job_hash(settings)
+        record = self.folder / RECORD
+        if record.exists():
+            self._check(record)
+            self.new = False
+        else:
+            make_folder(self.folder)
+            others = [p.name for p in self.folder.iterdir() if not p.name.startswith(".")]
+            if others:
+                raise UserError(
+                    f"{self.folder} is not empty ({min(others)}) and no job of ours: give a new or empty folder"
+                )
+            with self.writing(RECORD) as part:
+                part.write_text(json.dumps({"hash": self.hash, "settings": self.settings}, indent=2) + "\n")
+            self.new = True
+
+    def _check(self, record: Path) -> None:
+        try:
+            stored = json.loads(record.read_text())
+            found, before = stored["hash"], dict(stored["settings"])
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(f"{record} cannot be read: remove the folder or give another one") from None
+        if found == self.hash:
+            return
+        keys = [k for k in {**before, **self.settings} if before.get(k) != self.settings.get(k)]
+        what = f"{keys[0]} was {_short(before.get(keys[0]))}, now {_short(self.settings.get(keys[0]))}" if keys else ""
+        raise UserError(
+            f"{self.folder} holds a run with other settings ({what}): give another folder, or the same settings to go on"
+        )
+
+    def path(self, name: str) -> Path:
+        """Where a part lies (or will lie)."""
+        return self.folder / name
+
+    def has(self, name: str) -> bool:
+        """Whether the part is finished."""
+        return self.path(name).is_file()
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator[Path]:
+        """A temporary path to write a part to. It gets its name when the block ends, and is removed if it fails.
+
+        The temporary name keeps the part's ending, by which picture libraries choose the format.
+        """
+        target = self.path(name)
+        temporary = target.with_name(f".{os.getpid()}-{secrets.token_hex(4)}{target.suffix}")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            if error.filename in (None, str(temporary), str(target), str(target.parent)):
+                raise UserError(f"{target} cannot be written: {error.strerror or error}") from None
+            raise
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder and those above it; UserError if it cannot be made or written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".{os.getpid()}-{secrets.token_hex(4)}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written to: {error.strerror or error}") from None
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."

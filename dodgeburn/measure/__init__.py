@@ -1,0 +1,1 @@
+"""What pictures show, in numbers with intervals: `fidelity`, `distances`, `intervals`, `machine`; and `report` (HTML)."""

@@ -1,0 +1,75 @@
+"""Every block's alpha, the share of model B, from a preset, a base and single numbers.
+
+Which key is in which block is the layout's knowledge (`Layout.block`): time and label embeddings and text
+encoders are BASE, `diffusion_model.out.` is in the last OUT block, the VAE is VAE.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+
+from dodgeburn.checkpoint.layout import BASE, VAE, Layout
+from dodgeburn.errors import UserError
+from dodgeburn.merge.presets import Convention, preset_alphas
+
+
+def check_share(value: float, what: str) -> float:
+    """The value as float; UserError unless it is a number in 0..1."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise UserError(f"{what} is {value!r}: expected a number from 0 (all A) to 1 (all B)") from None
+    if not math.isfinite(number) or not 0.0 <= number <= 1.0:
+        raise UserError(f"{what} is {value}: expected a number from 0 (all A) to 1 (all B)")
+    return number
+
+
+def alphas(
+    layout: Layout,
+    preset: str | None = None,
+    base: float = 0.5,
+    blocks: Mapping[str, float] | None = None,
+    xl_presets: Convention = "curve",
+) -> dict[str, float]:
+    """Alpha by block name, for every block of the layout: BASE, IN00 …, M00, OUT00 …, VAE; 0 = all A, 1 =
+    all B.
+
+    The preset sets the U-Net's blocks and nothing else; without one they are all `base`. BASE and VAE are
+    `base`. `blocks` then replaces single blocks by name. `xl_presets` says how the SD1.5 presets become 19
+    blocks (see presets). Raises UserError for shares outside 0..1, unknown presets and unknown block names.
+    """
+    base = check_share(base, "base")
+    if preset is None:
+        shares = [base] * len(layout.blocks)
+    else:
+        shares = preset_alphas(preset, layout.n_in, layout.n_out, xl_presets)
+    out = {BASE: base, **dict(zip(layout.blocks, shares, strict=True)), VAE: base}
+    for name, share in (blocks or {}).items():
+        block = _find_block(layout, name)
+        out[block] = check_share(share, f"block {block}")
+    return out
+
+
+def _find_block(layout: Layout, name: str) -> str:
+    wanted = name.strip().upper()
+    if wanted in layout.all_blocks:
+        return wanted
+    near = difflib.get_close_matches(wanted, layout.all_blocks, n=3) or [
+        layout.blocks[0],
+        "…",
+        layout.blocks[-1],
+    ]
+    raise UserError(f"{layout.title} has no block {name!r}: did you mean {', '.join(near)}?")
+
+
+def parse_blocks(texts: Sequence[str]) -> dict[str, float]:
+    """`IN04=0.3` texts (also several in one, comma-separated) as a dict; UserError for anything else."""
+    out: dict[str, float] = {}
+    for item in (part for text in texts for part in text.split(",") if part.strip()):
+        name, equals, number = item.partition("=")
+        if not equals:
+            raise UserError(f"block share {item!r} is not NAME=NUMBER, such as IN04=0.3")
+        out[name.strip().upper()] = check_share(number, f"block {name.strip()}")  # type: ignore[arg-type]
+    return out

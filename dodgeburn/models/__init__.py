@@ -1,0 +1,1 @@
+"""Models in memory: `model` (what a loaded model is), `loading`, `saving`, `latents` (VAE access), `tokenizers`."""

@@ -1,0 +1,244 @@
+"""A model from its name: a packaged one, a .safetensors file, a diffusers folder or a hub id."""
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import logging as diffusers_logging
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from dodgeburn.checkpoint.convert import fit_names, single_file_to_diffusers, unet_key_map
+from dodgeburn.checkpoint.layout import detect_layout
+from dodgeburn.checkpoint.tensorfile import TensorFile
+from dodgeburn.errors import UserError
+from dodgeburn.models.model import Configs, Model, choose_device, choose_dtype
+from dodgeburn.models.tokenizers import find_tokenizers, load_tokenizer
+from dodgeburn.pocket.model import NAMES, weights_path
+
+CONFIG_KEY = "dodgeburn.configs"  # metadata key under which our single files carry their component configs
+_CONFIGS = Path(__file__).parent / "configs"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_CLASSES = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
+_TEXT_CLASSES = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+
+
+def load_model(
+    name_or_path: str | Path,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype | None = None,
+    tokenizer: str | Path | None = None,
+) -> Model:
+    """Load a model for sampling (eval mode, no gradients), from a packaged name, a file, a folder or a hub id.
+
+    `dtype` None is fp32 on the CPU and fp16 on cuda. `tokenizer`: a folder with a CLIP tokenizer, for single files of
+    real Stable Diffusion. Only a hub id (owner/name that is no local path) may use the network. Raises UserError.
+    """
+    chosen = choose_device(device)
+    kind = choose_dtype(dtype, chosen)
+    name = str(name_or_path)
+    path = Path(name)
+    if name in NAMES:
+        return _load_file(weights_path(name), name, chosen, kind, tokenizer)
+    if path.is_dir():
+        return _load_folder(path, path.resolve().name, chosen, kind)
+    if path.is_file():
+        return _load_file(path, path.stem, chosen, kind, tokenizer)
+    if path.suffix == ".safetensors" or path.parent.is_dir() and path.parent != Path("."):
+        raise UserError(f"no model at {name}: the file or folder does not exist")
+    if _HUB_ID.fullmatch(name):
+        return _load_folder(_download(name), name.rpartition("/")[2], chosen, kind)
+    raise UserError(_unknown(name))
+
+
+def _unknown(name: str) -> str:
+    from difflib import get_close_matches
+
+    near = get_close_matches(name, NAMES, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    return (
+        f"unknown model {name!r}: {hint}known: {', '.join(NAMES)}, a .safetensors file, a diffusers folder, "
+        "or a hub id (owner/name)"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ single file
+
+
+def _load_file(
+    path: Path, name: str, device: torch.device, dtype: torch.dtype, tokenizer: str | Path | None
+) -> Model:
+    with TensorFile(path) as file:
+        header = file.header
+        shapes = {key: info.shape for key, info in header.tensors.items()}
+        layout = detect_layout(shapes, shapes)
+        configs = _configs_in(header.metadata, path) or known_configs(layout.name)
+        tokenizers = find_tokenizers(configs, path, tokenizer)
+        tensors = {key: file.tensor(key) for key in header.tensors}
+    states = single_file_to_diffusers(tensors, {k: v for k, v in configs.items() if k != "scheduler"})
+    del tensors
+    modules = {part: _build(part, configs[part], states.pop(part), path) for part in list(states)}
+    return assemble(name, path, configs, modules, tokenizers, device, dtype)
+
+
+def _configs_in(metadata: dict[str, str], path: Path) -> Configs | None:
+    text = metadata.get(CONFIG_KEY)
+    if text is None:
+        return None
+    try:
+        configs = json.loads(text)
+        complete = {"unet", "vae", "text_encoder", "scheduler"} <= set(configs)
+    except (ValueError, TypeError):
+        complete = False
+    if not complete:
+        raise UserError(f"{path}: its metadata {CONFIG_KEY} is not a set of component configs; the file is damaged")
+    return configs
+
+
+def known_configs(layout_name: str) -> Configs:
+    """Component configs of the real SD1.5 ("sd15") or SDXL base ("sdxl")."""
+    return json.loads((_CONFIGS / f"{layout_name}.json").read_text())
+
+
+def _build(part: str, config: dict[str, Any], state: dict[str, torch.Tensor], path: Path) -> Any:
+    """The component with these weights, without spending time on random ones first."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        module = _empty(part, config)
+    wanted = module.state_dict()
+    state = {key: value for key, value in fit_names(state, wanted).items() if key in wanted}
+    for key, value in wanted.items():
+        if key not in state:
+            raise UserError(f"{path}: the {part} lacks {key}")
+        if tuple(state[key].shape) != tuple(value.shape):
+            raise UserError(
+                f"{path}: {part} {key} is {list(state[key].shape)} but its config asks for {list(value.shape)}; "
+                "is it an inpainting model or another variant?"
+            )
+    module.load_state_dict(state, strict=True, assign=True)
+    return module
+
+
+def _empty(part: str, config: dict[str, Any]) -> Any:
+    if part in _CLASSES:
+        return _CLASSES[part].from_config(config)
+    return _TEXT_CLASSES[part](CLIPTextConfig(**config))
+
+
+# --------------------------------------------------------------------------------------------------- diffusers folder
+
+
+def _load_folder(folder: Path, name: str, device: torch.device, dtype: torch.dtype) -> Model:
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise UserError(f"{folder} is no diffusers model folder: it has no model_index.json")
+    try:
+        declared = json.loads(index.read_text())
+        kind = declared["_class_name"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{index} cannot be read: expected JSON with _class_name") from None
+    if kind not in ("StableDiffusionXLPipeline", "StableDiffusionPipeline"):
+        raise UserError(f"{folder} holds a {kind}: only StableDiffusionXLPipeline and StableDiffusionPipeline are known")
+    parts = ["unet", "vae", "text_encoder"] + (["text_encoder_2"] if kind == "StableDiffusionXLPipeline" else [])
+    modules: dict[str, Any] = {}
+    configs: Configs = {}
+    for part in parts:
+        if not (folder / part / "config.json").is_file():
+            raise UserError(f"{folder} is incomplete: {part}/config.json is missing")
+        configs[part] = _plain_config(json.loads((folder / part / "config.json").read_text()))
+        loader = _CLASSES.get(part) or _TEXT_CLASSES[part]
+        with _quiet():
+            try:
+                modules[part] = loader.from_pretrained(
+                    str(folder), subfolder=part, local_files_only=True, use_safetensors=True
+                )
+            except (OSError, ValueError, RuntimeError) as error:
+                raise UserError(f"{folder / part} cannot be loaded: {str(error).splitlines()[0]}") from error
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    if not scheduler.is_file():
+        raise UserError(f"{folder} is incomplete: scheduler/scheduler_config.json is missing")
+    configs["scheduler"] = _plain_config(json.loads(scheduler.read_text()))
+    tokenizers = [load_tokenizer(folder / part.replace("text_encoder", "tokenizer")) for part in parts[2:]]
+    return assemble(name, folder, configs, modules, tokenizers, device, dtype)
+
+
+def _plain_config(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if not key.startswith("_")}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without diffusers' and transformers' progress bars and load reports."""
+    from transformers.utils import logging as transformers_logging
+
+    level, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    diffusers_level = diffusers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    diffusers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        diffusers_logging.set_verbosity(diffusers_level)
+        if bar:
+            transformers_logging.enable_progress_bar()
+
+
+def _download(repository: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(repository, allow_patterns=["*.json", "*.txt", "*/*.json", "*/*.txt", "*/*.safetensors"])
+        )
+    except Exception as error:
+        raise UserError(f"cannot get {repository} from the Hub: {str(error).splitlines()[0]}") from error
+
+
+# ------------------------------------------------------------------------------------------------------------ putting together
+
+
+def assemble(
+    name: str,
+    source: Path | None,
+    configs: Configs,
+    modules: dict[str, Any],
+    tokenizers: list[Any],
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Model:
+    """A Model from modules that are in memory already (unet, vae, text_encoder[, text_encoder_2]); training uses it.
+
+    Modules are moved to `device` and `dtype`, in eval mode and without gradients; a VAE whose config has force_upcast
+    stays in fp32 (SDXL's overflows in fp16).
+    """
+    device = torch.device(device)
+    upcast = bool(configs["vae"].get("force_upcast", True)) and dtype == torch.float16
+    for part, module in modules.items():
+        module.to(device=device, dtype=torch.float32 if part == "vae" and upcast else dtype)
+        module.eval().requires_grad_(False)
+    encoders = [modules[part] for part in ("text_encoder", "text_encoder_2") if part in modules]
+    return Model(
+        name=name,
+        source=source,
+        layout=detect_layout(_keys(configs)),
+        configs=configs,
+        unet=modules["unet"],
+        vae=modules["vae"],
+        text_encoders=encoders,
+        tokenizers=tokenizers,
+        scheduler_config=dict(configs["scheduler"]),
+        device=device,
+        dtype=dtype,
+    )
+
+
+def _keys(configs: Configs) -> list[str]:
+    # The layout is a matter of key names: those that the model would have as a single file.
+    return list(unet_key_map(configs["unet"]))

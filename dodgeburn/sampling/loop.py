@@ -1,0 +1,258 @@
+"""The denoising loop: prompts and seeds in, pictures out, one callback a step.
+
+Progress bars, previews and early stopping all hang on the callback. A picture depends on its prompt, seed and settings
+alone: noise is drawn per seed on the CPU, also the fresh noise of stochastic solvers, so batch size and batch mates
+change it by rounding at most (1/255), and not at all when the batches are the same.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dodgeburn.errors import DodgeburnWarning, UserError
+from dodgeburn.models.latents import decode_pictures
+from dodgeburn.models.model import Model
+from dodgeburn.sampling.guidance import Denoiser
+from dodgeburn.sampling.prompts import EncodedPrompt, encode
+from dodgeburn.sampling.schedules import Schedule, initial_noise, schedule
+from dodgeburn.sampling.settings import GenerateSettings
+from dodgeburn.sampling.solvers import SOLVERS, History
+from dodgeburn.sampling.text_cache import text_cache
+
+__all__ = ["Callback", "GenerateSettings", "Generated", "Step", "default_batch_size", "generate", "stream"]
+
+
+@dataclass(frozen=True)
+class Generated:
+    """A finished picture and what made it."""
+
+    image: Image.Image  # RGB
+    prompt: str
+    seed: int
+    settings: GenerateSettings  # with width and height filled in
+    index: int  # position in the `prompts` and `seeds` given
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a callback sees after each model call of a batch of n pictures.
+
+    The tensors are inference tensors: `.clone()` them outside the callback before anything that needs gradients.
+    """
+
+    i: int  # 0-based step
+    total: int  # steps in all
+    sigma: float  # noise level of `latents` (variance exploding, 0.03 to 15)
+    timestep: float  # the same level as the model's training time, 0..999
+    latents: Tensor  # [n, c, h, w], what the model saw, about unit variance
+    denoised: Tensor  # [n, c, h, w], its guess of the clean latents, guidance applied
+    indices: tuple[int, ...]  # the n pictures' positions in `prompts`
+    batch: int  # 0-based batch
+    batches: int
+
+
+Callback = Callable[[Step], bool | Sequence[bool] | Tensor | None]
+"""None or True: go on. False: end the whole generation. n booleans: drop the pictures that have False."""
+
+
+def default_batch_size(height: int, width: int) -> int:
+    """Pictures a batch for latents of this size: 32 for the pocket's 16 x 16, 1 for SDXL's 128 x 128."""
+    return max(1, min(32, 16 * 1024 // (height * width)))
+
+
+def generate(
+    model: Model,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    settings: GenerateSettings | None = None,
+    callback: Callback | None = None,
+    batch_size: int | None = None,
+    encoded: Mapping[str, EncodedPrompt] | None = None,
+) -> list[Generated]:
+    """One picture for each (prompt, seed) pair, in that order; pictures that `callback` dropped are left out.
+
+    `encoded` (from `prompts.encode`, with the same text encoders) spares encoding; texts missing there are encoded.
+    Raises UserError for lists of unequal length, bad seeds, or a size that the model cannot make.
+    """
+    found = stream(model, prompts, seeds, settings, callback, batch_size, encoded)
+    return sorted(found, key=lambda g: g.index)
+
+
+def stream(
+    model: Model,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    settings: GenerateSettings | None = None,
+    callback: Callback | None = None,
+    batch_size: int | None = None,
+    encoded: Mapping[str, EncodedPrompt] | None = None,
+) -> Iterator[Generated]:
+    """As `generate`, but each batch's pictures come as soon as they are made; `index` tells their place."""
+    settings = settings or GenerateSettings()
+    if len(prompts) != len(seeds):
+        raise UserError(f"{len(prompts)} prompts but {len(seeds)} seeds: give one seed for each prompt")
+    if batch_size is not None and batch_size < 1:
+        raise UserError(f"batch size is {batch_size}: give at least 1")
+    settings = _with_size(model, settings)
+    plan = schedule(settings.sampler, settings.spacing, settings.steps, model.scheduler_config)
+    shape = _latent_shape(model, settings)
+    for seed in seeds:
+        initial_noise(seed, (1, 1, 1))  # refuse a bad seed now, not after an hour
+    texts = dict(encoded or {})
+    texts.update(encode(model, (t for t in [*prompts, settings.negative, ""] if t not in texts)))
+    at_least = texts[settings.negative].chunks if settings.guidance != 1.0 else 1
+    batches = _batches(prompts, texts, at_least, batch_size or default_batch_size(*shape[1:]))
+    for number, (indices, chunks) in enumerate(batches):
+        job = _Batch(model, settings, plan, shape, indices, number, len(batches))
+        finished, stop = job.run(prompts, seeds, texts, chunks, callback)
+        yield from finished
+        if stop:
+            return
+
+
+def _with_size(model: Model, settings: GenerateSettings) -> GenerateSettings:
+    width, height = settings.width or model.native_size, settings.height or model.native_size
+    factor = model.vae_factor
+    if width % factor or height % factor:
+        raise UserError(
+            f"size {width}x{height}: this model makes pictures whose sides are multiples of {factor} pixels, "
+            f"try {max(1, round(width / factor)) * factor}x{max(1, round(height / factor)) * factor}"
+        )
+    return settings.model_copy(update={"width": width, "height": height})
+
+
+def _latent_shape(model: Model, settings: GenerateSettings) -> tuple[int, int, int]:
+    assert settings.width is not None and settings.height is not None
+    channels = int(model.unet.config["in_channels"])
+    return channels, settings.height // model.vae_factor, settings.width // model.vae_factor
+
+
+def _batches(
+    prompts: Sequence[str], texts: Mapping[str, EncodedPrompt], at_least: int, size: int
+) -> list[tuple[list[int], int]]:
+    """(indices, chunks) of each batch. Pictures whose prompts need the same number of text chunks go together: padding
+    a short prompt to a long batch mate's length would change its picture."""
+    by_chunks: dict[int, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        by_chunks.setdefault(max(texts[prompt].chunks, at_least), []).append(i)
+    return [
+        (rows[start : start + size], chunks)
+        for chunks, rows in sorted(by_chunks.items())
+        for start in range(0, len(rows), size)
+    ]
+
+
+class _Batch:
+    """One batch on its way from noise to pictures."""
+
+    def __init__(
+        self,
+        model: Model,
+        settings: GenerateSettings,
+        plan: Schedule,
+        shape: tuple[int, int, int],
+        indices: list[int],
+        number: int,
+        batches: int,
+    ) -> None:
+        self.model = model
+        self.settings = settings
+        self.plan = plan
+        self.shape = shape
+        self.indices = indices
+        self.number = number
+        self.batches = batches
+        self.generators: list[torch.Generator] = []
+
+    @torch.inference_mode()
+    def run(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        texts: Mapping[str, EncodedPrompt],
+        chunks: int,
+        callback: Callback | None,
+    ) -> tuple[list[Generated], bool]:
+        """The finished pictures, and whether the callback ended the whole generation."""
+        drawn = [initial_noise(seeds[i], self.shape) for i in self.indices]
+        self.generators = [generator for _, generator in drawn]
+        x = torch.stack([noise for noise, _ in drawn]).to(self.model.device) * self.plan.initial_scale
+        assert self.settings.width is not None and self.settings.height is not None
+        with text_cache(self.model.unet) as cache:
+            denoiser = Denoiser(
+                self.model,
+                _stack([texts[prompts[i]] for i in self.indices], chunks, texts[""]),
+                _stack([texts[self.settings.negative]] * len(self.indices), chunks, texts[""]),
+                self.settings.guidance,
+                (self.settings.height, self.settings.width),
+                self.plan.prediction_type,
+                cache,
+            )
+            x, stop = self._denoise(x, denoiser, callback)
+        if stop or not self.indices:
+            return [], stop
+        x = x / math.sqrt(self.plan.sigmas[-1] ** 2 + 1)
+        broken = int((~torch.isfinite(x)).flatten(1).any(1).sum())
+        if broken:
+            warnings.warn(
+                f"{broken} of {len(x)} pictures came out as NaN or infinite latents: try --dtype fp32 or less guidance",
+                DodgeburnWarning,
+                stacklevel=4,
+            )
+        pixels = decode_pictures(self.model.vae, x).numpy()
+        return [
+            Generated(Image.fromarray(picture), prompts[i], seeds[i], self.settings, i)
+            for i, picture in zip(self.indices, pixels, strict=True)
+        ], False
+
+    def _noise(self) -> Tensor:
+        drawn = [torch.randn(self.shape, generator=g, dtype=torch.float32) for g in self.generators]
+        return torch.stack(drawn).to(self.model.device)
+
+    def _denoise(self, x: Tensor, denoiser: Denoiser, callback: Callback | None) -> tuple[Tensor, bool]:
+        solver = SOLVERS[self.settings.sampler]
+        history = History(self._noise)
+        plan = self.plan
+        for i, timestep in enumerate(plan.timesteps):
+            sigma, sigma_next = plan.sigmas[i], plan.sigmas[i + 1]
+            denoised = denoiser(x, sigma, timestep)
+            if callback is not None:
+                seen = x * (1 / math.sqrt(sigma * sigma + 1))
+                step = Step(i, len(plan.timesteps), sigma, timestep, seen, denoised, tuple(self.indices),
+                            self.number, self.batches)  # fmt: skip
+                rows = _kept(callback(step), len(x))
+                if rows is None:
+                    return x, True
+                if len(rows) < len(x):
+                    self.indices = [self.indices[r] for r in rows]
+                    self.generators = [self.generators[r] for r in rows]
+                    if not rows:
+                        return x, False
+                    keep = torch.tensor(rows, device=x.device)
+                    x, denoised = x[keep], denoised[keep]
+                    history.keep(keep)
+                    denoiser.keep(keep)
+            x = solver(x, denoised, sigma, sigma_next, history)
+        return x, False
+
+
+def _stack(encoded: list[EncodedPrompt], chunks: int, empty: EncodedPrompt) -> tuple[Tensor, Tensor | None]:
+    pooled = [e.pooled for e in encoded if e.pooled is not None]
+    return torch.stack([e.padded(chunks, empty) for e in encoded]), torch.stack(pooled) if pooled else None
+
+
+def _kept(answer: bool | Sequence[bool] | Tensor | None, n: int) -> list[int] | None:
+    """Rows to go on with, or None when the callback ends everything."""
+    if answer is None or answer is True:
+        return list(range(n))
+    if answer is False:
+        return None
+    flags = [bool(flag) for flag in answer]
+    if len(flags) != n:
+        raise ValueError(f"the step callback returned {len(flags)} flags for {n} pictures")
+    return [row for row, flag in enumerate(flags) if flag]

@@ -1,0 +1,98 @@
+"""Prompts to embeddings: chunks of 75 tokens, both SDXL encoders or SD1.5's one.
+
+A prompt of more than 75 tokens is encoded in chunks of 75, each with its own begin and end token, whose embeddings are
+put one after the other: the way A1111 and ComfyUI do it, so that nothing of the prompt is cut.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dodgeburn.models.model import Model
+
+COMMA_BACKTRACK = 20  # a chunk that would end mid-phrase ends at a comma instead, if one is this near (A1111's default)
+ENCODE_BATCH = 32  # chunks a forward pass
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """One text, encoded. Valid for models with the same text encoders."""
+
+    text: str
+    embeds: Tensor  # [chunks * 77, width], the U-Net's cross-attention input
+    pooled: Tensor | None  # [width of the second encoder] for SDXL, of the first chunk; None for SD1.5
+    chunks: int
+
+    def padded(self, chunks: int, empty: "EncodedPrompt") -> Tensor:
+        """`embeds` filled up to `chunks` chunks with the empty prompt's; [chunks * 77, width]."""
+        return torch.cat([self.embeds, *[empty.embeds] * (chunks - self.chunks)])
+
+
+def split_tokens(ids: Sequence[int], length: int, comma: int | None) -> list[list[int]]:
+    """Cut token ids into chunks of at most `length`, at least one chunk (an empty prompt has one empty chunk).
+
+    Where a chunk is full and a comma is among its last 20 tokens, it ends after that comma.
+    """
+    chunks: list[list[int]] = []
+    rest = list(ids)
+    while len(rest) > length:
+        end = length
+        for back in range(1, min(COMMA_BACKTRACK, length - 1) + 1):
+            if rest[length - back] == comma:
+                end = length - back + 1
+                break
+        chunks.append(rest[:end])
+        rest = rest[end:]
+    return [*chunks, rest]
+
+
+def token_chunks(tokenizer: Any, text: str) -> list[list[int]]:
+    """Rows of 77 ids, begin token + up to 75 + end token + padding, one row a chunk."""
+    total = int(tokenizer.model_max_length)
+    ids = tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids
+    comma = tokenizer.get_vocab().get(",</w>")
+    rows = []
+    for chunk in split_tokens(ids, total - 2, comma):
+        row = [tokenizer.bos_token_id, *chunk, tokenizer.eos_token_id]
+        rows.append(row + [tokenizer.pad_token_id] * (total - len(row)))
+    return rows
+
+
+@torch.no_grad()
+def encode(model: Model, texts: Iterable[str]) -> dict[str, EncodedPrompt]:
+    """Encode each distinct text once; give the result to `generate(..., encoded=...)` as often as wanted.
+
+    SDXL shape: the last but one hidden state of both encoders side by side, and the second one's pooled projection.
+    SD1.5 shape: the only encoder's last hidden state after its final norm.
+    """
+    distinct = list(dict.fromkeys(texts))
+    if not distinct:
+        return {}
+    per_tokenizer = [[token_chunks(tokenizer, text) for text in distinct] for tokenizer in model.tokenizers]
+    counts = [max(len(rows[i]) for rows in per_tokenizer) for i in range(len(distinct))]
+    embeds: list[Tensor] = []
+    pooled: Tensor | None = None
+    for tokenizer, encoder, rows in zip(model.tokenizers, model.text_encoders, per_tokenizer, strict=True):
+        blank = token_chunks(tokenizer, "")
+        flat = [row for i, n in enumerate(counts) for row in rows[i] + blank * (n - len(rows[i]))]
+        states, pools = [], []
+        for start in range(0, len(flat), ENCODE_BATCH):
+            ids = torch.tensor(flat[start : start + ENCODE_BATCH], device=model.device)
+            out = encoder(ids, output_hidden_states=True)
+            states.append(out.hidden_states[-2] if model.has_added_conditions else out.last_hidden_state)
+            if model.has_added_conditions and getattr(out, "text_embeds", None) is not None:
+                pools.append(out.text_embeds)
+        embeds.append(torch.cat(states))
+        if pools:
+            pooled = torch.cat(pools)  # the last encoder that has one wins: SDXL's second
+    side_by_side = torch.cat(embeds, dim=-1)  # [all chunks, 77, width]
+    result: dict[str, EncodedPrompt] = {}
+    start = 0
+    for text, n in zip(distinct, counts, strict=True):
+        tokens = side_by_side[start : start + n].reshape(-1, side_by_side.shape[-1])
+        result[text] = EncodedPrompt(text, tokens, None if pooled is None else pooled[start], n)
+        start += n
+    return result

@@ -1,0 +1,137 @@
+"""Noise levels and time steps: which sigmas a sampler visits.
+
+The uniform spacings (trailing, leading, linspace) are taken from diffusers' own scheduler of each sampler, whose details
+differ between them, so that pictures agree with diffusers. Karras and exponential are computed here, because diffusers
+rounds their time steps to whole numbers (by up to a third in ln sigma on the last steps); here they stay fractional.
+"""
+
+import inspect
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+)
+
+from dodgeburn.errors import UserError
+
+SCHEDULERS: dict[str, type] = {
+    "ddim": DDIMScheduler,
+    "euler": EulerDiscreteScheduler,
+    "euler_a": EulerAncestralDiscreteScheduler,
+    "dpmpp_2m": DPMSolverMultistepScheduler,
+    "dpmpp_2m_sde": DPMSolverMultistepScheduler,
+}
+
+# Keys of a saved scheduler config that choose the schedule itself; ours come from the settings instead.
+_CHOICES = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "final_sigmas_type",
+            "sigma_min", "sigma_max", "algorithm_type", "solver_order", "solver_type", "euler_at_final",
+            "lower_order_final")  # fmt: skip
+
+KARRAS_RHO = 7.0  # arXiv 2206.00364, eq. 5
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """`steps` time steps and `steps + 1` noise levels, falling.
+
+    `sigmas` are in variance-exploding form (0.03 to 15 for Stable Diffusion), the last usually 0. `timesteps` are what
+    the U-Net is told, in 0..999, fractional for Karras and exponential. Initial latents are `initial_scale` times unit
+    noise.
+    """
+
+    timesteps: tuple[float, ...]
+    sigmas: tuple[float, ...]
+    initial_scale: float
+    prediction_type: str  # "epsilon", "v_prediction" or "sample"
+
+
+def scheduler_for(sampler: str, config: dict[str, Any], spacing: str = "trailing") -> Any:
+    """diffusers' own scheduler of a sampler, with the model's betas from `config` (a scheduler config)."""
+    known = inspect.signature(SCHEDULERS[sampler].__init__).parameters
+    options: dict[str, Any] = {k: v for k, v in config.items() if k in known and k not in _CHOICES}
+    if spacing in ("trailing", "leading", "linspace"):
+        options["timestep_spacing"] = spacing
+    elif spacing in ("karras", "exponential"):
+        options[f"use_{spacing}_sigmas"] = True
+        options["timestep_spacing"] = "linspace"  # diffusers takes the ends of this; linspace has the training ends
+    if sampler == "dpmpp_2m_sde":
+        options["algorithm_type"] = "sde-dpmsolver++"
+    return SCHEDULERS[sampler](**options)
+
+
+def schedule(sampler: str, spacing: str, steps: int, config: dict[str, Any]) -> Schedule:
+    """Noise levels of `steps` steps. Raises UserError when the model's schedule cannot give that many steps."""
+    uniform = spacing if spacing in ("trailing", "leading", "linspace") else "trailing"
+    scheduler = scheduler_for(sampler, config, uniform)
+    n_train = int(scheduler.config.num_train_timesteps)
+    if steps > n_train:
+        raise UserError(f"steps is {steps}: this model's noise schedule has {n_train} time steps, ask for at most that")
+    prediction = str(scheduler.config.prediction_type)
+    if prediction not in ("epsilon", "v_prediction", "sample"):
+        raise UserError(
+            f"the model predicts {prediction!r}: only epsilon, v_prediction and sample can be sampled so far"
+        )
+    alphas = scheduler.alphas_cumprod.double().numpy()
+    table = np.sqrt((1 - alphas) / alphas)  # sigma of every training time step, rising
+    if spacing == "karras":
+        sigmas = karras(table[0], table[-1], steps)
+        times = sigma_to_timestep(sigmas, table)
+    elif spacing == "exponential":
+        sigmas = exponential(table[0], table[-1], steps)
+        times = sigma_to_timestep(sigmas, table)
+    else:
+        scheduler.set_timesteps(steps)
+        times = scheduler.timesteps.double().numpy()
+        if len(times) != steps:  # trailing with rounding trouble, or more steps than distinct times
+            raise UserError(f"{sampler} with {spacing} spacing cannot make {steps} steps of {n_train}: ask for fewer")
+        sigmas = np.interp(times, np.arange(n_train), table)
+    last = 0.0
+    if sampler == "ddim" and not scheduler.config.set_alpha_to_one:
+        last = float(table[0])  # DDIM of Stable Diffusion ends at the first training level, not at 0
+        if spacing in ("karras", "exponential") or sigmas[-1] <= last:
+            last = 0.0  # already there: the last step must still do something
+    # diffusers starts Euler at sigma_max, and the variance-preserving samplers at unit variance; so do we.
+    starts_at_sigma = sampler in ("euler", "euler_a") and spacing != "leading"
+    start = float(sigmas[0]) if starts_at_sigma else math.sqrt(float(sigmas[0]) ** 2 + 1)
+    return Schedule(
+        timesteps=tuple(float(t) for t in times),
+        sigmas=(*(float(s) for s in sigmas), last),
+        initial_scale=start,
+        prediction_type=prediction,
+    )
+
+
+def karras(sigma_min: float, sigma_max: float, steps: int) -> np.ndarray:
+    """Falling sigmas, even in sigma^(1/7) (arXiv 2206.00364, eq. 5); float64 [steps]."""
+    ramp = np.linspace(0, 1, steps)
+    low, high = sigma_min ** (1 / KARRAS_RHO), sigma_max ** (1 / KARRAS_RHO)
+    return (high + ramp * (low - high)) ** KARRAS_RHO
+
+
+def exponential(sigma_min: float, sigma_max: float, steps: int) -> np.ndarray:
+    """Falling sigmas, even in log sigma; float64 [steps]."""
+    return np.exp(np.linspace(math.log(sigma_max), math.log(sigma_min), steps))
+
+
+def sigma_to_timestep(sigmas: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """The (fractional) training time step of each sigma, interpolated in log sigma; `table` rises with the step."""
+    return np.interp(np.log(sigmas), np.log(table), np.arange(len(table)))
+
+
+def initial_noise(seed: int, shape: tuple[int, int, int]) -> tuple[torch.Tensor, torch.Generator]:
+    """Unit noise [c, h, w] of a seed, drawn on the CPU whatever the device, and the generator to go on with.
+
+    One generator a picture: what a seed gives does not depend on its batch mates, nor on the device.
+    Raises UserError for a seed outside 0 .. 2^64 - 1.
+    """
+    if not 0 <= seed < 2**64:
+        raise UserError(f"seed is {seed}: give a whole number from 0 to 2^64 - 1")
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float32), generator

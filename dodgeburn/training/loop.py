@@ -1,0 +1,194 @@
+"""One training loop for everything: accelerate, EMA, checkpoints, resume, a JSON-lines log, a progress bar.
+
+The loop knows nothing of models: it gets modules, a function that makes batch number i, and a function that
+turns a batch into losses. Batch i and its noise depend on the seed and on i alone, so a run that was killed and
+resumed ends with the weights of one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from dodgeburn.checkpoint.tensorfile import atomic_path
+from dodgeburn.errors import UserError
+
+BatchFn = Callable[[int, torch.Generator], Any]
+LossFn = Callable[[Any, torch.Generator], dict[str, Tensor]]
+Callback = Callable[[int, dict[str, float]], None]
+
+
+@dataclass
+class LoopSettings:
+    """How to train. Lengths are in optimizer steps."""
+
+    steps: int = 2000
+    lr: float = 1.5e-3  # peak learning rate of AdamW
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.01
+    warmup: int = 200  # linear, from 0
+    constant: float = 0.5  # share of the steps at the peak, then linear down to `final`
+    final: float = 0.02  # last learning rate, as a share of the peak
+    grad_clip: float = 1.0
+    ema: float = 0.998  # decay of the averaged weights, reached after a ramp (1 + i) / (10 + i)
+    precision: str = "bf16"  # bf16 (autocast) or no (fp32)
+    seed: int = 0
+    checkpoint_every: int = 500
+    log_every: int = 20
+    settings: dict[str, Any] = field(default_factory=dict)  # what else decides the outcome: a resume checks it
+
+
+def learning_rate(step: int, s: LoopSettings) -> float:
+    """Learning rate of a step as a share of the peak: warm-up, plateau, linear decay."""
+    if step < s.warmup:
+        return (step + 1) / s.warmup
+    start = max(s.warmup, int(s.constant * s.steps))
+    if step < start:
+        return 1.0
+    done = (step - start) / max(1, s.steps - start)
+    return 1.0 + (s.final - 1.0) * min(1.0, done)
+
+
+def step_generator(seed: int, step: int) -> torch.Generator:
+    """The random stream of one step: a function of seed and step, so that resuming repeats nothing."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + step) & 0x7FFF_FFFF_FFFF)
+
+
+class Average:
+    """Exponential moving average of the parameters (fp32)."""
+
+    def __init__(self, parameters: list[nn.Parameter], decay: float) -> None:
+        self.decay = decay
+        self.shadow = [p.detach().clone().float() for p in parameters]
+
+    @torch.no_grad()
+    def update(self, parameters: list[nn.Parameter], step: int) -> None:
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self.shadow, [p.detach().float() for p in parameters], 1 - decay)
+
+    @torch.no_grad()
+    def copy_to(self, parameters: list[nn.Parameter]) -> None:
+        for p, s in zip(parameters, self.shadow, strict=True):
+            p.copy_(s)
+
+
+def train(
+    name: str,
+    modules: dict[str, nn.Module],
+    batch: BatchFn,
+    losses: LossFn,
+    folder: Path,
+    settings: LoopSettings,
+    callback: Callback | None = None,
+    device: str = "cpu",
+) -> dict[str, float]:
+    """Train `modules` in place; they end with the averaged weights, in eval mode.
+
+    name: of the stage, for the checkpoint and the log in `folder`. batch(i, generator) makes batch i;
+    losses(batch, generator) returns named scalars whose sum is minimised. Ctrl-C saves a checkpoint and stops;
+    the same call goes on from there. Returns the last logged means. Raises UserError when the checkpoint in the
+    folder was made with other settings, and FloatingPointError when the loss is no longer finite.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    AcceleratorState._reset_state()  # one process may train stages of different precision one after another
+    accelerator = Accelerator(cpu=device == "cpu", mixed_precision=settings.precision)
+    parameters = [p for m in modules.values() for p in m.parameters() if p.requires_grad]
+    for m in modules.values():
+        m.to(accelerator.device).train()
+    optimizer = torch.optim.AdamW(
+        parameters, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay
+    )
+    optimizer = accelerator.prepare(optimizer)
+    average = Average(parameters, settings.ema)
+    checkpoint, log = folder / f"{name}.checkpoint.pt", folder / f"{name}.jsonl"
+    start = _resume(checkpoint, modules, optimizer, average, settings)
+    sums: dict[str, float] = {}
+    means: dict[str, float] = {}
+    bar = tqdm(range(start, settings.steps), initial=start, total=settings.steps, desc=name, mininterval=1)
+    began, step = time.perf_counter(), start
+    try:
+        for step in bar:
+            generator = step_generator(settings.seed, step)
+            for group in optimizer.param_groups:
+                group["lr"] = settings.lr * learning_rate(step, settings)
+            with accelerator.autocast():
+                parts = losses(batch(step, generator), generator)
+            total = torch.stack(list(parts.values())).sum()
+            accelerator.backward(total)
+            accelerator.clip_grad_norm_(parameters, settings.grad_clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            average.update(parameters, step)
+            for key, value in parts.items():
+                sums[key] = sums.get(key, 0.0) + float(value.detach())
+            if (step + 1) % settings.log_every == 0 or step + 1 == settings.steps:
+                n = (step % settings.log_every) + 1
+                means = {key: value / n for key, value in sums.items()}
+                sums = {}
+                if not all(math.isfinite(v) for v in means.values()):
+                    raise FloatingPointError(f"{name}: the loss is no longer finite at step {step}: {means}")
+                bar.set_postfix({k: f"{v:.4f}" for k, v in means.items()})
+                row = {"step": step + 1, **means, "seconds": round(time.perf_counter() - began, 1)}
+                with log.open("a", encoding="utf-8") as f:
+                    f.write(json.dumps(row) + "\n")
+                if callback is not None:
+                    callback(step + 1, means)
+            if (step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.steps:
+                _save(checkpoint, modules, optimizer, average, settings, step + 1)
+    except KeyboardInterrupt:
+        # `step` may be half done: its batch is repeated, which is why the step before it is what counts.
+        _save(checkpoint, modules, optimizer, average, settings, step)
+        raise
+    average.copy_to(parameters)
+    for m in modules.values():
+        m.eval()
+    return means
+
+
+def _fingerprint(settings: LoopSettings) -> str:
+    kept = {k: v for k, v in asdict(settings).items() if k not in ("checkpoint_every", "log_every")}
+    return json.dumps(kept, sort_keys=True, default=str)
+
+
+def _save(
+    path: Path, modules: dict[str, nn.Module], optimizer: Any, average: Average, settings: LoopSettings, step: int
+) -> None:
+    state = {
+        "step": step,
+        "settings": _fingerprint(settings),
+        "modules": {k: m.state_dict() for k, m in modules.items()},
+        "optimizer": optimizer.state_dict(),
+        "average": average.shadow,
+    }
+    with atomic_path(path) as temporary:
+        torch.save(state, temporary)
+
+
+def _resume(
+    path: Path, modules: dict[str, nn.Module], optimizer: Any, average: Average, settings: LoopSettings
+) -> int:
+    if not path.exists() or os.path.getsize(path) == 0:
+        return 0
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if state["settings"] != _fingerprint(settings):
+        raise UserError(
+            f"{path} was made with other settings: train into an empty folder, or give the settings of that run"
+        )
+    for key, module in modules.items():
+        module.load_state_dict(state["modules"][key])
+    optimizer.load_state_dict(state["optimizer"])
+    for shadow, saved in zip(average.shadow, state["average"], strict=True):
+        shadow.copy_(saved)
+    return int(state["step"])

@@ -1,0 +1,117 @@
+"""Stage 2 of the pocket: its two text encoders, first trained contrastively against latents (CLIP, arXiv:2103.00020)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dodgeburn.pocket.attributes import Attributes
+from dodgeburn.pocket.captions import caption
+from dodgeburn.training.loop import LoopSettings, train
+
+
+def captions_of(
+    attributes: list[Attributes], index: Tensor, generator: torch.Generator, empty: float, never: frozenset[str]
+) -> list[str]:
+    """Fresh captions of the pictures in `index`; a share `empty` of them is "", and none is in `never`."""
+    seed = int(torch.randint(2**31, (1,), generator=generator))
+    rng = np.random.default_rng(seed)
+    texts = []
+    for i in index.tolist():
+        text = "" if rng.random() < empty else caption(attributes[i], rng)[0]
+        while text in never:
+            text = caption(attributes[i], rng)[0]
+        texts.append(text)
+    return texts
+
+
+def tokens_of(tokenizer: Any, texts: list[str]) -> Tensor:
+    """Token ids [n, 77], padded and cut as the pipelines do."""
+    out = tokenizer(texts, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
+    return out.input_ids
+
+
+def encode_text(encoder_1: Any, encoder_2: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """SDXL's conditioning: penultimate states of both encoders side by side [n, 77, w1 + w2], and the second's
+    projected pooled embedding [n, w2]."""
+    first = encoder_1(tokens, output_hidden_states=True)
+    second = encoder_2(tokens, output_hidden_states=True)
+    return torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1), second.text_embeds
+
+
+class PictureTower(nn.Module):
+    """A small convolutional network over latents; it only serves the contrastive stage and is thrown away."""
+
+    def __init__(self, width: int, outputs: int) -> None:
+        super().__init__()
+
+        def block(a: int, b: int, stride: int) -> nn.Sequential:
+            return nn.Sequential(nn.Conv2d(a, b, 3, stride, 1), nn.GroupNorm(8, b), nn.SiLU())
+
+        self.body = nn.Sequential(
+            block(4, width, 1), block(width, width, 2), block(width, 2 * width, 1), block(2 * width, 2 * width, 2),
+            block(2 * width, 4 * width, 1), nn.Flatten(), nn.Linear(4 * width * 16, 4 * width), nn.SiLU(),
+            nn.Linear(4 * width, outputs),
+        )  # fmt: skip
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return self.body(latents)
+
+
+class ContrastiveHeads(nn.Module):
+    """Picture tower, a projection for the encoder that has none, and the learned temperature."""
+
+    def __init__(self, width_1: int, width_2: int) -> None:
+        super().__init__()
+        self.tower = PictureTower(48, width_2)
+        self.project_1 = nn.Linear(width_1, width_2, bias=False)
+        self.log_scale = nn.Parameter(torch.tensor(2.6))
+
+
+def contrast(pictures: Tensor, texts: Tensor, log_scale: Tensor) -> Tensor:
+    """CLIP's symmetric loss for matching rows."""
+    logits = F.normalize(pictures.float(), dim=-1) @ F.normalize(texts.float(), dim=-1).T
+    logits = logits * log_scale.clamp(max=4.6).exp()
+    target = torch.arange(len(logits), device=logits.device)
+    return 0.5 * (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target))
+
+
+def train_text(
+    encoder_1: Any,
+    encoder_2: Any,
+    tokenizer: Any,
+    latents: Tensor,
+    attributes: list[Attributes],
+    folder: Path,
+    settings: LoopSettings,
+    batch: int,
+    never: frozenset[str] = frozenset(),
+    device: str = "cpu",
+    callback: Callable[[int, dict[str, float]], None] | None = None,
+) -> None:
+    """Train both encoders in place to match captions with latents [n, 4, 16, 16]."""
+    heads = ContrastiveHeads(encoder_1.config.hidden_size, encoder_2.config.projection_dim)
+
+    def make(step: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        index = torch.randint(len(latents), (batch,), generator=generator)
+        texts = captions_of(attributes, index, generator, 0.0, never)
+        return latents[index].to(device), tokens_of(tokenizer, texts).to(device)
+
+    def losses(made: tuple[Tensor, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+        z, tokens = made
+        pictures = heads.tower(z + 0.1 * torch.randn(z.shape, generator=generator).to(device))
+        first = heads.project_1(encoder_1(tokens).pooler_output)
+        second = encoder_2(tokens).text_embeds
+        return {
+            "first": contrast(pictures, first, heads.log_scale),
+            "second": contrast(pictures, second, heads.log_scale),
+        }
+
+    modules = {"text_encoder": encoder_1, "text_encoder_2": encoder_2, "heads": heads}
+    train("text", modules, make, losses, folder, settings, callback, device)

@@ -1,0 +1,77 @@
+"""Stage 3 of the pocket: the U-Net, together with its text encoders. Fine-tunes are the same call from other weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dodgeburn.pocket.attributes import Attributes
+from dodgeburn.training.loop import LoopSettings, train
+from dodgeburn.training.pocket_text import captions_of, encode_text, tokens_of
+
+
+def alphas_cumprod(scheduler: dict[str, Any]) -> Tensor:
+    """Cumulative signal share per timestep [T] of a "scaled_linear" schedule (Stable Diffusion's)."""
+    start, end, n = scheduler["beta_start"], scheduler["beta_end"], scheduler["num_train_timesteps"]
+    betas = torch.linspace(start**0.5, end**0.5, n, dtype=torch.float64) ** 2
+    return (1 - betas).cumprod(0).float()
+
+
+def min_snr_weights(alpha_bar: Tensor, gamma: float = 5.0) -> Tensor:
+    """Loss weights for epsilon prediction, min(SNR, gamma) / SNR (arXiv:2303.09556, eq. 7)."""
+    snr = alpha_bar / (1 - alpha_bar)
+    return snr.clamp(max=gamma) / snr
+
+
+def train_unet(
+    name: str,
+    modules: dict[str, nn.Module],
+    tokenizer: Any,
+    scheduler: dict[str, Any],
+    latents: Tensor,
+    attributes: list[Attributes],
+    picture_size: int,
+    folder: Path,
+    settings: LoopSettings,
+    batch: int,
+    train_text: bool = True,
+    empty: float = 0.1,
+    never: frozenset[str] = frozenset(),
+    device: str = "cpu",
+    callback: Callable[[int, dict[str, float]], None] | None = None,
+) -> None:
+    """Train `unet` (and the text encoders, when `train_text`) in place on scaled latents [n, 4, 16, 16].
+
+    empty: share of empty captions, which classifier-free guidance needs. never: captions kept out (held-out ones).
+    """
+    unet, encoder_1, encoder_2 = modules["unet"], modules["text_encoder"], modules["text_encoder_2"]
+    alpha_bar = alphas_cumprod(scheduler)
+    weights = min_snr_weights(alpha_bar)
+    ids = torch.tensor([[picture_size, picture_size, 0, 0, picture_size, picture_size]], dtype=torch.float32)
+
+    def make(step: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+        index = torch.randint(len(latents), (batch,), generator=generator)
+        tokens = tokens_of(tokenizer, captions_of(attributes, index, generator, empty, never))
+        t = torch.randint(len(alpha_bar), (batch,), generator=generator)
+        z = latents[index].float()
+        noise = torch.randn(z.shape, generator=generator)
+        a = alpha_bar[t].view(-1, 1, 1, 1)
+        noisy = a.sqrt() * z + (1 - a).sqrt() * noise
+        return tuple(x.to(device) for x in (noisy, t, tokens, noise, weights[t]))
+
+    def losses(made: tuple[Tensor, ...], generator: torch.Generator) -> dict[str, Tensor]:
+        noisy, t, tokens, noise, weight = made
+        with torch.set_grad_enabled(train_text):
+            states, pooled = encode_text(encoder_1, encoder_2, tokens)
+        added = {"text_embeds": pooled, "time_ids": ids.to(device).expand(len(noisy), -1)}
+        eps = unet(noisy, t, states, added_cond_kwargs=added).sample.float()
+        return {"eps": (weight * (eps - noise).square().mean(dim=(1, 2, 3))).mean()}
+
+    trained = {"unet": unet}
+    if train_text:
+        trained |= {"text_encoder": encoder_1, "text_encoder_2": encoder_2}
+    train(name, trained, make, losses, folder, settings, callback, device)
