@@ -1,4 +1,6 @@
-"""Sampling against diffusers' own pipelines, against exact solutions, and against itself (batches, seeds, chunks)."""
+"""Sampling against diffusers' own pipelines, against exact solutions, and against itself (batches, seeds,
+chunks).
+"""
 
 import math
 import warnings
@@ -69,7 +71,7 @@ def diffusers_pictures(model: Model, settings: GenerateSettings, prompts: list[s
 def test_same_pictures_as_diffusers_sdxl(sdxl: Model, sampler: str, spacing: str) -> None:
     if sampler == "ddim" and spacing == "linspace":
         pytest.skip("diffusers' DDIM steps by 1000 // n, which is not where linspace's next time step lies")
-    settings = GenerateSettings(steps=10, guidance=3.0, sampler=sampler, spacing=spacing, negative="blue")
+    settings = GenerateSettings(steps=5, guidance=3.0, sampler=sampler, spacing=spacing, negative="blue")
     ours = pixels(generate(sdxl, PROMPTS, SEEDS, settings))
     theirs = diffusers_pictures(sdxl, settings, PROMPTS, SEEDS)
     assert ours.std() > 20, "the random model must make pictures in which differences show"
@@ -77,14 +79,14 @@ def test_same_pictures_as_diffusers_sdxl(sdxl: Model, sampler: str, spacing: str
 
 
 def test_same_pictures_as_diffusers_karras(sdxl: Model) -> None:
-    settings = GenerateSettings(steps=8, guidance=3.0, sampler="euler", spacing="karras")
+    settings = GenerateSettings(steps=5, guidance=3.0, sampler="euler", spacing="karras")
     ours = pixels(generate(sdxl, PROMPTS, SEEDS, settings))
     assert np.abs(ours - diffusers_pictures(sdxl, settings, PROMPTS, SEEDS)).max() <= 1
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "euler", "dpmpp_2m"])
 def test_same_pictures_as_diffusers_sd15(sd15: Model, sampler: str) -> None:
-    settings = GenerateSettings(steps=10, guidance=3.0, sampler=sampler, negative="blue")
+    settings = GenerateSettings(steps=5, guidance=3.0, sampler=sampler, negative="blue")
     ours = pixels(generate(sd15, PROMPTS, SEEDS, settings))
     theirs = diffusers_pictures(sd15, settings, PROMPTS, SEEDS)
     assert ours.std() > 20
@@ -100,15 +102,19 @@ def test_v_prediction_as_diffusers() -> None:
 
 @pytest.mark.parametrize("sampler", sorted(SAMPLERS))
 def test_batch_size_does_not_change_the_picture(sdxl: Model, sampler: str) -> None:
-    settings = GenerateSettings(steps=6, sampler=sampler)
+    settings = GenerateSettings(steps=4, sampler=sampler)
     prompts = PROMPTS + ["w" * 90]  # one needs two chunks of text
     seeds = [*SEEDS, 6]
     together = pixels(generate(sdxl, prompts, seeds, settings))
     alone = pixels(generate(sdxl, prompts, seeds, settings, batch_size=1))
     assert np.abs(together - alone).max() <= 1
-    assert (pixels(generate(sdxl, prompts, seeds, settings)) == together).all()
-    other = pixels(generate(sdxl, prompts, [s + 1 for s in seeds], settings))
-    assert np.abs(other - together).max() > 20
+
+
+def test_the_same_again_is_the_same_and_another_seed_is_not(sdxl: Model) -> None:
+    settings = GenerateSettings(steps=3, sampler="dpmpp_2m_sde")
+    once, again = (pixels(generate(sdxl, PROMPTS, SEEDS, settings)) for _ in range(2))
+    assert (once == again).all()
+    assert np.abs(pixels(generate(sdxl, PROMPTS, [9, 10, 11], settings)) - once).max() > 20
 
 
 def test_order_seeds_and_settings(sdxl: Model) -> None:
@@ -116,7 +122,12 @@ def test_order_seeds_and_settings(sdxl: Model) -> None:
     made = generate(sdxl, prompts, [1, 2, 3, 4], GenerateSettings(steps=2), batch_size=2)
     assert [(m.prompt, m.seed, m.index) for m in made] == [(p, i + 1, i) for i, p in enumerate(prompts)]
     assert (made[0].settings.width, made[0].settings.height) == (16, 16)
-    assert sorted(m.index for m in stream(sdxl, prompts, [1, 2, 3, 4], GenerateSettings(steps=1))) == [0, 1, 2, 3]
+    assert sorted(m.index for m in stream(sdxl, prompts, [1, 2, 3, 4], GenerateSettings(steps=1))) == [
+        0,
+        1,
+        2,
+        3,
+    ]
 
 
 def test_encoded_prompts_are_used(sdxl: Model) -> None:
@@ -197,11 +208,13 @@ def test_unet_is_left_as_it_was_even_after_an_error(sdxl: Model) -> None:
     assert "get_aug_embed" not in vars(sdxl.unet)
 
 
-# ------------------------------------------------------------------------------------------------- solvers, schedules
+# ----------------------------------------------------------------------------------------- solvers, schedules
 
 
 def gaussian_samples(sampler: str, steps: int, n: int = 200_000) -> torch.Tensor:
-    """Samples of a world whose data are N(0.7, 0.5^2): the exact denoiser is known, so only the solver errs."""
+    """Samples of a world whose data are N(0.7, 0.5^2): the exact denoiser is known, so only the solver
+    errs.
+    """
     config = tiny_configs()["scheduler"]
     plan: Schedule = schedule(sampler, "exponential", steps, config)
     generator = torch.Generator().manual_seed(0)
@@ -218,7 +231,7 @@ def test_solvers_converge_to_the_data(sampler: str) -> None:
     # The start N(0.7, sigma_max) is off by (0.5 / 14.6)^2 / 2 = 0.06 %; the rest is the solver's own error.
     second_order = sampler.startswith("dpmpp")
     error = abs(float(gaussian_samples(sampler, 60).std()) - 0.5)
-    assert error < (0.004 if second_order else 0.02)
+    assert error < (0.004 if second_order else 0.03)
     coarse = abs(float(gaussian_samples(sampler, 15).std()) - 0.5)
     assert coarse > error
 
@@ -230,7 +243,11 @@ def test_schedules_fall_and_end() -> None:
             for steps in (1, 2, 7, 20, 30):
                 plan = schedule(sampler, spacing, steps, config)
                 assert len(plan.timesteps) == steps and len(plan.sigmas) == steps + 1
-                assert all(a > b for a, b in zip(plan.sigmas, plan.sigmas[1:], strict=False)), (sampler, spacing, steps)
+                assert all(a > b for a, b in zip(plan.sigmas, plan.sigmas[1:], strict=False)), (
+                    sampler,
+                    spacing,
+                    steps,
+                )
                 assert 0 <= min(plan.timesteps) and max(plan.timesteps) <= 999
                 assert plan.sigmas[-1] < 0.03
 
@@ -330,5 +347,5 @@ def test_nan_is_counted(sdxl: Model) -> None:
         with torch.no_grad():
             weight.copy_(kept)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", DodgeburnWarning)
         generate(sdxl, PROMPTS, SEEDS, GenerateSettings(steps=1))

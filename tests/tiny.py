@@ -1,4 +1,6 @@
-"""Tiny random models of SDXL's and SD1.5's topology, for tests: built in a fraction of a second, no files needed."""
+"""Tiny random models of SDXL's and SD1.5's topology, for tests: built in a fraction of a second, no files
+needed.
+"""
 
 from typing import Any
 
@@ -36,22 +38,23 @@ def tiny_configs(layout: str = "sdxl") -> Configs:
     }  # fmt: skip
     configs: Configs = {
         "vae": {
-            "in_channels": 3, "out_channels": 3, "latent_channels": 4, "sample_size": 16, "block_out_channels": [8, 8],
-            "layers_per_block": 1, "norm_num_groups": 4, "down_block_types": ["DownEncoderBlock2D"] * 2,
+            "in_channels": 3, "out_channels": 3, "latent_channels": 4, "sample_size": 16,
+            "block_out_channels": [8, 8], "layers_per_block": 1, "norm_num_groups": 4,
+            "down_block_types": ["DownEncoderBlock2D"] * 2,
             "up_block_types": ["UpDecoderBlock2D"] * 2, "scaling_factor": 0.5, "force_upcast": False,
-            "latents_mean": [0.1, -0.2, 0.3, 0.0], "latents_std": [0.5, 0.6, 0.7, 0.8],
         },
         "text_encoder": dict(text),
         "scheduler": {
-            "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000,
-            "prediction_type": "epsilon", "timestep_spacing": "leading", "steps_offset": 1, "clip_sample": False,
-            "set_alpha_to_one": False,
+            "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012,
+            "num_train_timesteps": 1000, "prediction_type": "epsilon", "timestep_spacing": "leading",
+            "steps_offset": 1, "clip_sample": False, "set_alpha_to_one": False,
         },
     }  # fmt: skip
     unet: dict[str, Any] = {
         "sample_size": 8, "in_channels": 4, "out_channels": 4, "layers_per_block": 2, "norm_num_groups": 4,
     }  # fmt: skip
     if layout == "sdxl":
+        configs["vae"] |= {"latents_mean": [0.1, -0.2, 0.3, 0.0], "latents_std": [0.5, 0.6, 0.7, 0.8]}
         configs["text_encoder_2"] = {**text, "hidden_size": 24, "projection_dim": 20, "hidden_act": "gelu"}
         unet |= {
             "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
@@ -71,7 +74,9 @@ def tiny_configs(layout: str = "sdxl") -> Configs:
 
 
 def tiny_modules(configs: Configs, seed: int = 0) -> dict[str, Any]:
-    """Modules with random weights of a seed; weights are scaled up so that prompts and times visibly matter."""
+    """Modules with random weights of a seed; weights are scaled up so that prompts and times visibly
+    matter.
+    """
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
     with torch.random.fork_rng():

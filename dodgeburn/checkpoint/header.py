@@ -129,7 +129,8 @@ def header_of(fd: int, path: Path) -> Header:
     """The checked header of an open file; `path` is for messages only."""
     size = os.fstat(fd).st_size
     head = os.pread(fd, 16, 0)
-    if head[:4] == b"PK\x03\x04" or head[:1] == b"\x80":
+    # A header may well be 0x80 bytes long, so a pickle's first byte means one only where no header follows.
+    if head[:4] == b"PK\x03\x04" or (head[:1] == b"\x80" and head[8:9] != b"{"):
         raise UserError(
             f"{path} is a pickle (.ckpt, .pt), which can run code when read: convert it to .safetensors first"
         )

@@ -318,12 +318,11 @@ class TensorWriter:
         pread_into(self._fd, self.data_start + self.infos[name].start + offset, buffer, self._part)
 
     def replace_metadata(self, metadata: Mapping[str, str]) -> None:
-        """Put other metadata of the same encoded length into the header (hashes that are known only at the
-        end).
+        """Put other metadata, at most as long as the first when encoded, into the header.
+
+        For hashes that are known only at the end; what is left of the space is filled with blanks.
         """
-        head = _encode_header(self.infos, metadata)
-        if len(head) != self.data_start:
-            raise ValueError("replacement metadata must take exactly as many bytes as the first")
+        head = _encode_header(self.infos, metadata, self.data_start)
         self._metadata = dict(metadata)
         self._pwrite(head, 0)
 
@@ -372,7 +371,10 @@ def _place(infos: Mapping[str, tuple[str, Sequence[int]]]) -> dict[str, TensorIn
     return placed
 
 
-def _encode_header(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> bytes:
+def _encode_header(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str], size: int = 0) -> bytes:
+    """Length and header, filled with blanks to `size` bytes in all, or to a multiple of 8 if there is no
+    size.
+    """
     entries: dict[str, Any] = {}
     if metadata:
         for key, value in metadata.items():
@@ -388,7 +390,9 @@ def _encode_header(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str])
             "data_offsets": [info.start, info.end],
         }
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
-    text += b" " * (-len(text) % 8)
+    text += b" " * (size - 8 - len(text) if size else -len(text) % 8)
+    if size and len(text) + 8 != size:
+        raise ValueError(f"the replacement header takes {len(text) + 8} bytes, the first has only {size}")
     if len(text) > MAX_HEADER:
         raise UserError(
             f"the header would take {len(text):,} bytes (limit {MAX_HEADER:,}): shorten the metadata"

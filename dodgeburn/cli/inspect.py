@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 
@@ -24,7 +24,7 @@ _WIDTH = 100  # characters of a metadata value that are shown
 class Inspect:
     """Show a checkpoint's layout, components, types, metadata and recipe. Reads only its header."""
 
-    file: tyro.conf.Positional[str]
+    file: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
     """A .safetensors file, or a packaged model such as pocket."""
     json: bool = False
     """Print one JSON object as the last line, with all metadata in full."""
@@ -68,9 +68,7 @@ def inspect_file(name: str) -> dict[str, Any]:
 
 
 def _text(found: dict[str, Any]) -> str:
-    lines = [
-        f"{found['file']}: {found['layout_title']}, {found['bytes'] / 1e6:,.2f} MB, {found['tensors']} tensors"
-    ]
+    lines = [f"{found['file']}: {found['layout_title']}, {found['bytes'] / 1e6:,.2f} MB"]
     if found["blocks"]:
         ins = sum(block.startswith("IN") for block in found["blocks"])
         lines.append(f"blocks: {ins} IN + M00 + {len(found['blocks']) - ins - 1} OUT")
@@ -100,9 +98,7 @@ def _recipe_lines(recipe: dict[str, Any], indent: str) -> list[str]:
         ]
     preset = recipe.get("preset") or "no preset"
     keep = ", ".join(recipe.get("keep") or []) or "nothing"
-    lines = [
-        f"{indent}{recipe.get('method')}: {preset}, base {recipe.get('base')}, kept of A: {keep} (shares are B's)"
-    ]
+    lines = [f"{indent}{recipe.get('method')}: {preset}, base {recipe.get('base')}, kept of A: {keep}"]
     for name in ("a", "b"):
         parent = recipe.get(name) or {}
         lines.append(
@@ -119,7 +115,8 @@ def main(args: list[str]) -> int:
         Inspect,
         args=args,
         prog="dodgeburn inspect",
-        description=f"{Inspect.__doc__}\n\nexample:\n  {EXAMPLE}",
+        description=f"{Inspect.__doc__}\n\nexample: {EXAMPLE}",
+        config=(tyro.conf.FlagCreatePairsOff,),
     )
     found = inspect_file(settings.file)
     print(_text(found))

@@ -153,7 +153,7 @@ def _evaluate(settings: Evaluate) -> int:
     from tqdm import tqdm
 
     from dodgeburn.models.loading import load_model
-    from dodgeburn.training.pocket_gate import MODEL_GATE, READER_GATE, contact_sheet, evaluate_model, evaluate_readers
+    from dodgeburn.training.pocket_gate import MODEL_GATE, READER_GATE, evaluate_model, evaluate_readers, sheet_of
 
     model: Model = load_model(settings.model, device=settings.device)
     started = time.perf_counter()
@@ -182,7 +182,7 @@ def _evaluate(settings: Evaluate) -> int:
         write_atomic(settings.out / f"{name}.json", json.dumps(result, indent=1).encode())
         if pictures is not None:
             with atomic_path(settings.out / f"{name}-sheet.png") as temporary:
-                contact_sheet(pictures).save(temporary, format="PNG")
+                sheet_of(pictures).save(temporary, format="PNG")
     if settings.json:
         print(json.dumps(result))
     return 0
@@ -216,7 +216,8 @@ def _draw(settings: Draw) -> int:
     import numpy as np
     from PIL import Image
 
-    from dodgeburn.images.sheet import labelled_sheet
+    from dodgeburn.checkpoint.tensorfile import atomic_path
+    from dodgeburn.images.sheet import contact_sheet
     from dodgeburn.pocket.attributes import PLANTED
     from dodgeburn.pocket.captions import caption
     from dodgeburn.pocket.pictures import attributes_of
@@ -228,10 +229,9 @@ def _draw(settings: Draw) -> int:
     attributes = [attributes_of(i, settings.seed, planted) for i in range(settings.n)]
     captions = [caption(a, np.random.default_rng([settings.seed, i]))[0] for i, a in enumerate(attributes)]
     pictures = [Image.fromarray(render(a, settings.size, settings.look)) for a in attributes]
-    from dodgeburn.checkpoint.tensorfile import atomic_path
-
+    rows = [pictures[i : i + 8] for i in range(0, len(pictures), 8)]
     with atomic_path(settings.out) as temporary:
-        labelled_sheet(pictures, captions, 8).save(temporary, format="PNG")
+        contact_sheet(rows, cell=settings.size, gap=2).save(temporary, format="PNG")
     for i, text in enumerate(captions):
         print(f"{i:3}  {text}")
     print(settings.out)

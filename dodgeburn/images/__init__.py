@@ -1,1 +1,3 @@
-"""Pictures as files: `png` (generation settings in PNG metadata, both ways), `sheet` (contact sheets and grids)."""
+"""Pictures as files: `png` (generation settings in PNG metadata, both ways), `sheet` (contact sheets and
+grids).
+"""

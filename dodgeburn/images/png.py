@@ -1,11 +1,12 @@
 """Generation settings inside PNG files: A1111's infotext, ComfyUI's API graph, and our own exact JSON.
 
-Text chunks written: `parameters` (A1111 infotext, always), `dodgeburn` (JSON of all settings, always), `prompt`
-(ComfyUI API graph, only for checkpoints that ComfyUI can load). Nothing here imports torch.
+Text chunks written: `parameters` (A1111 infotext, always), `dodgeburn` (JSON of all settings, always),
+`prompt` (ComfyUI API graph, only for checkpoints that ComfyUI can load). Nothing here imports torch.
 
-Infotext, as A1111, Civitai and ComfyUI read it: the prompt's lines; lines from one that begins with "Negative prompt:"
-on are the negative prompt; the last line is `Key: value, Key: value, ...` if at least three pairs are found in it, else
-it belongs to the prompts. A value with a comma, colon or line break is written as a JSON string.
+Infotext, as A1111, Civitai and ComfyUI read it: the prompt's lines; lines from one that begins with
+"Negative prompt:" on are the negative prompt; the last line is `Key: value, Key: value, ...` if at least
+three pairs are found in it, else it belongs to the prompts. A value with a comma, colon or line break is
+written as a JSON string.
 """
 
 import json
@@ -24,7 +25,7 @@ from dodgeburn.errors import UserError
 
 NEGATIVE = "Negative prompt:"
 OWN_CHUNK = "dodgeburn"
-# A pair: key of word characters, spaces, - and / (two at least), then a JSON string or anything up to a comma.
+# A pair: a key of two or more word characters, spaces, - and /, then a JSON string or all up to a comma.
 _PAIR = re.compile(r'\s*(?P<key>\w[\w /-]+):\s*(?P<value>"(?:[^"\\]|\\.)+"|[^,]*)(?:,|$)')
 _SIZE = re.compile(r"(\d+)x(\d+)")
 
@@ -35,7 +36,7 @@ class Infotext:
 
     prompt: str
     negative: str = ""
-    settings: dict[str, str] = field(default_factory=dict)  # in order: Steps, Sampler, CFG scale, Seed, Size, ...
+    settings: dict[str, str] = field(default_factory=dict)  # in order: Steps, Sampler, CFG scale, ...
 
     @property
     def size(self) -> tuple[int, int] | None:
@@ -54,7 +55,7 @@ class PngText:
     chunks: dict[str, str]  # all text chunks as they are
 
 
-# ------------------------------------------------------------------------------------------------------ infotext
+# --------------------------------------------------------------------------------------------------- infotext
 
 
 def quote(value: object) -> str:
@@ -82,9 +83,9 @@ def unquote(text: str) -> str:
 def write_infotext(info: Infotext) -> str:
     """The text of the `parameters` chunk. The negative line is there even if empty: ComfyUI wants to see one.
 
-    Empty values are left out, as A1111 does. Round trip: `read_infotext` gives back the same where the prompts' lines
-    have no spaces at their ends, no prompt line begins with "Negative prompt:", neither prompt begins or ends with an
-    empty line, and there are three settings or more.
+    Empty values are left out, as A1111 does. Round trip: `read_infotext` gives back the same where the
+    prompts' lines have no spaces at their ends, no prompt line begins with "Negative prompt:", neither
+    prompt begins or ends with an empty line, and there are three settings or more.
     """
     pairs = ", ".join(f"{key}: {quote(value)}" for key, value in info.settings.items() if value != "")
     return f"{info.prompt}\n{NEGATIVE} {info.negative}\n{pairs}"
@@ -108,7 +109,7 @@ def read_infotext(text: str) -> Infotext:
     return Infotext("\n".join(prompts[0]), "\n".join(prompts[1]), settings)
 
 
-# ------------------------------------------------------------------------------------------------------ ComfyUI
+# ---------------------------------------------------------------------------------------------------- ComfyUI
 
 
 def comfy_graph(
@@ -123,9 +124,11 @@ def comfy_graph(
     width: int,
     height: int,
 ) -> dict[str, Any]:
-    """ComfyUI API graph of a plain text-to-image generation: node id -> class_type and inputs; a link is [id, output].
+    """ComfyUI API graph of a plain text-to-image generation: node id -> class_type and inputs; a link is
+    [id, output].
 
-    `checkpoint` is a file name in ComfyUI's checkpoints folder, `sampler` and `scheduler` are ComfyUI's names.
+    `checkpoint` is a file name in ComfyUI's checkpoints folder, `sampler` and `scheduler` are ComfyUI's
+    names.
     """
 
     def node(kind: str, **inputs: Any) -> dict[str, Any]:
@@ -133,8 +136,8 @@ def comfy_graph(
 
     return {
         "3": node(
-            "KSampler", seed=seed, steps=steps, cfg=guidance, sampler_name=sampler, scheduler=scheduler, denoise=1.0,
-            model=["4", 0], positive=["6", 0], negative=["7", 0], latent_image=["5", 0],
+            "KSampler", seed=seed, steps=steps, cfg=guidance, sampler_name=sampler, scheduler=scheduler,
+            denoise=1.0, model=["4", 0], positive=["6", 0], negative=["7", 0], latent_image=["5", 0],
         ),
         "4": node("CheckpointLoaderSimple", ckpt_name=checkpoint),
         "5": node("EmptyLatentImage", width=width, height=height, batch_size=1),
@@ -180,7 +183,8 @@ def write_png(
 
 
 def read_png(path: str | Path) -> PngText:
-    """What a picture file says about its making. Raises UserError for a missing file or one that is no picture.
+    """What a picture file says about its making. Raises UserError for a missing file or one that is no
+    picture.
 
     A1111 keeps the same infotext in the EXIF user comment of JPEG and WebP files; that is read too.
     """

@@ -34,10 +34,10 @@ def contact_sheet(
 ) -> Image.Image:
     """A sheet of pictures, one list a row; None leaves a cell empty.
 
-    `cell` is the longer side in pixels that a picture is drawn at; None draws pictures smaller than 192 pixels at the
-    next whole multiple that reaches it (64 -> 192, 128 -> 256), others as they are. `resample` "nearest" shows the
-    model's own pixels, "bicubic" is kinder. Long labels are wrapped. Returns RGB. Raises UserError for no pictures, label
-    lists of the wrong length, or an unknown `resample`.
+    `cell` is the longer side in pixels that a picture is drawn at; None draws pictures smaller than 192
+    pixels at the next whole multiple that reaches it (64 -> 192, 128 -> 256), others as they are.
+    `resample` "nearest" shows the model's own pixels, "bicubic" is kinder. Long labels are wrapped. Returns
+    RGB. Raises UserError for no pictures, label lists of the wrong length, or an unknown `resample`.
     """
     pictures = [image for row in rows for image in row if image is not None]
     if not pictures:
@@ -67,8 +67,8 @@ def contact_sheet(
         draw.multiline_text((gap, gap), "\n".join(title_lines), fill=INK, font=heading)
     for c, lines in enumerate(top.wrapped):
         draw.multiline_text(
-            (x0 + c * (width + gap) + width / 2, y0 - gap), "\n".join(lines), fill=INK, font=font, anchor="md",
-            align="center",
+            (x0 + c * (width + gap) + width / 2, y0 - gap), "\n".join(lines), fill=INK, font=font,
+            anchor="md", align="center",
         )  # fmt: skip
     for r, row in enumerate(rows):
         y = y0 + r * (height + gap)

@@ -40,23 +40,15 @@ class Method:
 
 
 def weighted_sum(models: Sequence[torch.Tensor], alpha: float, out: torch.Tensor) -> None:
-    """(1 - alpha) A + alpha B, for alpha in 0..1.
+    """(1 - alpha) A + alpha B, for alpha in 0..1: torch.lerp, the form that other tools use too.
 
-    Written as A + alpha (B - A) below one half and B - (1 - alpha) (B - A) from there on: exact at both
-    ends, exactly A where A and B agree, and the same under exchange of A and B. Single operations rather
-    than torch.lerp, whose fused multiply-add differs between its vector loop and its tail: here bytes do
-    not depend on how a tensor is cut.
+    It computes A + alpha (B - A) below one half and B - (1 - alpha) (B - A) from there on: exact at both
+    ends, exactly A where A and B agree, the same under exchange of A and B up to rounding.
     """
     import torch
 
     a, b = models
-    torch.sub(b, a, out=out)
-    if alpha < 0.5:
-        out.mul_(alpha)
-        torch.add(a, out, out=out)
-    else:
-        out.mul_(1.0 - alpha)
-        torch.sub(b, out, out=out)
+    torch.lerp(a, b, alpha, out=out)
 
 
 METHODS: dict[str, Method] = {

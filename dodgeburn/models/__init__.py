@@ -1,1 +1,3 @@
-"""Models in memory: `model` (what a loaded model is), `loading`, `saving`, `latents` (VAE access), `tokenizers`."""
+"""Models in memory: `model` (what a loaded model is), `loading`, `saving`, `latents` (VAE access),
+`tokenizers`.
+"""

@@ -1,7 +1,8 @@
 """Between the VAE's latents and those the U-Net works on, and from there to pixels.
 
 The U-Net sees latents of about unit variance: (z - mean) / std * scaling_factor where the VAE's config has
-`latents_mean` and `latents_std` (per channel), else z * scaling_factor; diffusers' SDXL pipeline does the same.
+`latents_mean` and `latents_std` (per channel), else z * scaling_factor; diffusers' SDXL pipeline does the
+same.
 """
 
 from typing import Any

@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,15 @@ from diffusers import logging as diffusers_logging
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from dodgeburn.checkpoint.convert import fit_names, single_file_to_diffusers, unet_key_map
+from dodgeburn.checkpoint.header import read_header
 from dodgeburn.checkpoint.layout import detect_layout
+from dodgeburn.checkpoint.metadata import CONFIGS
 from dodgeburn.checkpoint.tensorfile import TensorFile
 from dodgeburn.errors import UserError
 from dodgeburn.models.model import Configs, Model, choose_device, choose_dtype
 from dodgeburn.models.tokenizers import find_tokenizers, load_tokenizer
 from dodgeburn.pocket.model import NAMES, weights_path
 
-CONFIG_KEY = "dodgeburn.configs"  # metadata key under which our single files carry their component configs
 _CONFIGS = Path(__file__).parent / "configs"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _CLASSES = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
@@ -33,10 +35,12 @@ def load_model(
     dtype: str | torch.dtype | None = None,
     tokenizer: str | Path | None = None,
 ) -> Model:
-    """Load a model for sampling (eval mode, no gradients), from a packaged name, a file, a folder or a hub id.
+    """Load a model for sampling (eval mode, no gradients), from a packaged name, a file, a folder or a hub
+    id.
 
-    `dtype` None is fp32 on the CPU and fp16 on cuda. `tokenizer`: a folder with a CLIP tokenizer, for single files of
-    real Stable Diffusion. Only a hub id (owner/name that is no local path) may use the network. Raises UserError.
+    `dtype` None is fp32 on the CPU and fp16 on cuda; "stored" leaves every component as its file has it.
+    `tokenizer`: a folder with a CLIP tokenizer, for single files of real Stable Diffusion. Only a hub id
+    (owner/name that is no local path) may use the network. Raises UserError.
     """
     chosen = choose_device(device)
     kind = choose_dtype(dtype, chosen)
@@ -44,7 +48,7 @@ def load_model(
     path = Path(name)
     if name in NAMES:
         return _load_file(weights_path(name), name, chosen, kind, tokenizer)
-    if path.is_dir():
+    if name and path.is_dir():
         return _load_folder(path, path.resolve().name, chosen, kind)
     if path.is_file():
         return _load_file(path, path.stem, chosen, kind, tokenizer)
@@ -66,11 +70,11 @@ def _unknown(name: str) -> str:
     )
 
 
-# ------------------------------------------------------------------------------------------------------ single file
+# ------------------------------------------------------------------------------------------------ single file
 
 
 def _load_file(
-    path: Path, name: str, device: torch.device, dtype: torch.dtype, tokenizer: str | Path | None
+    path: Path, name: str, device: torch.device, dtype: torch.dtype | None, tokenizer: str | Path | None
 ) -> Model:
     with TensorFile(path) as file:
         header = file.header
@@ -82,11 +86,13 @@ def _load_file(
     states = single_file_to_diffusers(tensors, {k: v for k, v in configs.items() if k != "scheduler"})
     del tensors
     modules = {part: _build(part, configs[part], states.pop(part), path) for part in list(states)}
-    return assemble(name, path, configs, modules, tokenizers, device, dtype)
+    model = assemble(name, path, configs, modules, tokenizers, device, dtype)
+    model.metadata = dict(header.metadata)
+    return model
 
 
-def _configs_in(metadata: dict[str, str], path: Path) -> Configs | None:
-    text = metadata.get(CONFIG_KEY)
+def _configs_in(metadata: Mapping[str, str], path: Path) -> Configs | None:
+    text = metadata.get(CONFIGS)
     if text is None:
         return None
     try:
@@ -95,13 +101,21 @@ def _configs_in(metadata: dict[str, str], path: Path) -> Configs | None:
     except (ValueError, TypeError):
         complete = False
     if not complete:
-        raise UserError(f"{path}: its metadata {CONFIG_KEY} is not a set of component configs; the file is damaged")
+        raise UserError(f"{path}: its metadata {CONFIGS} is not a set of component configs; the file is damaged")
     return configs
 
 
 def known_configs(layout_name: str) -> Configs:
     """Component configs of the real SD1.5 ("sd15") or SDXL base ("sdxl")."""
     return json.loads((_CONFIGS / f"{layout_name}.json").read_text())
+
+
+def is_stock(model: Model) -> bool:
+    """Whether the model has the widths of the real SD1.5 or SDXL, so that other programs load its single
+    file.
+    """
+    stock = known_configs(model.layout.name)["unet"]
+    return all(model.configs["unet"].get(key) == stock[key] for key in ("block_out_channels", "cross_attention_dim"))
 
 
 def _build(part: str, config: dict[str, Any], state: dict[str, torch.Tensor], path: Path) -> Any:
@@ -117,8 +131,8 @@ def _build(part: str, config: dict[str, Any], state: dict[str, torch.Tensor], pa
             raise UserError(f"{path}: the {part} lacks {key}")
         if tuple(state[key].shape) != tuple(value.shape):
             raise UserError(
-                f"{path}: {part} {key} is {list(state[key].shape)} but its config asks for {list(value.shape)}; "
-                "is it an inpainting model or another variant?"
+                f"{path}: {part} {key} is {list(state[key].shape)} but its config asks for "
+                f"{list(value.shape)}; is it an inpainting model or another variant?"
             )
     module.load_state_dict(state, strict=True, assign=True)
     return module
@@ -126,14 +140,15 @@ def _build(part: str, config: dict[str, Any], state: dict[str, torch.Tensor], pa
 
 def _empty(part: str, config: dict[str, Any]) -> Any:
     if part in _CLASSES:
-        return _CLASSES[part].from_config(config)
+        with _quiet():  # unknown keys of a foreign config are ignored
+            return _CLASSES[part].from_config(config)
     return _TEXT_CLASSES[part](CLIPTextConfig(**config))
 
 
-# --------------------------------------------------------------------------------------------------- diffusers folder
+# ------------------------------------------------------------------------------------------- diffusers folder
 
 
-def _load_folder(folder: Path, name: str, device: torch.device, dtype: torch.dtype) -> Model:
+def _load_folder(folder: Path, name: str, device: torch.device, dtype: torch.dtype | None) -> Model:
     index = folder / "model_index.json"
     if not index.is_file():
         raise UserError(f"{folder} is no diffusers model folder: it has no model_index.json")
@@ -143,7 +158,9 @@ def _load_folder(folder: Path, name: str, device: torch.device, dtype: torch.dty
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{index} cannot be read: expected JSON with _class_name") from None
     if kind not in ("StableDiffusionXLPipeline", "StableDiffusionPipeline"):
-        raise UserError(f"{folder} holds a {kind}: only StableDiffusionXLPipeline and StableDiffusionPipeline are known")
+        raise UserError(
+            f"{folder} holds a {kind}: only StableDiffusionXLPipeline and StableDiffusionPipeline are known"
+        )
     parts = ["unet", "vae", "text_encoder"] + (["text_encoder_2"] if kind == "StableDiffusionXLPipeline" else [])
     modules: dict[str, Any] = {}
     configs: Configs = {}
@@ -151,12 +168,14 @@ def _load_folder(folder: Path, name: str, device: torch.device, dtype: torch.dty
         if not (folder / part / "config.json").is_file():
             raise UserError(f"{folder} is incomplete: {part}/config.json is missing")
         configs[part] = _plain_config(json.loads((folder / part / "config.json").read_text()))
-        loader = _CLASSES.get(part) or _TEXT_CLASSES[part]
+        loader: Any = _CLASSES.get(part) or _TEXT_CLASSES[part]
+        kind_key = "torch_dtype" if part in _CLASSES else "dtype"
         with _quiet():
             try:
                 modules[part] = loader.from_pretrained(
-                    str(folder), subfolder=part, local_files_only=True, use_safetensors=True
-                )
+                    str(folder), subfolder=part, local_files_only=True, use_safetensors=True,
+                    **{kind_key: _stored_dtype(folder / part)},
+                )  # fmt: skip
             except (OSError, ValueError, RuntimeError) as error:
                 raise UserError(f"{folder / part} cannot be loaded: {str(error).splitlines()[0]}") from error
     scheduler = folder / "scheduler" / "scheduler_config.json"
@@ -164,7 +183,23 @@ def _load_folder(folder: Path, name: str, device: torch.device, dtype: torch.dty
         raise UserError(f"{folder} is incomplete: scheduler/scheduler_config.json is missing")
     configs["scheduler"] = _plain_config(json.loads(scheduler.read_text()))
     tokenizers = [load_tokenizer(folder / part.replace("text_encoder", "tokenizer")) for part in parts[2:]]
-    return assemble(name, folder, configs, modules, tokenizers, device, dtype)
+    model = assemble(name, folder, configs, modules, tokenizers, device, dtype)
+    model.metadata = {k: v for path in _weights(folder / "unet")[:1] for k, v in read_header(path).metadata.items()}
+    return model
+
+
+def _weights(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
+
+
+def _stored_dtype(folder: Path) -> torch.dtype:
+    """The type that most of a component's floating point weights have in its files."""
+    counts: Counter[str] = Counter()
+    for path in _weights(folder):
+        for info in read_header(path).tensors.values():
+            counts[info.dtype] += info.numel
+    stored = {"F16": torch.float16, "BF16": torch.bfloat16}
+    return stored.get(counts.most_common(1)[0][0], torch.float32) if counts else torch.float32
 
 
 def _plain_config(config: dict[str, Any]) -> dict[str, Any]:
@@ -201,7 +236,7 @@ def _download(repository: str) -> Path:
         raise UserError(f"cannot get {repository} from the Hub: {str(error).splitlines()[0]}") from error
 
 
-# ------------------------------------------------------------------------------------------------------------ putting together
+# ------------------------------------------------------------------------------------------- putting together
 
 
 def assemble(
@@ -211,18 +246,22 @@ def assemble(
     modules: dict[str, Any],
     tokenizers: list[Any],
     device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
 ) -> Model:
-    """A Model from modules that are in memory already (unet, vae, text_encoder[, text_encoder_2]); training uses it.
+    """A Model from modules that are in memory already (unet, vae, text_encoder[, text_encoder_2]); training
+    uses it.
 
-    Modules are moved to `device` and `dtype`, in eval mode and without gradients; a VAE whose config has force_upcast
-    stays in fp32 (SDXL's overflows in fp16).
+    Modules are moved to `device` and `dtype` (None: each stays in its own), in eval mode and without
+    gradients; a VAE whose config has force_upcast stays in fp32 (SDXL's overflows in fp16).
     """
     device = torch.device(device)
     upcast = bool(configs["vae"].get("force_upcast", True)) and dtype == torch.float16
-    for part, module in modules.items():
-        module.to(device=device, dtype=torch.float32 if part == "vae" and upcast else dtype)
-        module.eval().requires_grad_(False)
+    with _quiet():  # diffusers warns of every change of dtype, also where it has nothing to warn of
+        for part, module in modules.items():
+            module.to(device=device)
+            if dtype is not None:
+                module.to(dtype=torch.float32 if part == "vae" and upcast else dtype)
+            module.eval().requires_grad_(False)
     encoders = [modules[part] for part in ("text_encoder", "text_encoder_2") if part in modules]
     return Model(
         name=name,
@@ -235,7 +274,7 @@ def assemble(
         tokenizers=tokenizers,
         scheduler_config=dict(configs["scheduler"]),
         device=device,
-        dtype=dtype,
+        dtype=dtype or next(modules["unet"].parameters()).dtype,
     )
 
 

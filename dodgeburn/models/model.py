@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,21 +20,22 @@ Configs = dict[str, dict[str, Any]]
 class Model:
     """A text-to-image model in memory. SDXL, SD1.5 and pocket differ only in `configs`."""
 
-    name: str  # as shown in pictures' metadata: the packaged name, or the file's or folder's name without ending
+    name: str  # shown in pictures' metadata: the packaged name, or the file's or folder's without ending
     source: Path | None  # file or folder it came from
     layout: Layout
     configs: Configs  # unet, vae, text_encoder[, text_encoder_2], scheduler: as in a diffusers folder
     unet: Any  # UNet2DConditionModel
-    vae: Any  # AutoencoderKL; in fp32 where its config has force_upcast
+    vae: Any  # AutoencoderKL; in fp32 where its config has force_upcast and the rest is fp16
     text_encoders: list[Any]  # CLIPTextModel[, CLIPTextModelWithProjection]
     tokenizers: list[Any]  # CLIPTokenizer, one an encoder
     scheduler_config: dict[str, Any]
     device: torch.device
-    dtype: torch.dtype  # of U-Net and text encoders
+    dtype: torch.dtype  # of the U-Net, and of the text encoders unless loaded as stored
+    metadata: dict[str, str] = field(default_factory=dict)  # of its file: recipe, ModelSpec, ...
 
     @property
     def has_added_conditions(self) -> bool:
-        """Whether the U-Net takes pooled text and sizes (SDXL), and with them SDXL's choice of hidden states."""
+        """Whether the U-Net takes pooled text and sizes; such models (SDXL) also use other hidden states."""
         return self.unet.config.get("addition_embed_type") == "text_time"
 
     @property
@@ -49,8 +50,9 @@ class Model:
 
     @cached_property
     def sha256(self) -> str:
-        """Hex digest: of the single file, or over the weight files of a folder. Computed when first asked for (a 7 GB
-        file takes seconds); empty for a model that came from nowhere."""
+        """Hex digest: of the single file, or over the weight files of a folder. Computed when first asked
+        for (a 7 GB file takes seconds); empty for a model that came from nowhere.
+        """
         if self.source is None:
             return ""
         if self.source.is_file():
@@ -67,7 +69,7 @@ class Model:
 
 
 def choose_device(device: str | torch.device = "auto") -> torch.device:
-    """"auto" is cuda, else mps, else cpu. Raises UserError for one that is not there."""
+    """ "auto" is cuda, else mps, else cpu. Raises UserError for one that is not there."""
     if isinstance(device, torch.device):
         return device
     if device == "auto":
@@ -81,7 +83,8 @@ def choose_device(device: str | torch.device = "auto") -> torch.device:
     if chosen.type not in ("cpu", "cuda", "mps"):
         raise UserError(f"unknown device {device!r}: expected auto, cpu, cuda or mps")
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device {device} is not there: this machine has {torch.cuda.device_count()} CUDA devices")
+        count = torch.cuda.device_count()
+        raise UserError(f"device {device} is not there: this machine has {count} CUDA devices")
     if chosen.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("device mps is not there: this machine (or this torch) has none")
     return chosen
@@ -94,12 +97,15 @@ DTYPES: Mapping[str, torch.dtype] = {
 }
 
 
-def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    """None is fp16 on cuda and fp32 elsewhere; else "fp32", "fp16", "bf16" or a torch dtype. Raises UserError."""
+def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype | None:
+    """None is fp16 on cuda and fp32 elsewhere; else "fp32", "fp16", "bf16" or a torch dtype; "stored" gives
+    None, which leaves every component as its file has it. Raises UserError.
+    """
+    if dtype == "stored":
+        return None
     if dtype is None:
         return torch.float16 if device.type == "cuda" else torch.float32
     chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if chosen not in DTYPES.values():
         raise UserError(f"unknown dtype {dtype!r}: expected {', '.join(DTYPES)}")
-    assert chosen is not None
     return chosen

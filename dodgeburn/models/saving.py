@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from dodgeburn.checkpoint.convert import diffusers_to_single_file
+from dodgeburn.checkpoint.metadata import CONFIGS, SPEC_HASH
 from dodgeburn.checkpoint.tensorfile import save_tensors
 from dodgeburn.errors import UserError
-from dodgeburn.models.loading import CONFIG_KEY
 from dodgeburn.models.model import Model
 
 _PIPELINES = {"sdxl": "StableDiffusionXLPipeline", "sd15": "StableDiffusionPipeline"}
@@ -22,22 +22,27 @@ _WEIGHTS = {"unet": "diffusion_pytorch_model.safetensors", "vae": "diffusion_pyt
 
 
 def save_single_file(
-    model: Model, path: str | Path, metadata: Mapping[str, str] | None = None, dtype: torch.dtype | None = None
+    model: Model,
+    path: str | Path,
+    metadata: Mapping[str, str] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> None:
-    """Write one .safetensors file with ldm/sgm key names that A1111, ComfyUI and `load_model` read, atomically.
+    """Write one .safetensors file with ldm/sgm key names that A1111, ComfyUI and `load_model` read,
+    atomically.
 
-    Component configs go into the metadata key `dodgeburn.configs`, so that the file loads without a folder or network.
-    `dtype` None keeps each tensor's. Raises UserError for an unwritable place, or one that is the model's own file.
+    Component configs go into the metadata key `dodgeburn.configs`, so that the file loads without a folder
+    or network. `metadata` None keeps that of the file the model came from. `dtype` None keeps each
+    tensor's. Raises UserError for an unwritable place, or one that is the model's own file.
     """
     components = {part: _state(module, dtype) for part, module in model.components().items()}
     tensors = diffusers_to_single_file(components, {part: model.configs[part] for part in components})
     inputs = [model.source] if model.source is not None and model.source.is_file() else []
-    save_tensors(path, tensors, {**(metadata or {}), CONFIG_KEY: json.dumps(model.configs)}, inputs)
+    save_tensors(path, tensors, {**_metadata(model, metadata), CONFIGS: json.dumps(model.configs)}, inputs)
 
 
 def save_diffusers_folder(model: Model, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-    """Write a folder that `StableDiffusionXLPipeline.from_pretrained` (SD1.5: `StableDiffusionPipeline`) loads as it
-    is: components, tokenizers, scheduler, model_index.json. It appears complete or not at all.
+    """Write a folder that `StableDiffusionXLPipeline.from_pretrained` (SD1.5: `StableDiffusionPipeline`)
+    loads as it is: components, tokenizers, scheduler, model_index.json. It appears complete or not at all.
 
     Raises UserError if the folder exists already and is not empty, or cannot be written.
     """
@@ -58,13 +63,17 @@ def save_diffusers_folder(model: Model, folder: str | Path, dtype: torch.dtype |
 
 
 def _write_components(model: Model, folder: Path, dtype: torch.dtype | None) -> None:
-    index: dict[str, Any] = {"_class_name": _PIPELINES[model.layout.name], "_diffusers_version": _diffusers_version()}
+    index: dict[str, Any] = {
+        "_class_name": _PIPELINES[model.layout.name],
+        "_diffusers_version": _diffusers_version(),
+    }
     for part, module in model.components().items():
         (folder / part).mkdir()
         state = _state(module, dtype)
         if part in _WEIGHTS:
             module.save_config(folder / part)
-            save_tensors(folder / part / _WEIGHTS[part], state, {})
+            notes = _metadata(model, None) if part == "unet" else {}
+            save_tensors(folder / part / _WEIGHTS[part], state, notes)
             index[part] = ["diffusers", type(module).__name__]
         else:
             module.config.save_pretrained(folder / part)
@@ -78,7 +87,11 @@ def _write_components(model: Model, folder: Path, dtype: torch.dtype | None) -> 
         _save_tokenizer(tokenizer, folder / name)
         index[name] = ["transformers", "CLIPTokenizer"]
     (folder / "scheduler").mkdir()
-    scheduler = {**model.scheduler_config, "_class_name": _SCHEDULER, "_diffusers_version": _diffusers_version()}
+    scheduler = {
+        **model.scheduler_config,
+        "_class_name": _SCHEDULER,
+        "_diffusers_version": _diffusers_version(),
+    }
     _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     index["scheduler"] = ["diffusers", _SCHEDULER]
     if model.layout.name == "sdxl":
@@ -88,6 +101,13 @@ def _write_components(model: Model, folder: Path, dtype: torch.dtype | None) -> 
         index["requires_safety_checker"] = False
         index["feature_extractor"] = index["image_encoder"] = index["safety_checker"] = [None, None]
     _write_json(folder / "model_index.json", index)
+
+
+def _metadata(model: Model, given: Mapping[str, str] | None) -> dict[str, str]:
+    kept = model.metadata if given is None else given
+    # A hash of tensors under their old names and types would be wrong now; `format` is written by
+    # save_tensors.
+    return {key: value for key, value in kept.items() if key not in ("format", SPEC_HASH)}
 
 
 def _state(module: Any, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:

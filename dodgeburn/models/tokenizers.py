@@ -1,4 +1,6 @@
-"""Where a model's tokenizers come from. Real SD's are not shipped (one vocabulary of 49 408 tokens serves all)."""
+"""Where a model's tokenizers come from. Real SD's are not shipped (one vocabulary of 49 408 tokens serves
+all).
+"""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ _CACHED = (
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The CLIPTokenizer saved in `folder` (vocab.json and merges.txt, or tokenizer.json). Raises UserError."""
+    """The CLIPTokenizer saved in `folder` (vocab.json and merges.txt, or tokenizer.json), else UserError."""
     from transformers import CLIPTokenizer
 
     if not ((folder / "tokenizer.json").exists() or (folder / "vocab.json").exists()):
@@ -29,9 +31,9 @@ def load_tokenizer(folder: Path) -> Any:
 def find_tokenizers(configs: dict[str, dict[str, Any]], path: Path | None, folder: str | Path | None) -> list[Any]:
     """One tokenizer for each text encoder of `configs`, for a model that came as a single file.
 
-    Looked for in `folder` (a tokenizer folder, or a model folder that has `tokenizer/`), in the package (if the
-    vocabulary has the pocket's size), beside the file, in the local Hugging Face cache. Raises UserError that says what
-    to do.
+    Looked for in `folder` (a tokenizer folder, or a model folder that has `tokenizer/`), in the package (if
+    the vocabulary has the pocket's size), beside the file, in the local Hugging Face cache. Raises
+    UserError that says what to do.
     """
     first = _find_first(int(configs["text_encoder"]["vocab_size"]), path, folder)
     if len(first) > int(configs["text_encoder"]["vocab_size"]):
@@ -64,15 +66,16 @@ def _find_first(vocabulary: int, path: Path | None, folder: str | Path | None) -
         except (OSError, ValueError):
             continue
     raise UserError(
-        f"no CLIP tokenizer found for {path.name if path else 'the model'}: put the `tokenizer` folder of any Stable "
-        "Diffusion model (vocab.json, merges.txt) beside the file, or name one with --tokenizer"
+        f"no CLIP tokenizer found for {path.name if path else 'the model'}: put the `tokenizer` folder "
+        "of any Stable Diffusion model (vocab.json, merges.txt) beside the file, or name one with --tokenizer"
     )
 
 
 def _second(first: Any, config: dict[str, Any]) -> Any:
     """SDXL's second tokenizer: the same words, but padded with token 0 ("!") instead of the end token.
 
-    Only where the vocabulary is CLIP's own: a model whose text encoders were trained with one padding keeps it.
+    Only where the vocabulary is CLIP's own: a model whose text encoders were trained with one padding keeps
+    it.
     """
     if len(first) != 49408:
         return first

@@ -10,14 +10,18 @@ from dodgeburn.sampling.text_cache import TextCache
 
 
 def classifier_free(negative: Tensor, positive: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance, negative + scale * (positive - negative) (arXiv 2207.12598, eq. 6); same shapes."""
+    """Classifier-free guidance, negative + scale * (positive - negative) (arXiv 2207.12598, eq. 6); same
+    shapes.
+    """
     return negative + scale * (positive - negative)
 
 
 class Denoiser:
-    """`denoiser(x, sigma, timestep) -> denoised` for one batch of prompts, the same for SDXL and SD1.5 shapes.
+    """`denoiser(x, sigma, timestep) -> denoised` for one batch of prompts, the same for SDXL and SD1.5
+    shapes.
 
-    Positive and negative prompts go through the U-Net as one batch; without guidance (scale 1) only the positive do.
+    Positive and negative prompts go through the U-Net as one batch; without guidance (scale 1) only the
+    positive do.
     """
 
     def __init__(
@@ -30,8 +34,9 @@ class Denoiser:
         prediction_type: str,
         cache: TextCache | None = None,
     ) -> None:
-        """`positive`, `negative`: (token embeddings [n, tokens, width], pooled [n, width] or None); `size`: pixels
-        (height, width)."""
+        """`positive`, `negative`: (token embeddings [n, tokens, width], pooled [n, width] or None); `size`:
+        pixels (height, width).
+        """
         self.unet = model.unet
         self.dtype = model.dtype
         self.device = model.device
@@ -46,7 +51,10 @@ class Denoiser:
             pooled = torch.cat([p for _, p in parts if p is not None])
             # original size, top left corner of the crop, target size: (h, w, 0, 0, h, w), as SDXL was trained
             ids = torch.tensor([[*size, 0, 0, *size]], dtype=model.dtype).repeat(len(self.text), 1)
-            self.added = {"text_embeds": pooled.to(model.device, model.dtype), "time_ids": ids.to(model.device)}
+            self.added = {
+                "text_embeds": pooled.to(model.device, model.dtype),
+                "time_ids": ids.to(model.device),
+            }
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these pictures of the batch only (int64 [m])."""
@@ -59,7 +67,9 @@ class Denoiser:
             self.cache.keep(rows)
 
     def __call__(self, x: Tensor, sigma: float, timestep: float) -> Tensor:
-        """Guess of the clean latents from `x` [n, c, h, w] (fp32, variance exploding) at noise level `sigma`."""
+        """Guess of the clean latents from `x` [n, c, h, w] (fp32, variance exploding) at noise level
+        `sigma`.
+        """
         scaled = (x * (1 / math.sqrt(sigma * sigma + 1))).to(self.dtype)
         if self.passes == 2:
             scaled = torch.cat([scaled, scaled])
@@ -81,7 +91,8 @@ class Denoiser:
 def denoised_from(output: Tensor, x: Tensor, sigma: float, prediction_type: str) -> Tensor:
     """Clean latents from the model's `output` at `x` = x0 + sigma * noise; all [n, c, h, w].
 
-    epsilon: x - sigma * eps. v (arXiv 2202.00512, appendix D): x / (sigma^2 + 1) - v * sigma / sqrt(sigma^2 + 1).
+    epsilon: x - sigma * eps. v (arXiv 2202.00512, appendix D):
+    x / (sigma^2 + 1) - v * sigma / sqrt(sigma^2 + 1).
     """
     if prediction_type == "epsilon":
         return x - sigma * output

@@ -1,8 +1,8 @@
 """The denoising loop: prompts and seeds in, pictures out, one callback a step.
 
-Progress bars, previews and early stopping all hang on the callback. A picture depends on its prompt, seed and settings
-alone: noise is drawn per seed on the CPU, also the fresh noise of stochastic solvers, so batch size and batch mates
-change it by rounding at most (1/255), and not at all when the batches are the same.
+Progress bars, previews and early stopping all hang on the callback. A picture depends on its prompt, seed
+and settings alone: noise is drawn per seed on the CPU, also the fresh noise of stochastic solvers, so batch
+size and batch mates change it by rounding at most (1/255), and not at all when the batches are the same.
 """
 
 import math
@@ -42,7 +42,8 @@ class Generated:
 class Step:
     """What a callback sees after each model call of a batch of n pictures.
 
-    The tensors are inference tensors: `.clone()` them outside the callback before anything that needs gradients.
+    The tensors are inference tensors: `.clone()` them outside the callback before anything that needs
+    gradients.
     """
 
     i: int  # 0-based step
@@ -76,8 +77,8 @@ def generate(
 ) -> list[Generated]:
     """One picture for each (prompt, seed) pair, in that order; pictures that `callback` dropped are left out.
 
-    `encoded` (from `prompts.encode`, with the same text encoders) spares encoding; texts missing there are encoded.
-    Raises UserError for lists of unequal length, bad seeds, or a size that the model cannot make.
+    `encoded` (from `prompts.encode`, with the same text encoders) spares encoding; texts missing there are
+    encoded. Raises UserError for lists of unequal length, bad seeds, or a size that the model cannot make.
     """
     found = stream(model, prompts, seeds, settings, callback, batch_size, encoded)
     return sorted(found, key=lambda g: g.index)
@@ -135,8 +136,9 @@ def _latent_shape(model: Model, settings: GenerateSettings) -> tuple[int, int, i
 def _batches(
     prompts: Sequence[str], texts: Mapping[str, EncodedPrompt], at_least: int, size: int
 ) -> list[tuple[list[int], int]]:
-    """(indices, chunks) of each batch. Pictures whose prompts need the same number of text chunks go together: padding
-    a short prompt to a long batch mate's length would change its picture."""
+    """(indices, chunks) of each batch. Pictures whose prompts need the same number of text chunks go
+    together: padding a short prompt to a long batch mate's length would change its picture.
+    """
     by_chunks: dict[int, list[int]] = {}
     for i, prompt in enumerate(prompts):
         by_chunks.setdefault(max(texts[prompt].chunks, at_least), []).append(i)
@@ -200,7 +202,7 @@ class _Batch:
         broken = int((~torch.isfinite(x)).flatten(1).any(1).sum())
         if broken:
             warnings.warn(
-                f"{broken} of {len(x)} pictures came out as NaN or infinite latents: try --dtype fp32 or less guidance",
+                f"{broken} of {len(x)} pictures came out as NaN or infinite latents: try dtype fp32 or less guidance",
                 DodgeburnWarning,
                 stacklevel=4,
             )

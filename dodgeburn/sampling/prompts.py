@@ -1,7 +1,8 @@
 """Prompts to embeddings: chunks of 75 tokens, both SDXL encoders or SD1.5's one.
 
-A prompt of more than 75 tokens is encoded in chunks of 75, each with its own begin and end token, whose embeddings are
-put one after the other: the way A1111 and ComfyUI do it, so that nothing of the prompt is cut.
+A prompt of more than 75 tokens is encoded in chunks of 75, each with its own begin and end token, whose
+embeddings are put one after the other: the way A1111 and ComfyUI do it, so that nothing of the prompt is
+cut.
 """
 
 from collections.abc import Iterable, Sequence
@@ -32,7 +33,8 @@ class EncodedPrompt:
 
 
 def split_tokens(ids: Sequence[int], length: int, comma: int | None) -> list[list[int]]:
-    """Cut token ids into chunks of at most `length`, at least one chunk (an empty prompt has one empty chunk).
+    """Cut token ids into chunks of at most `length`, at least one chunk (an empty prompt has one empty
+    chunk).
 
     Where a chunk is full and a comma is among its last 20 tokens, it ends after that comma.
     """
@@ -65,8 +67,8 @@ def token_chunks(tokenizer: Any, text: str) -> list[list[int]]:
 def encode(model: Model, texts: Iterable[str]) -> dict[str, EncodedPrompt]:
     """Encode each distinct text once; give the result to `generate(..., encoded=...)` as often as wanted.
 
-    SDXL shape: the last but one hidden state of both encoders side by side, and the second one's pooled projection.
-    SD1.5 shape: the only encoder's last hidden state after its final norm.
+    SDXL shape: the last but one hidden state of both encoders side by side, and the second one's pooled
+    projection. SD1.5 shape: the only encoder's last hidden state after its final norm.
     """
     distinct = list(dict.fromkeys(texts))
     if not distinct:

@@ -1,8 +1,9 @@
 """Noise levels and time steps: which sigmas a sampler visits.
 
-The uniform spacings (trailing, leading, linspace) are taken from diffusers' own scheduler of each sampler, whose details
-differ between them, so that pictures agree with diffusers. Karras and exponential are computed here, because diffusers
-rounds their time steps to whole numbers (by up to a third in ln sigma on the last steps); here they stay fractional.
+The uniform spacings (trailing, leading, linspace) are taken from diffusers' own scheduler of each sampler,
+whose details differ between them, so that pictures agree with diffusers. Karras and exponential are
+computed here, because diffusers rounds their time steps to whole numbers (by up to a third in ln sigma on
+the last steps); here they stay fractional.
 """
 
 import inspect
@@ -30,9 +31,11 @@ SCHEDULERS: dict[str, type] = {
 }
 
 # Keys of a saved scheduler config that choose the schedule itself; ours come from the settings instead.
-_CHOICES = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "final_sigmas_type",
-            "sigma_min", "sigma_max", "algorithm_type", "solver_order", "solver_type", "euler_at_final",
-            "lower_order_final")  # fmt: skip
+_CHOICES = (
+    "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "final_sigmas_type",
+    "sigma_min", "sigma_max", "algorithm_type", "solver_order", "solver_type", "euler_at_final",
+    "lower_order_final",
+)  # fmt: skip
 
 KARRAS_RHO = 7.0  # arXiv 2206.00364, eq. 5
 
@@ -41,9 +44,9 @@ KARRAS_RHO = 7.0  # arXiv 2206.00364, eq. 5
 class Schedule:
     """`steps` time steps and `steps + 1` noise levels, falling.
 
-    `sigmas` are in variance-exploding form (0.03 to 15 for Stable Diffusion), the last usually 0. `timesteps` are what
-    the U-Net is told, in 0..999, fractional for Karras and exponential. Initial latents are `initial_scale` times unit
-    noise.
+    `sigmas` are in variance-exploding form (0.03 to 15 for Stable Diffusion), the last usually 0.
+    `timesteps` are what the U-Net is told, in 0..999, fractional for Karras and exponential. Initial
+    latents are `initial_scale` times unit noise.
     """
 
     timesteps: tuple[float, ...]
@@ -67,7 +70,9 @@ def scheduler_for(sampler: str, config: dict[str, Any], spacing: str = "trailing
 
 
 def schedule(sampler: str, spacing: str, steps: int, config: dict[str, Any]) -> Schedule:
-    """Noise levels of `steps` steps. Raises UserError when the model's schedule cannot give that many steps."""
+    """Noise levels of `steps` steps. Raises UserError when the model's schedule cannot give that many
+    steps.
+    """
     uniform = spacing if spacing in ("trailing", "leading", "linspace") else "trailing"
     scheduler = scheduler_for(sampler, config, uniform)
     n_train = int(scheduler.config.num_train_timesteps)
@@ -121,7 +126,9 @@ def exponential(sigma_min: float, sigma_max: float, steps: int) -> np.ndarray:
 
 
 def sigma_to_timestep(sigmas: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """The (fractional) training time step of each sigma, interpolated in log sigma; `table` rises with the step."""
+    """The (fractional) training time step of each sigma, interpolated in log sigma; `table` rises with the
+    step.
+    """
     return np.interp(np.log(sigmas), np.log(table), np.arange(len(table)))
 
 

@@ -1,4 +1,6 @@
-"""What a generation can be asked for, as one schema for command line, Python and picture metadata (no torch here)."""
+"""What a generation can be asked for, as one schema for command line, Python and picture metadata (no torch
+here).
+"""
 
 import difflib
 from collections.abc import Iterable
@@ -16,8 +18,9 @@ SAMPLERS: dict[str, tuple[str, str]] = {
     "dpmpp_2m_sde": ("DPM++ 2M SDE", "dpmpp_2m_sde"),
 }
 
-# Our name (diffusers' where there is one) -> (A1111 "Schedule type", ComfyUI scheduler). The three uniform ones go by
-# what the schedules do: trailing takes the same time steps as "Simple", linspace as "Uniform"/"normal", leading as DDIM.
+# Our name (diffusers' where there is one) -> (A1111 "Schedule type", ComfyUI scheduler). The three uniform
+# ones go by what the schedules do: trailing takes the same time steps as "Simple", linspace as
+# "Uniform"/"normal", leading as DDIM.
 SPACINGS: dict[str, tuple[str, str]] = {
     "trailing": ("Simple", "simple"),
     "leading": ("DDIM", "ddim_uniform"),
@@ -26,8 +29,8 @@ SPACINGS: dict[str, tuple[str, str]] = {
     "exponential": ("Exponential", "exponential"),
 }
 
-# Other spellings in use, so that what users type elsewhere works here. "uniform" without more is trailing: it starts at
-# the last time step, where training noise is strongest (arXiv 2305.08891, table 2).
+# Other spellings in use, so that what users type elsewhere works here. "uniform" without more is trailing:
+# it starts at the last time step, where training noise is strongest (arXiv 2305.08891, table 2).
 ALIASES: dict[str, str] = {
     "uniform": "trailing",
     "simple": "trailing",

@@ -1,11 +1,11 @@
 """One denoising step, solver by solver, all with one signature.
 
-Everything is in the variance-exploding form of Karras et al. (arXiv 2206.00364): x = x0 + sigma * noise, and the model
-enters only through `denoised`, its guess of x0. In this form DDIM (eta 0) *is* Euler's method; the two differ in their
-schedules (where the last step ends).
+Everything is in the variance-exploding form of Karras et al. (arXiv 2206.00364): x = x0 + sigma * noise,
+and the model enters only through `denoised`, its guess of x0. In this form DDIM (eta 0) *is* Euler's
+method; the two differ in their schedules (where the last step ends).
 
-To add a solver: write a function of this signature, put it in `SOLVERS`, name it in `settings.SAMPLERS`, and give its
-diffusers scheduler in `schedules.SCHEDULERS`.
+To add a solver: write a function of this signature, put it in `SOLVERS`, name it in `settings.SAMPLERS`,
+and give its diffusers scheduler in `schedules.SCHEDULERS`.
 """
 
 import math
@@ -31,18 +31,20 @@ class History:
 
 
 Solver = Callable[[Tensor, Tensor, float, float, History], Tensor]
-"""(x [n,c,h,w], denoised [n,c,h,w], sigma, sigma_next, history) -> x at sigma_next. sigma > sigma_next >= 0."""
+"""(x [n, c, h, w], denoised alike, sigma, sigma_next, history) -> x at sigma_next; sigma > sigma_next >= 0."""
 
 
 def euler(x: Tensor, denoised: Tensor, sigma: float, sigma_next: float, history: History) -> Tensor:
-    """Euler's method on the probability-flow ODE (arXiv 2206.00364, algorithm 2 without churn); DDIM with eta 0
-    (arXiv 2010.02502, eq. 12) is the same map."""
+    """Euler's method on the probability-flow ODE (arXiv 2206.00364, algorithm 2 without churn); DDIM with
+    eta 0 (arXiv 2010.02502, eq. 12) is the same map.
+    """
     return torch.lerp(denoised, x, sigma_next / sigma)
 
 
 def euler_ancestral(x: Tensor, denoised: Tensor, sigma: float, sigma_next: float, history: History) -> Tensor:
-    """Euler to a lower level `sigma_down`, then fresh noise back up to `sigma_next` (DDPM's posterior variance,
-    arXiv 2006.11239 eq. 7, in sigma form)."""
+    """Euler to a lower level `sigma_down`, then fresh noise back up to `sigma_next` (DDPM's posterior
+    variance, arXiv 2006.11239 eq. 7, in sigma form).
+    """
     if sigma_next == 0:
         return denoised
     sigma_up = sigma_next * math.sqrt(max(0.0, 1 - (sigma_next / sigma) ** 2))
@@ -67,7 +69,9 @@ def dpmpp_2m(x: Tensor, denoised: Tensor, sigma: float, sigma_next: float, histo
 
 
 def dpmpp_2m_sde(x: Tensor, denoised: Tensor, sigma: float, sigma_next: float, history: History) -> Tensor:
-    """SDE-DPM-Solver++(2M), arXiv 2211.01095 appendix (midpoint): as `dpmpp_2m` with eta 1, fresh noise each step."""
+    """SDE-DPM-Solver++(2M), arXiv 2211.01095 appendix (midpoint): as `dpmpp_2m` with eta 1, fresh noise
+    each step.
+    """
     previous, sigma_previous = history.denoised, history.sigma
     history.denoised, history.sigma = denoised, sigma
     if sigma_next == 0:

@@ -1,7 +1,8 @@
 """Work on the text done once a generation instead of once a step.
 
-The text does not change while a picture is denoised, so neither do the keys and values that cross-attention makes of
-it, nor SDXL's added embedding (pooled text and sizes). Both are computed at the first step and kept.
+The text does not change while a picture is denoised, so neither do the keys and values that cross-attention
+makes of it, nor SDXL's added embedding (pooled text and sizes). Both are computed at the first step and
+kept.
 """
 
 from collections.abc import Iterator
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 
 
 class CachedTextAttention:
-    """Attention processor for one cross-attention layer: scaled dot product attention with kept keys and values."""
+    """Attention processor for one cross-attention layer: scaled dot product attention with kept keys and
+    values.
+    """
 
     def __init__(self) -> None:
         self.key: Tensor | None = None  # [batch, heads, tokens, head_dim]
@@ -28,7 +31,9 @@ class CachedTextAttention:
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
     ) -> Tensor:
-        """`hidden_states` [batch, pixels, width] -> the same shape; `encoder_hidden_states` is read only once."""
+        """`hidden_states` [batch, pixels, width] -> the same shape; `encoder_hidden_states` is read only
+        once.
+        """
         batch, pixels, _ = hidden_states.shape
         if self.key is None or self.value is None:
             self.key = self._heads(attn, attn.to_k(encoder_hidden_states))
@@ -61,7 +66,9 @@ class TextCache:
 
 
 def _plain(attn: Attention) -> bool:
-    """Whether the layer is what `CachedTextAttention` computes; others (a user's own processor) keep their own."""
+    """Whether the layer is what `CachedTextAttention` computes; others (a user's own processor) keep their
+    own.
+    """
     return (
         attn.is_cross_attention
         and type(attn.processor) in (AttnProcessor, AttnProcessor2_0)
@@ -76,7 +83,8 @@ def _plain(attn: Attention) -> bool:
 
 @contextmanager
 def text_cache(unet: nn.Module) -> Iterator[TextCache]:
-    """Within the context `unet` computes what depends on the text alone only at its first call; then all is as before.
+    """Within the context `unet` computes what depends on the text alone only at its first call; then all is
+    as before.
 
     Text, guidance and weights must not change meanwhile, and one model serves one thread at a time.
     """

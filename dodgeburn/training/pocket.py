@@ -45,17 +45,18 @@ class PocketTraining:
     pictures: int = 60_000  # the U-Net sees these, with fresh captions and noise each time
     vae_pictures: int = 40_000
     vae_batch: int = 24
+    text_first: bool = False  # train the text encoders contrastively before the U-Net; else only with it
     text_batch: int = 192
     unet_batch: int = 64
     vae: LoopSettings = field(
         default_factory=lambda: LoopSettings(
-            steps=3400, lr=3e-3, warmup=100, constant=0.4, final=0.01, ema=0.995
+            steps=2800, lr=3e-3, warmup=100, constant=0.4857, final=0.01, ema=0.995
         )
     )
     text: LoopSettings = field(
         default_factory=lambda: LoopSettings(steps=500, lr=1.5e-3, warmup=50, ema=0.99, checkpoint_every=250)
     )
-    unet: LoopSettings = field(default_factory=lambda: LoopSettings(steps=4400, lr=1.5e-3, ema=0.998))
+    unet: LoopSettings = field(default_factory=lambda: LoopSettings(steps=3200, lr=1.5e-3, constant=0.45, ema=0.998))
     finetune: LoopSettings = field(
         default_factory=lambda: LoopSettings(steps=450, lr=5e-4, warmup=40, constant=0.4, ema=0.99)
     )
@@ -139,8 +140,8 @@ class PocketRun:
         return self._latents
 
     def text(self) -> None:
-        """Stage 2: both text encoders, contrastively."""
-        if self._load_stage("text", ("text_encoder", "text_encoder_2")):
+        """Stage 2: both text encoders, contrastively; skipped unless `text_first`."""
+        if not self.config.text_first or self._load_stage("text", ("text_encoder", "text_encoder_2")):
             return
         attributes, latents = self.latents()
         m, c = self.modules, self.config

@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from dodgeburn.images import sheet
 from dodgeburn.measure.fidelity import graded_spearman, marginal_tv, named_accuracy, planted_shares
 from dodgeburn.models.model import Model
+from dodgeburn.pocket.attributes import CATEGORICAL, CONTINUOUS
 from dodgeburn.pocket.captions import parse
 from dodgeburn.pocket.pictures import attributes_of, draw_pictures
 from dodgeburn.pocket.reader import READERS, Reader, Readings
@@ -141,8 +143,6 @@ def evaluate_readers(
 def agreement(a: Readings, b: Readings) -> dict[str, Any]:
     """How often two readers name the same categorical value in pictures that both can read, over all attributes;
     and the root mean square difference of their continuous readings."""
-    from dodgeburn.pocket.attributes import CATEGORICAL, CONTINUOUS
-
     both = ~a.unreadable & ~b.unreadable
     same = {k: float(np.mean(a.values[k][both] == b.values[k][both])) for k in CATEGORICAL}
     apart = {k: float(np.sqrt(np.mean((a.values[k][both] - b.values[k][both]) ** 2))) for k in CONTINUOUS}
@@ -153,10 +153,8 @@ def agreement(a: Readings, b: Readings) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def contact_sheet(pictures: np.ndarray, columns: int = 8, scale: int = 2) -> Image.Image:
-    """The first columns x columns pictures in one image."""
-    from dodgeburn.images import sheet
-
-    return sheet.grid([Image.fromarray(p) for p in pictures[: columns * columns]], columns, scale)
-
-
+def sheet_of(pictures: np.ndarray, columns: int = 8) -> Image.Image:
+    """The first columns x columns pictures in one image, at 128 pixels each."""
+    shown = [Image.fromarray(p) for p in pictures[: columns * columns]]
+    rows = [shown[i : i + columns] for i in range(0, len(shown), columns)]
+    return sheet.contact_sheet(rows, cell=128, gap=2)

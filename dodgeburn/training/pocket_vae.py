@@ -55,7 +55,7 @@ def train_vae(
 
 
 @torch.no_grad()
-def encode(vae: Any, pictures: np.ndarray, device: str, batch: int = 250) -> Tensor:
+def encode(vae: Any, pictures: np.ndarray, device: str, batch: int = 32) -> Tensor:
     """Latent means as the U-Net sees them (times the scaling factor): float32 [n, 4, 16, 16]."""
     factor = vae.config.scaling_factor
     out = [
@@ -66,7 +66,7 @@ def encode(vae: Any, pictures: np.ndarray, device: str, batch: int = 250) -> Ten
 
 
 @torch.no_grad()
-def decode(vae: Any, latents: Tensor, device: str, batch: int = 250) -> np.ndarray:
+def decode(vae: Any, latents: Tensor, device: str, batch: int = 32) -> np.ndarray:
     """Pictures uint8 [n, h, w, 3] of scaled latents [n, 4, 16, 16]."""
     factor = vae.config.scaling_factor
     parts = [vae.decode(z.to(device) / factor).sample for z in latents.split(batch)]

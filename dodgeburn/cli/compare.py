@@ -1,0 +1,147 @@
+"""dodgeburn compare: every preset and base of two models, seen and measured side by side."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from dodgeburn.errors import DodgeburnWarning, UserError
+
+if TYPE_CHECKING:
+    from dodgeburn.merge.compare import Comparison
+
+HELP = "try every preset and base of two models, and rank the merges without writing one"
+EXAMPLE = "dodgeburn compare pocket-style pocket-bold --presets all --bases 0.4,0.5,0.6 --seeds 0,1,2,3 -o compared"
+TOP = 10  # rows that the terminal shows
+
+
+@dataclass
+class Compare:
+    """Compare the merges of models A and B: all presets at all bases, with the same prompts and seeds.
+
+    Every variant is merged into the loaded model, so no file is written. The folder gets report.html (one file, for any
+    browser), contact sheets, table.csv and results.json. Interrupted, the same command goes on where it was.
+    All shares are B's: 0 = all A, 1 = all B.
+    """
+
+    a: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="A")]
+    """Model A: a packaged one (pocket-style), a .safetensors file, a diffusers folder or a hub id."""
+    b: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="B")]
+    """Model B, of the same architecture and size."""
+    out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], metavar="DIR")] = None
+    """The folder to write to: a new or empty one, or that of an interrupted run."""
+    presets: Annotated[str, tyro.conf.arg(metavar="NAMES")] = "all"
+    """Presets separated by commas, or all 16."""
+    bases: Annotated[str, tyro.conf.arg(metavar="NUMBERS")] = "0.4,0.5,0.6"
+    """B's shares of what is outside the U-Net's blocks, separated by commas, 0 to 1."""
+    prompts: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """A text file with one prompt a line (lines beginning with # are left out); none: eight of the pocket world."""
+    seeds: Annotated[str, tyro.conf.arg(metavar="NUMBERS")] = "0,1,2,3"
+    """Seeds separated by commas; every prompt is drawn with each."""
+    keep: Annotated[str, tyro.conf.arg(metavar="PARTS")] = "text,vae"
+    """Parts taken from A whatever the shares say: text, vae, text,vae or none."""
+    xl_presets: Literal["curve", "cut"] = "curve"
+    """How the presets, made for SD1.5's 25 blocks, become SDXL's 19: formulas on 19 points, or supermerger's cut."""
+    steps: int = 20
+    """Denoising steps."""
+    guidance: float = 4.0
+    """Classifier-free guidance scale."""
+    sampler: str = "dpmpp_2m"
+    """ddim, euler, euler_a, dpmpp_2m or dpmpp_2m_sde."""
+    spacing: str = "trailing"
+    """trailing, leading, linspace, karras or exponential."""
+    negative: str = ""
+    """Negative prompt, the same for all."""
+    width: Annotated[int | None, tyro.conf.arg(metavar="PIXELS")] = None
+    """Picture width; none: the model's own."""
+    height: Annotated[int | None, tyro.conf.arg(metavar="PIXELS")] = None
+    """Picture height; none: the model's own."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+    dtype: Annotated[str | None, tyro.conf.arg(metavar="TYPE")] = None
+    """fp32, fp16 or bf16; none: what suits the device."""
+    tokenizer: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """A CLIP tokenizer's folder, for single files of real Stable Diffusion."""
+    json: bool = False
+    """Print one JSON object as the last line."""
+
+
+def numbers(text: str, option: str, kind: type[int] | type[float]) -> list[int] | list[float]:
+    """Numbers separated by commas. Raises UserError that names the option and what is wrong."""
+    out = []
+    for item in (part.strip() for part in text.split(",") if part.strip()):
+        try:
+            out.append(kind(item))
+        except ValueError:
+            what = "whole numbers" if kind is int else "numbers"
+            raise UserError(f"--{option} {text}: {item!r} is no number, expected {what} separated by commas") from None
+    return out  # type: ignore[return-value]
+
+
+def main(args: list[str]) -> int:
+    """Run `dodgeburn compare`; raises UserError for bad input."""
+    chosen = tyro.cli(
+        Compare, args=args, prog="dodgeburn compare",
+        description=f"{inspect.cleandoc(Compare.__doc__ or '')}\n\nexample: {EXAMPLE}",
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )  # fmt: skip
+    if chosen.out is None:
+        raise UserError("no output folder: say where to write with -o DIR")
+    bases = numbers(chosen.bases, "bases", float)
+    seeds = numbers(chosen.seeds, "seeds", int)
+    from dodgeburn.merge.compare import CompareSettings, compare, read_prompts
+    from dodgeburn.sampling.settings import GenerateSettings
+
+    settings = CompareSettings(
+        presets=tuple(name for name in chosen.presets.split(",") if name.strip()),
+        bases=tuple(bases),
+        prompts=read_prompts(chosen.prompts),
+        seeds=tuple(int(seed) for seed in seeds),
+        keep=() if chosen.keep.strip().lower() == "none" else (chosen.keep,),
+        xl_presets=chosen.xl_presets,
+        generate=GenerateSettings(
+            steps=chosen.steps, guidance=chosen.guidance, sampler=chosen.sampler, spacing=chosen.spacing,
+            width=chosen.width, height=chosen.height, negative=chosen.negative,
+        ),
+    )  # fmt: skip
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", DodgeburnWarning)
+        result = compare(
+            chosen.a, chosen.b, settings, chosen.out, chosen.device, chosen.dtype, tokenizer=chosen.tokenizer
+        )
+    for warning in caught:
+        print(f"warning: {warning.message}", file=sys.stderr)
+    print(table(result))
+    print(f"report: {result.files['report']}")
+    if chosen.json:
+        from dodgeburn.merge.compare_report import as_json
+
+        print(json.dumps(as_json(result)))
+    return 0
+
+
+def table(result: Comparison, top: int = TOP) -> str:
+    """The first rows and both parents, as text."""
+    lines = [f"{'rank':>4}  {'preset':<25}{'base':>5}  {'fidelity':<22}{'like A':>7}{'like B':>8}  Pareto"]
+    read = result.rows[0].measured.resemblance_a is not None
+    prefix = "resemblance" if read else "pixel_resemblance"
+    for row in [*result.parents, *result.rows[:top]]:
+        found = row.interval("fidelity")
+        ends = f" [{found.low:.3f}, {found.high:.3f}]" if found and found.ends else ""
+        fidelity = f"{found.mean:.3f}{ends}" if found else "-"
+        like = [f"{row.mean(f'{prefix}_{side}') or 0.0:.3f}" for side in "ab"]
+        first = f"{row.rank:>4}  {row.preset:<25}{row.base:>5g}" if row.rank else f"{'':>4}  {row.name:<25}{'':>5}"
+        lines.append(f"{first}  {fidelity:<22}{like[0]:>7}{like[1]:>8}  {'yes' if row.pareto else ''}".rstrip())
+    if len(result.rows) > top:
+        lines.append(f"      and {len(result.rows) - top} more")
+    lines += [f"note: {note}" for note in result.notes]
+    made = f", {result.resumed} picture files were there already" if result.resumed else ""
+    lines.append(f"{len(result.rows)} variants in {result.seconds:.0f} s{made}")
+    return "\n".join(lines)

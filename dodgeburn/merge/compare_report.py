@@ -1,0 +1,450 @@
+"""What a comparison leaves behind: results.json, table.csv, contact sheets, and report.html with everything
+in it.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from dodgeburn.checkpoint.tensorfile import write_atomic
+from dodgeburn.images.png import png_bytes
+from dodgeburn.images.sheet import contact_sheet
+from dodgeburn.measure.fidelity import TOLERANCE
+from dodgeburn.measure.intervals import RESAMPLES
+from dodgeburn.measure.machine import machine
+from dodgeburn.measure.report import Column, Report, Theme
+from dodgeburn.merge.compare import PARENTS, Comparison
+from dodgeburn.merge.ranking import FIGURES
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLUMNS_A_SHEET = (
+    8  # variants beside A and B: ten pictures of 64 pixels, each drawn twice as large, fill a screen
+)
+CELL = 144  # pixels a picture has in the PNG sheets, at least
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+
+
+def write_outputs(result: Comparison) -> None:
+    """Write all of a comparison's files into its folder; fills in `result.files`."""
+    variants = [row.as_dict() for row in result.rows]
+    parents = [row.as_dict() for row in result.parents]
+    folder = result.folder
+    result.files["table"] = str(folder / "table.csv")
+    write_atomic(folder / "table.csv", _csv(parents + variants).encode())
+    sheets = _write_sheets(result)
+    result.files["sheets"] = str(folder / "sheets")
+    report = Report(_title(result), summary(result, variants, parents))
+    add_sections(report, result, variants, parents)
+    result.files["report"] = str(report.save(folder / "report.html"))
+    result.files["results"] = str(folder / "results.json")
+    found = {**as_json(result, variants, parents), "sheets": sheets, **_details(result)}
+    write_atomic(folder / "results.json", (json.dumps(found, indent=1) + "\n").encode())
+
+
+def as_json(
+    result: Comparison, variants: Sequence[Mapping[str, Any]] | None = None,
+    parents: Sequence[Mapping[str, Any]] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """What `dodgeburn compare --json` prints."""
+    return {
+        "variants": len(result.rows),
+        "seconds": round(result.seconds, 2),
+        "rows": list(variants if variants is not None else [row.as_dict() for row in result.rows]),
+        "parents": list(parents if parents is not None else [row.as_dict() for row in result.parents]),
+        "held_out": result.held_out,
+        "resumed": result.resumed,
+        "read_by": result.read_by,
+        "notes": result.notes,
+        "files": result.files,
+    }
+
+
+def _details(result: Comparison) -> dict[str, Any]:
+    def by_prompt(values: np.ndarray | None) -> list[float | None] | None:
+        return (
+            None
+            if values is None
+            else [None if np.isnan(v).all() else round(float(np.nanmean(v)), 5) for v in values]
+        )
+
+    return {
+        "a": result.a,
+        "b": result.b,
+        "layout": result.layout,
+        "settings": result.settings.model_dump(mode="json"),
+        "asked": result.asked,
+        "machine": machine(result.device),
+        "fidelity_by_prompt": {
+            row.name: by_prompt(row.measured.fidelity) for row in [*result.parents, *result.rows]
+        },
+        "shares": {row.name: row.shares for row in result.rows},
+    }
+
+
+def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    columns = [key for key in rows[0] if not key.endswith("_ci")]
+    head = []
+    for key in columns:
+        head += [key, f"{key}_low", f"{key}_high"] if f"{key}_ci" in rows[0] else [key]
+    writer.writerow(head)
+    for row in rows:
+        line: list[Any] = []
+        for key in columns:
+            line.append(row[key])
+            if f"{key}_ci" in row:
+                line += row[f"{key}_ci"] or ["", ""]
+        writer.writerow(line)
+    return out.getvalue()
+
+
+# ----------------------------------------------------------------------------------------------------- sheets
+
+
+def sheet_groups(result: Comparison) -> list[tuple[str, list[str]]]:
+    """(title, names of its variants) of every contact sheet: base by base, a few presets on each, as in the
+    settings.
+    """
+    presets = result.settings.presets
+    groups = []
+    for base in result.settings.bases:
+        for start in range(0, len(presets), COLUMNS_A_SHEET):
+            part = presets[start : start + COLUMNS_A_SHEET]
+            title = (
+                f"base {base:g}: {part[0]} to {part[-1]}" if len(part) > 1 else f"base {base:g}: {part[0]}"
+            )
+            groups.append((title, [f"{preset}-{base:g}" for preset in part]))
+    return groups
+
+
+def _first_seed(result: Comparison, name: str) -> np.ndarray:
+    same = next((row.same_as for row in result.rows if row.name == name), None)
+    return result.pictures(same or name)[:, 0]
+
+
+def _write_sheets(result: Comparison) -> list[str]:
+    (result.folder / "sheets").mkdir(exist_ok=True)
+    written = []
+    parents = {name: _first_seed(result, name) for name in PARENTS}
+    for number, (title, names) in enumerate(sheet_groups(result), 1):
+        columns = [parents["A"], *(_first_seed(result, name) for name in names), parents["B"]]
+        rows: list[list[Image.Image | None]] = [
+            [Image.fromarray(column[r]) for column in columns] for r in range(len(result.settings.prompts))
+        ]
+        labels = [
+            "A: " + result.a["name"],
+            *(_spaced(name.rpartition("-")[0]) for name in names),
+            "B: " + result.b["name"],
+        ]
+        image = contact_sheet(
+            rows, list(result.settings.prompts), labels, f"{title}, seed {result.settings.seeds[0]}",
+            cell=max(CELL, *columns[0].shape[1:3]),
+        )  # fmt: skip
+        path = result.folder / "sheets" / f"{number:02d}.png"
+        about = {"sheet": title, "seed": result.settings.seeds[0], "a": result.a, "b": result.b,
+                 **result.settings.model_dump(mode="json")}  # fmt: skip
+        write_atomic(path, png_bytes(image, own=about))
+        written.append(str(path))
+    return written
+
+
+def _spaced(name: str) -> str:
+    """TrueCubicHermite -> True Cubic Hermite, so that it can be wrapped."""
+    return "".join(f" {c}" if i and c.isupper() and name[i - 1].islower() else c for i, c in enumerate(name))
+
+
+# ------------------------------------------------------------------------------------------------------- page
+
+
+def _title(result: Comparison) -> str:
+    return f"{len(result.rows)} merges of {result.a['name']} and {result.b['name']}"
+
+
+def summary(
+    result: Comparison, variants: Sequence[Mapping[str, Any]], parents: Sequence[Mapping[str, Any]]
+) -> str:
+    """What came of it, in two or three sentences."""
+    best = variants[0]
+    if best["fidelity"] is None:
+        kind = "resemblance" if best["resemblance_a"] is not None else "pixel_resemblance"
+        return (
+            f"{best['preset']} at base {best['base']:g} is the merge that stays closest to both models "
+            f"({best[kind + '_a']:.3f} to A, {best[kind + '_b']:.3f} to B, where 1 is the same picture)."
+        )
+    a, b = parents
+    text = (
+        f"{best['preset']} at base {best['base']:g} follows its prompts best: it shows {best['fidelity']:.1%} of what they "
+        f"ask for{_ends(best['fidelity_ci'])}; A shows {a['fidelity']:.1%}, B {b['fidelity']:.1%}. "
+    )
+    if result.held_out:
+        text += (
+            "Choosing the best merge on all prompts but one, and looking at the one left out, gives "
+            f"{result.held_out['fidelity']:.1%}{_ends(result.held_out['fidelity_ci'])}: {_verdict(result.held_out)}."
+        )
+    return text
+
+
+def _ends(ends: Sequence[float] | None) -> str:
+    return f" (95 % interval {ends[0]:.1%} to {ends[1]:.1%})" if ends else ""
+
+
+def _verdict(held: Mapping[str, Any]) -> str:
+    words = []
+    for key, name in (("vs_a", "A"), ("vs_b", "B")):
+        low, high = held[f"{key}_ci"] or (-1.0, 1.0)
+        how = "more than" if low > 0 else "less than" if high < 0 else "not told apart from"
+        words.append(f"{how} {name}")
+    return " and ".join(words) if words[0] != words[1] else words[0] + " and B"
+
+
+def add_sections(
+    report: Report,
+    result: Comparison,
+    variants: Sequence[Mapping[str, Any]] | None = None,
+    parents: Sequence[Mapping[str, Any]] | None = None,
+) -> None:
+    """The comparison's sections, for its own report or as part of another."""
+    variants = variants if variants is not None else [row.as_dict() for row in result.rows]
+    parents = parents if parents is not None else [row.as_dict() for row in result.parents]
+    n = len(result.settings.prompts) * len(result.settings.seeds)
+    report.facts(
+        {
+            "variants": str(len(variants)),
+            "pictures of each": str(n),
+            "denoising steps": str(result.settings.generate.steps),
+            "this run": _duration(result.seconds)
+            + (f" ({result.resumed} resumed)" if result.resumed else ""),
+            "read by": result.read_by or "nobody",
+            "architecture": result.layout,
+        }
+    )
+    report.bullets(result.notes)
+    report.heading("Fidelity against resemblance")
+    _add_plot(report, variants, parents)
+    report.heading("All variants, best first")
+    _add_table(report, result, variants, parents)
+    report.heading("Contact sheets")
+    _add_sheets(report, result)
+    report.heading("The best one as a file")
+    best = variants[0]
+    keep = ",".join(result.settings.keep)
+    convention = (
+        f" --xl-presets {result.settings.xl_presets}" if result.settings.xl_presets != "curve" else ""
+    )
+    report.code(
+        f"dodgeburn merge {result.a['name']} {result.b['name']} -o merged.safetensors --preset {best['preset']} "
+        f"--base {best['base']:g}{f' --keep {keep}' if keep else ''}{convention}"
+    )
+    report.text("The file gives the very pictures shown here, bit for bit, at the same settings.", note=True)
+    report.heading("How this was made and measured")
+    _add_method(report, result)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
+
+
+def _add_table(
+    report: Report,
+    result: Comparison,
+    variants: Sequence[Mapping[str, Any]],
+    parents: Sequence[Mapping[str, Any]],
+) -> None:
+    shares = {
+        row.name: [row.shares[b] for b in row.shares if b not in ("BASE", "VAE")] for row in result.rows
+    }
+    names = {"A": f"A: {result.a['name']}", "B": f"B: {result.b['name']}"}
+    rows = [
+        {**row, "preset": names.get(row["name"], row["preset"]), "front": "yes" if row["pareto"] else "",
+         "shares": shares.get(row["name"], ()), "note": f"same as {row['same_as']}" if row["same_as"] else ""}
+        for row in [*parents, *variants]
+    ]  # fmt: skip
+    low = {key: min([r[key + "_ci"][0] for r in rows if r[key + "_ci"]], default=0.0) for key in FIGURES}
+    columns = [
+        Column("rank", "rank", "number", 0),
+        Column("preset", "preset"),
+        Column("base", "base", "number", 2, "B's share of everything outside the U-Net's blocks, unless kept"),
+        Column("shares", "B's share by block", "curve", hint="IN00 at the left, M00 in the middle, OUT at the right"),
+        Column("fidelity", "fidelity", "interval", 3, "share of what the prompts name that the pictures show",
+               (low["fidelity"], 1)),
+        Column("fidelity_vs_a", "minus A", "signed", 3, "difference in fidelity, same prompts and seeds"),
+        Column("fidelity_vs_b", "minus B", "signed", 3, "difference in fidelity, same prompts and seeds"),
+        Column("resemblance_a", "like A", "interval", 3, "1 - reader distance to A's picture", (low["resemblance_a"], 1)),
+        Column("resemblance_b", "like B", "interval", 3, "1 - reader distance to B's picture", (low["resemblance_b"], 1)),
+        Column("pixel_resemblance_a", "pixels like A", "interval", 3, "1 - RMS pixel difference",
+               (low["pixel_resemblance_a"], 1)),
+        Column("pixel_resemblance_b", "pixels like B", "interval", 3, "1 - RMS pixel difference",
+               (low["pixel_resemblance_b"], 1)),
+        Column("unreadable", "unreadable", "number", 3, "share of pictures the reader could not read"),
+        Column("front", "Pareto", hint="no other variant is better in fidelity and in both resemblances"),
+        Column("note", "note"),
+    ]  # fmt: skip
+    columns = [c for c in columns if c.kind == "text" or any(row.get(c.key) is not None for row in rows)]
+    columns = [c for c in columns if c.key != "note" or any(row["note"] for row in rows)]
+    report.table(
+        columns, rows,
+        "Numbers in brackets are 95 % intervals over prompts and seeds. Tinted rows are on the Pareto front. A click on a "
+        "title sorts.",
+        lambda row: "parent" if row["name"] in PARENTS else "marked" if row["pareto"] else "",
+    )  # fmt: skip
+
+
+def _add_sheets(report: Report, result: Comparison) -> None:
+    prompts = list(result.settings.prompts)
+    parents = {name: _first_seed(result, name) for name in PARENTS}
+    report.text(
+        f"One row a prompt, the same seed ({result.settings.seeds[0]}) in every picture. A, the base of the merges, stands "
+        "first, B last.",
+        note=True,
+    )
+    for number, (title, names) in enumerate(sheet_groups(result)):
+        columns = [parents["A"], *(_first_seed(result, name) for name in names), parents["B"]]
+        labels = [
+            f"A {result.a['name']}",
+            *(name.rpartition("-")[0] for name in names),
+            f"B {result.b['name']}",
+        ]
+        report.sheet(
+            [[column[r] for column in columns] for r in range(len(prompts))], prompts, labels,
+            parents=(labels[0], labels[-1]), caption="" if number else f"B's share is {title.split(':')[0]}.",
+            summary=None if number == 0 else title,
+        )  # fmt: skip
+        if number == 0:
+            report.text(title, note=True)
+
+
+def _add_method(report: Report, result: Comparison) -> None:
+    settings, generation = result.settings, result.settings.generate
+    report.settings(
+        {
+            "A": f"{result.a['name']}, sha256 {result.a['sha256'] or 'unknown'}",
+            "B": f"{result.b['name']}, sha256 {result.b['sha256'] or 'unknown'}",
+            "merge": "weighted sum by block; preset = B's share of each U-Net block, base = B's share of the rest",
+            "kept of A": settings.keep,
+            "presets on SDXL": settings.xl_presets,
+            "bases": [f"{base:g}" for base in settings.bases],
+            "seeds": settings.seeds,
+            "sampler": f"{generation.sampler}, {generation.spacing}, {generation.steps} steps",
+            "guidance": f"{generation.guidance:g}",
+            "negative prompt": generation.negative,
+            **machine(result.device),
+        }
+    )
+    report.heading("Prompts", 3)
+    report.bullets(
+        [f"{p} (asks for {_wishes(w)})" for p, w in zip(settings.prompts, result.asked, strict=True)]
+    )
+    report.heading("Figures", 3)
+    report.bullets(
+        [
+            "Fidelity: of the attributes that a prompt names, the share that the reader finds in the picture. A named value "
+            f"must be read as that value; a graded word asks for an interval, which may be missed by {TOLERANCE:g}. A "
+            "picture that cannot be read has 0.",
+            "Resemblance: 1 minus the mean difference of what is read in the picture and in the parent's picture of the "
+            "same prompt and seed (continuous attributes by their difference, the others and the number of fingers right "
+            "or wrong). Two unrelated pictures of the pocket world have 0.54.",
+            "Pixel resemblance: 1 minus the root mean square difference of the pixels.",
+            f"Intervals: {RESAMPLES} bootstrap draws of prompts, and of seeds within each prompt.",
+            "The first of many variants is chosen on the pictures it is judged by, so its own figure flatters it. The "
+            "figure with a prompt left out does not.",
+        ]
+    )
+
+
+def _wishes(wishes: Mapping[str, Any]) -> str:
+    if not wishes:
+        return "nothing the reader knows"
+    return ", ".join(
+        f"{name.replace('_', ' ')} {w}"
+        if isinstance(w, str)
+        else f"{name.replace('_', ' ')} {w[0]:g} to {w[1]:g}"
+        for name, w in wishes.items()
+    )
+
+
+def _add_plot(
+    report: Report, variants: Sequence[Mapping[str, Any]], parents: Sequence[Mapping[str, Any]]
+) -> None:
+    read = variants[0]["resemblance_a"] is not None
+    prefix = "resemblance" if read else "pixel_resemblance"
+    if variants[0]["fidelity"] is None:  # nothing to put on the second axis but the other parent
+        panels = [(f"{prefix}_a", f"{prefix}_b", "resemblance to A", "resemblance to B")]
+    else:
+        panels = [
+            (f"{prefix}_a", "fidelity", "resemblance to A", "prompt fidelity"),
+            (f"{prefix}_b", "fidelity", "resemblance to B", "prompt fidelity"),
+        ]
+    bases = sorted({row["base"] for row in variants})
+
+    def draw(theme: Theme) -> Figure:
+        from matplotlib.figure import Figure as NewFigure
+
+        across = 1 if theme.narrow else len(panels)
+        down = len(panels) if theme.narrow else 1
+        figure = NewFigure(
+            figsize=(4.3, 3.6 * down) if theme.narrow else (5.6 * across, 4.6), layout="constrained"
+        )
+        for i, (x, y, x_title, y_title) in enumerate(panels):
+            axes = figure.add_subplot(down, across, i + 1)
+            _style(axes, theme, x_title, y_title)
+            for row in variants:
+                at = bases.index(row["base"])
+                colour = theme.accents[at % len(theme.accents)]
+                axes.plot(
+                    row[x], row[y], MARKERS[at % len(MARKERS)], ms=7 if row["pareto"] else 5, mec=colour, mew=1.2,
+                    mfc=colour if row["pareto"] else "none", alpha=1 if row["pareto"] else 0.75, zorder=3,
+                )  # fmt: skip
+                if row["rank"] <= 5:
+                    axes.annotate(str(row["rank"]), (row[x], row[y]), (5, 4), textcoords="offset points",
+                                  color=theme.ink, fontsize=9, fontweight="bold", zorder=5)  # fmt: skip
+            for row in parents:
+                axes.plot(row[x], row[y], "*", ms=15, color=theme.ink, zorder=4)
+                axes.annotate(row["name"], (row[x], row[y]), (-4, 9), textcoords="offset points", color=theme.ink,
+                              fontsize=11, fontweight="bold", annotation_clip=False)  # fmt: skip
+            _front_line(axes, [(row[x], row[y]) for row in variants], theme)
+            if i == 0:
+                for at, base in enumerate(bases):
+                    axes.plot([], [], MARKERS[at % len(MARKERS)], color=theme.accents[at % len(theme.accents)],
+                              label=f"base {base:g}")  # fmt: skip
+                axes.legend(frameon=False, fontsize=9, labelcolor=theme.ink, loc="best")
+        return figure
+
+    report.figure(
+        draw, "Scatter plot of the variants' prompt fidelity against their resemblance to A and to B",
+        "Filled: on the Pareto front of fidelity and both resemblances. Numbers: the first five ranks. Stars: the "
+        "parents A and B. Dashed: the front of each panel alone.",
+    )  # fmt: skip
+
+
+def _style(axes: Any, theme: Theme, x_title: str, y_title: str) -> None:
+    axes.set_facecolor(theme.background)
+    axes.grid(color=theme.grid, lw=0.8)
+    axes.set_axisbelow(True)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(theme.grid)
+    axes.tick_params(colors=theme.muted, labelsize=9)
+    axes.set_xlabel(x_title, color=theme.ink)
+    axes.set_ylabel(y_title, color=theme.ink)
+    axes.margins(0.09)
+
+
+def _front_line(axes: Any, points: Sequence[tuple[float, float]], theme: Theme) -> None:
+    """The staircase of points that none beats to the right and above."""
+    steps: list[tuple[float, float]] = []
+    for x, y in sorted(points, key=lambda p: (-p[0], -p[1])):
+        if not steps or y > steps[-1][1]:
+            steps.append((x, y))
+    axes.step(
+        [x for x, _ in steps], [y for _, y in steps], "--", where="pre", color=theme.muted, lw=1, zorder=1
+    )

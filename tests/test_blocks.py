@@ -1,0 +1,60 @@
+"""Block shares: preset, base and single numbers put together."""
+
+from __future__ import annotations
+
+import pytest
+from tiny_checkpoints import single_file
+
+from dodgeburn.checkpoint.layout import Layout, detect_layout
+from dodgeburn.errors import UserError
+from dodgeburn.merge.blocks import alphas, parse_blocks
+from dodgeburn.merge.presets import preset_alphas, preset_names
+
+
+@pytest.fixture(scope="module", params=["sdxl", "sd15"])
+def layout(request: pytest.FixtureRequest) -> Layout:
+    return detect_layout(single_file(request.param))
+
+
+def test_without_preset_every_block_is_base(layout: Layout) -> None:
+    assert alphas(layout, None, 0.3) == dict.fromkeys(layout.all_blocks, 0.3)
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_preset_never_touches_base(layout: Layout, name: str) -> None:
+    found = alphas(layout, name, 0.4)
+    assert list(found) == list(layout.all_blocks)
+    assert found["BASE"] == found["VAE"] == 0.4
+    assert [found[b] for b in layout.blocks] == preset_alphas(name, layout.n_in, layout.n_out)
+
+
+def test_single_blocks_replace(layout: Layout) -> None:
+    found = alphas(layout, "Flat_25", 0.5, {"in04": 0.9, "M00": 0, "VAE": 1, "base": 0.1})
+    assert (found["IN04"], found["M00"], found["VAE"], found["BASE"], found["IN05"]) == (0.9, 0, 1, 0.1, 0.25)
+
+
+def test_cut_convention_is_passed_on() -> None:
+    layout = detect_layout(single_file("sdxl"))
+    assert alphas(layout, "GradV", xl_presets="cut")["IN08"] == pytest.approx(1 / 3)
+    assert alphas(layout, "GradV")["IN08"] == pytest.approx(1 / 9)
+
+
+@pytest.mark.parametrize("base", [-0.1, 1.01, float("nan"), float("inf"), "half"])
+def test_base_outside_range(layout: Layout, base: float) -> None:
+    with pytest.raises(UserError, match="base is .*0 .all A. to 1"):
+        alphas(layout, "GradV", base)
+
+
+def test_unknown_blocks_list_near_ones() -> None:
+    layout = detect_layout(single_file("sdxl"))
+    with pytest.raises(UserError, match="SDXL has no block 'IN11'.*IN01"):
+        alphas(layout, blocks={"IN11": 0.5})
+    with pytest.raises(UserError, match="block IN01"):
+        alphas(layout, blocks={"IN01": 2.0})
+
+
+def test_parse_blocks() -> None:
+    assert parse_blocks(["IN04=0.3", " out00=0 , OUT01=1"]) == {"IN04": 0.3, "OUT00": 0.0, "OUT01": 1.0}
+    for wrong in ("IN04", "IN04=x", "IN04=1.5", "IN04="):
+        with pytest.raises(UserError, match="IN04"):
+            parse_blocks([wrong])

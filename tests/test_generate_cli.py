@@ -1,0 +1,118 @@
+"""`dodgeburn generate` from the command line: files, metadata, repeatability, and errors with exit code 2."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dodgeburn.cli.generate import slug
+from dodgeburn.cli.main import main
+from dodgeburn.images.png import read_png
+from dodgeburn.models.loading import load_model
+from dodgeburn.models.saving import save_single_file
+from dodgeburn.sampling.loop import GenerateSettings, generate
+from tests.tiny import tiny_model
+
+
+@pytest.fixture(scope="module")
+def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("model")
+    model = tiny_model()
+    save_single_file(model, root / "tiny.safetensors")
+    model.tokenizers[0].save_pretrained(str(root / "tokenizer"))
+    return root / "tiny.safetensors"
+
+
+def run(model_file: Path, out: Path, *more: str) -> int:
+    return main(["generate", "A red hat!", "--model", str(model_file), "-o", str(out), "--steps", "2", *more])
+
+
+def test_pictures_sheet_and_json(model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = ["-n", "3", "--seed", "7", "--negative", "a, b", "--sampler", "euler_a", "--spacing", "karras"]
+    assert run(model_file, tmp_path, *more, "--json") == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [p["seed"] for p in found["pictures"]] == [7, 8, 9]
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert names == ["a-red-hat-7.png", "a-red-hat-8.png", "a-red-hat-9.png", "a-red-hat-sheet.png"]
+    assert Image.open(tmp_path / "a-red-hat-sheet.png").width > 3 * 192
+
+    text = read_png(tmp_path / "a-red-hat-8.png")
+    assert text.infotext is not None and text.own is not None and text.graph is None
+    assert text.infotext.prompt == "A red hat!" and text.infotext.negative == "a, b"
+    settings = text.infotext.settings
+    assert settings["Sampler"] == "Euler a" and settings["Schedule type"] == "Karras" and settings["Seed"] == "8"
+    assert settings["Size"] == "16x16" and settings["Model"] == "tiny" and settings["CFG scale"] == "4"
+    assert settings["Model hash"] == text.own["model_sha256"][:10]
+
+    # What the file says is enough to make the picture again.
+    own = text.own
+    asked = GenerateSettings(**{name: own[name] for name in GenerateSettings.model_fields})
+    (again,) = generate(load_model(model_file, "cpu"), [own["prompt"]], [own["seed"]], asked)
+    with Image.open(tmp_path / "a-red-hat-8.png") as picture:
+        assert np.abs(np.asarray(again.image).astype(int) - np.asarray(picture).astype(int)).max() <= 1
+
+
+def test_again_gives_the_same_files_and_others_are_kept(model_file: Path, tmp_path: Path) -> None:
+    assert run(model_file, tmp_path, "-n", "2") == 0
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    assert run(model_file, tmp_path, "-n", "2") == 0
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    assert run(model_file, tmp_path, "-n", "1", "--guidance", "2", "--no-sheet") == 0
+    after = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    assert set(after) - set(before) == {"a-red-hat-0-2.png"}
+    assert all(after[name] == data for name, data in before.items())
+
+
+def test_stock_models_carry_a_comfy_graph(model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dodgeburn.sampling.saving.is_stock", lambda model: True)
+    assert run(model_file, tmp_path) == 0
+    graph = read_png(tmp_path / "a-red-hat-0.png").graph
+    assert graph is not None
+    assert graph["4"]["inputs"]["ckpt_name"] == "tiny.safetensors"
+    assert graph["3"]["inputs"]["scheduler"] == "simple" and graph["3"]["inputs"]["sampler_name"] == "dpmpp_2m"
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--sampler", "eulr"], "did you mean euler"),
+        (["--spacing", "karas"], "did you mean karras"),
+        (["--model", "pocket-stile"], "did you mean pocket-style"),
+        (["--steps", "0"], "steps is 0"),
+        (["-n", "0"], "-n is 0"),
+        (["--seed", "-3"], "seed is -3"),
+        (["--width", "17"], "multiples of 2"),
+        (["--device", "tpu"], "expected auto, cpu"),
+        (["--dtype", "int8"], "expected fp32"),
+    ],
+)
+def test_bad_input(
+    model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], message: str
+) -> None:
+    assert run(model_file, tmp_path / "out", *more) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1 and error[0].startswith("error: ") and message in error[0]
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_unwritable_folder(model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert run(model_file, tmp_path / "file" / "out") == 2
+    assert "cannot write to folder" in capsys.readouterr().err
+    assert run(model_file, tmp_path / "file") == 2
+
+
+def test_help_shows_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["generate", "--help"])
+    assert stopped.value.code == 0
+    assert "example: dodgeburn generate" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_file_names() -> None:
+    assert slug("A doctor, smiling!") == "a-doctor-smiling"
+    assert slug("../../etc/passwd") == "etc-passwd"
+    assert slug("???") == "picture" and slug("") == "picture"
+    assert len(slug("w" * 300)) == 60

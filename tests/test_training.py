@@ -1,0 +1,140 @@
+"""The training loop resumes exactly; the pocket's stages do what they say."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from torch import nn
+
+from dodgeburn.errors import UserError
+from dodgeburn.pocket.model import build, component_configs, tokenizer
+from dodgeburn.pocket.pictures import attributes_of, draw_pictures
+from dodgeburn.training.loop import Average, LoopSettings, learning_rate, train
+from dodgeburn.training.pocket_text import captions_of, contrast, encode_text, tokens_of
+from dodgeburn.training.pocket_unet import alphas_cumprod, min_snr_weights, train_unet
+from dodgeburn.training.pocket_vae import decode, encode, normalise
+
+
+def quick(**changes: object) -> LoopSettings:
+    base = {"steps": 8, "lr": 1e-2, "warmup": 2, "checkpoint_every": 4, "log_every": 2, "precision": "no"}
+    return LoopSettings(**{**base, **changes})  # type: ignore[arg-type]
+
+
+def fit(folder: Path, settings: LoopSettings, stop_at: int | None = None) -> nn.Module:
+    torch.manual_seed(0)
+    net = nn.Linear(3, 1)
+
+    def losses(batch: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        noise = 0.1 * torch.randn(len(batch), 1, generator=generator)
+        return {"mse": (net(batch) - batch.sum(1, keepdim=True) - noise).square().mean()}
+
+    def stop(step: int, _: dict[str, float]) -> None:
+        if step == stop_at:
+            raise KeyboardInterrupt
+
+    train("line", {"net": net}, lambda i, g: torch.randn(16, 3, generator=g), losses, folder, settings, stop)
+    return net
+
+
+def test_a_run_that_was_interrupted_ends_with_the_same_weights(tmp_path: Path) -> None:
+    whole = fit(tmp_path / "a", quick())
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "b", quick(), stop_at=6)
+    again = fit(tmp_path / "b", quick())
+    for key, value in whole.state_dict().items():
+        assert torch.equal(value, again.state_dict()[key]), key
+    assert not again.training
+
+
+def test_a_folder_of_other_settings_is_refused(tmp_path: Path) -> None:
+    fit(tmp_path, quick())
+    with pytest.raises(UserError, match="other settings"):
+        fit(tmp_path, quick(lr=1e-3))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
+    net = nn.Linear(1, 1)
+    with pytest.raises(FloatingPointError, match="no longer finite"):
+        train("bad", {"net": net}, lambda i, g: None, lambda b, g: {"x": net.weight.sum() * float("nan")}, tmp_path,
+              quick())  # fmt: skip
+
+
+def test_the_log_has_one_row_for_each_interval(tmp_path: Path) -> None:
+    fit(tmp_path, quick())
+    rows = [json.loads(line) for line in (tmp_path / "line.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows] == [2, 4, 6, 8] and all(r["mse"] > 0 for r in rows)
+
+
+def test_learning_rate_by_hand() -> None:
+    s = LoopSettings(steps=100, warmup=10, constant=0.5, final=0.0)
+    assert [learning_rate(i, s) for i in (0, 9, 10, 49, 50, 75, 100)] == [0.1, 1.0, 1.0, 1.0, 1.0, 0.5, 0.0]
+
+
+def test_average_ramps_to_its_decay() -> None:
+    p = nn.Parameter(torch.zeros(1))
+    average = Average([p], 0.9)
+    p.data.fill_(1.0)
+    average.update([p], 0)  # decay (1 + 0) / (10 + 0) = 0.1
+    assert torch.allclose(average.shadow[0], torch.tensor([0.9]))
+
+
+def test_noise_schedule_is_diffusers() -> None:
+    config = component_configs()["scheduler"]
+    keep = ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps")
+    oracle = DDPMScheduler(**{k: config[k] for k in keep}).alphas_cumprod
+    assert torch.allclose(alphas_cumprod(config), oracle, atol=1e-5)
+
+
+def test_min_snr_by_hand() -> None:
+    # alpha_bar 0.5: SNR 1 is below gamma, weight 1; 0.9: SNR 9, weight 5/9
+    assert torch.allclose(min_snr_weights(torch.tensor([0.5, 0.9])), torch.tensor([1.0, 5 / 9]))
+
+
+def test_contrast_is_small_for_matching_rows_only() -> None:
+    x = torch.eye(6)
+    scale = torch.tensor(3.0)
+    assert contrast(x, x, scale) < 0.01 < 2 < contrast(x, x.roll(1, 0), scale)
+
+
+def test_captions_are_repeatable_partly_empty_and_never_held_out() -> None:
+    attributes = [attributes_of(i, 1) for i in range(40)]
+    index = torch.arange(40)
+    first = captions_of(attributes, index, torch.Generator().manual_seed(1), 0.3, frozenset())
+    assert first == captions_of(attributes, index, torch.Generator().manual_seed(1), 0.3, frozenset())
+    assert 2 < sum(t == "" for t in first) < 25
+    never = frozenset(t for t in first if t)
+    second = captions_of(attributes, index, torch.Generator().manual_seed(1), 0.3, never)
+    assert not never & set(second)
+
+
+@pytest.mark.parametrize("size", [64, 128])
+def test_normalising_the_vae_changes_the_latents_and_not_the_pictures(size: int) -> None:
+    torch.manual_seed(0)
+    vae = build(component_configs(size))["vae"]
+    pictures = draw_pictures([attributes_of(i, 1) for i in range(8)], size)
+    before = decode(vae, encode(vae, pictures, "cpu"), "cpu")
+    normalise(vae, pictures, "cpu")
+    z = encode(vae, pictures, "cpu")
+    assert z.shape == (8, 4, 16, 16)
+    assert torch.allclose(z.mean((0, 2, 3)), torch.zeros(4), atol=1e-3)
+    assert torch.allclose(z.std((0, 2, 3)), torch.ones(4), atol=1e-3)
+    assert np.abs(decode(vae, z, "cpu").astype(int) - before).max() <= 1
+
+
+def test_the_unet_stage_trains_unet_and_text(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    configs = component_configs()
+    configs["unet"] |= {"block_out_channels": [16, 16, 32], "attention_head_dim": [2, 2, 2], "norm_num_groups": 8}
+    modules = build(configs)
+    before = {k: next(m.parameters()).clone() for k, m in modules.items()}
+    attributes = [attributes_of(i, 1) for i in range(6)]
+    train_unet("unet", modules, tokenizer(), configs["scheduler"], torch.randn(6, 4, 16, 16), attributes, 64, tmp_path,
+               quick(steps=2, checkpoint_every=2), batch=2)  # fmt: skip
+    for name, was in before.items():
+        changed = not torch.equal(was, next(modules[name].parameters()))
+        assert changed == (name != "vae"), name
+    states, pooled = encode_text(modules["text_encoder"], modules["text_encoder_2"], tokens_of(tokenizer(), ["a", ""]))
+    assert states.shape == (2, 77, configs["unet"]["cross_attention_dim"]) and pooled.shape == (2, 128)
