@@ -65,7 +65,7 @@ class PartStore:
         keys = [k for k in {**before, **self.settings} if before.get(k) != self.settings.get(k)]
         what = f"{keys[0]} was {_short(before.get(keys[0]))}, now {_short(self.settings.get(keys[0]))}" if keys else ""
         raise UserError(
-            f"{self.folder} holds a run with other settings ({what}): give another folder, or the same settings to go on"
+            f"{self.folder} holds a run with other settings ({what}): give another folder, or the same to go on"
         )
 
     def path(self, name: str) -> Path:

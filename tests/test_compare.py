@@ -9,9 +9,9 @@ from tiny import tiny_model, tiny_tokenizer
 
 from dodgeburn.cli.compare import main, numbers
 from dodgeburn.errors import DodgeburnWarning, UserError
-from dodgeburn.merge import compare as job
+from dodgeburn.merge import compare_pictures as job
 from dodgeburn.merge.blocks import alphas
-from dodgeburn.merge.compare import CompareSettings, compare, read_prompts
+from dodgeburn.merge.compare import CompareSettings, Comparison, compare, read_prompts
 from dodgeburn.merge.live import LiveMerge, stored_tensors
 from dodgeburn.merge.presets import preset_names
 from dodgeburn.merge.ranking import Measured, Row, rank
@@ -130,7 +130,7 @@ def test_nan_in_b_is_an_error_and_leaves_a(pair, tmp_path) -> None:
 
 
 @pytest.fixture(scope="module")
-def result(pair, tmp_path_factory) -> job.Comparison:
+def result(pair, tmp_path_factory) -> Comparison:
     folder = tmp_path_factory.mktemp("job") / "out"
     return compare(*pair, some(bases=(0.4, 0.6)), folder, device="cpu", reader=ColourReader())
 
@@ -271,7 +271,9 @@ def test_sd15_goes_the_same_way(pair, tmp_path) -> None:
 
 
 def test_parents_that_predict_differently_are_warned_of(pair, tmp_path) -> None:
-    save_single_file(tiny_model(seed=2, prediction_type="v_prediction"), tmp_path / "v.safetensors", dtype=torch.float16)
+    save_single_file(
+        tiny_model(seed=2, prediction_type="v_prediction"), tmp_path / "v.safetensors", dtype=torch.float16
+    )
     with pytest.warns(DodgeburnWarning, match="prediction_type"):
         compare(pair[0], tmp_path / "v.safetensors", some(presets=("GradV",)), tmp_path / "out", device="cpu")
 

@@ -126,7 +126,11 @@ def test_total_variation_and_bins() -> None:
 def test_reader_distance_by_hand() -> None:
     a = world(1)[0]
     n = len(CONTINUOUS) + len(CATEGORICAL) + 1
-    b = {**a, "hat": "crown" if a["hat"] != "crown" else "cap", "smile": a["smile"] + (0.3 if a["smile"] < 0.5 else -0.3)}
+    b = {
+        **a,
+        "hat": "crown" if a["hat"] != "crown" else "cap",
+        "smile": a["smile"] + (0.3 if a["smile"] < 0.5 else -0.3),
+    }
     one, two = readings_of([a]), readings_of([b])
     assert reader_distance(one, two)[0] == pytest.approx(1.3 / n, abs=1e-6)
     assert reader_distance(one, one)[0] == 0

@@ -6,6 +6,7 @@ import inspect
 import json
 import sys
 import warnings
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -116,8 +117,9 @@ def main(args: list[str]) -> int:
         result = compare(
             chosen.a, chosen.b, settings, chosen.out, chosen.device, chosen.dtype, tokenizer=chosen.tokenizer
         )
-    for warning in caught:
-        print(f"warning: {warning.message}", file=sys.stderr)
+    counted = Counter(str(w.message) for w in caught if issubclass(w.category, DodgeburnWarning))
+    for message, times in counted.items():
+        print(f"warning: {message}{f' ({times} times)' if times > 1 else ''}", file=sys.stderr)
     print(table(result))
     print(f"report: {result.files['report']}")
     if chosen.json:

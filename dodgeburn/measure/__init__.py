@@ -1,1 +1,1 @@
-"""What pictures show, in numbers with intervals: `fidelity`, `distances`, `intervals`, `machine`; and `report` (HTML)."""
+"""What pictures show, in numbers: `fidelity`, `distances`, `intervals`, `pareto`, `machine`; and `report` (HTML)."""

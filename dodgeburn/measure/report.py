@@ -145,7 +145,7 @@ class Report:
     # -------------------------------------------------------------------------------------------- pictures
 
     def figure(self, draw: Callable[[Theme], Figure], alt: str, caption: str = "") -> None:
-        """A matplotlib figure, drawn four times: light and dark, wide and narrow; the browser shows the one that fits."""
+        """A matplotlib figure, drawn four times (light and dark, wide and narrow); the browser shows one."""
         uris = {}
         for name, theme in (("light", LIGHT), ("dark", DARK)):
             for narrow in (False, True):

@@ -8,11 +8,8 @@ tables, sheets and the page.
 
 from __future__ import annotations
 
-import io
-import json
 import time
 import warnings
-import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -28,6 +25,7 @@ from dodgeburn.checkpoint.tensorfile import TensorFile, sha256_file
 from dodgeburn.errors import DodgeburnWarning, UserError
 from dodgeburn.jobs import PartStore
 from dodgeburn.merge.blocks import alphas, check_share
+from dodgeburn.merge.compare_pictures import Variant, load_pictures, make_pictures, part_name, twin_notes, twins_of
 from dodgeburn.merge.live import HeldTensors, LiveMerge, Tensors, stored_tensors
 from dodgeburn.merge.plan import check_keep, check_layouts
 from dodgeburn.merge.presets import Convention, find_preset, preset_names
@@ -36,8 +34,7 @@ from dodgeburn.models.loading import load_model
 from dodgeburn.models.model import Model
 from dodgeburn.pocket.captions import Asked, parse
 from dodgeburn.pocket.model import NAMES, weights_path
-from dodgeburn.sampling.loop import GenerateSettings, Step, default_batch_size, generate
-from dodgeburn.sampling.prompts import EncodedPrompt, encode
+from dodgeburn.sampling.loop import GenerateSettings
 
 PARENTS = ("A", "B")
 
@@ -103,20 +100,6 @@ class CompareSettings(BaseModel):
         return check_keep(value)
 
 
-@dataclass(frozen=True)
-class Variant:
-    """One merge to look at: a preset with a base, and the block shares that they make."""
-
-    preset: str
-    base: float
-    shares: dict[str, float]
-
-    @property
-    def name(self) -> str:
-        """Also the name of its pictures' file."""
-        return f"{self.preset}-{self.base:g}"
-
-
 @dataclass
 class Comparison:
     """A finished comparison: the ranked rows of the variants, those of the parents A and B, and what made
@@ -143,9 +126,7 @@ class Comparison:
         """Pictures of "A", "B" or a variant: uint8 [prompts, seeds, h, w, 3]."""
         found = load_pictures(self.folder / part_name(name))
         if found is None:
-            raise UserError(
-                f"{self.folder / part_name(name)} is missing or damaged: run the comparison again"
-            )
+            raise UserError(f"{self.folder / part_name(name)} is missing or damaged: run the comparison again")
         return found
 
 
@@ -186,8 +167,10 @@ def compare(
         warnings.warn(line, DodgeburnWarning, stacklevel=2)
     a_facts = {"name": _shown(a), "sha256": model.sha256}
     store = PartStore(out, _job(settings, a_facts, b_facts, model))
-    twins = _twins(live, variants, settings.keep)
-    resumed = _make_pictures(live, variants, twins, settings, store)
+    twins = twins_of(live, variants, settings.keep)
+    resumed = make_pictures(
+        live, variants, twins, settings.prompts, settings.seeds, settings.generate, settings.keep, store
+    )
     live.restore()
     for side in (side_a, side_b):
         if isinstance(side, TensorFile):
@@ -199,7 +182,7 @@ def compare(
     ranked, held_out = rank(rows, parents)
     result = Comparison(
         folder=store.folder, settings=settings, a=a_facts, b=b_facts, layout=model.layout.title, rows=ranked,
-        parents=parents, asked=asked, notes=notes + reading_notes + _twin_notes(twins),
+        parents=parents, asked=asked, notes=notes + reading_notes + twin_notes(twins),
         seconds=time.perf_counter() - started, resumed=resumed, device=str(model.device),
         read_by=getattr(reader, "name", type(reader).__name__) if reader is not None else None, held_out=held_out,
     )  # fmt: skip
@@ -226,9 +209,7 @@ def read_prompts(path: str | Path | None) -> tuple[str, ...]:
             raise UserError(f"{path} is not a text file: expected one prompt a line, in UTF-8") from None
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
-    prompts = tuple(
-        line.strip() for line in text.splitlines() if line.strip() and not line.strip().startswith("#")
-    )
+    prompts = tuple(line.strip() for line in text.splitlines() if line.strip() and not line.strip().startswith("#"))
     if not prompts:
         raise UserError(f"{where} has no prompts: expected one a line (lines beginning with # are left out)")
     return prompts
@@ -268,9 +249,7 @@ def _open_b(b: str | Path, model: Model) -> tuple[Tensors, dict[str, str], list[
     for part, key in (("scheduler", "prediction_type"), ("vae", "scaling_factor")):
         ours, theirs = model.configs[part].get(key), configs.get(part, {}).get(key)
         if theirs is not None and ours != theirs:
-            line = (
-                f"A's {key} is {ours}, B's is {theirs}: everything is sampled A's way, so B will look wrong"
-            )
+            line = f"A's {key} is {ours}, B's is {theirs}: everything is sampled A's way, so B will look wrong"
             notes.append(line)
             warnings.warn(line, DodgeburnWarning, stacklevel=3)
     return side, {"name": _shown(b), "sha256": sha256}, notes
@@ -282,133 +261,11 @@ def _shown(name: str | Path) -> str:
     return path.name if path.exists() or path.suffix else str(name)
 
 
-def _job(
-    settings: CompareSettings, a: Mapping[str, str], b: Mapping[str, str], model: Model
-) -> dict[str, Any]:
+def _job(settings: CompareSettings, a: Mapping[str, str], b: Mapping[str, str], model: Model) -> dict[str, Any]:
     return {
         "kind": "compare", "format": 1, "a": a["sha256"], "b": b["sha256"], "device": model.device.type,
         "dtype": str(model.dtype).removeprefix("torch."), **settings.model_dump(mode="json"),
     }  # fmt: skip
-
-
-# --------------------------------------------------------------------------------------------------- pictures
-
-
-def part_name(name: str) -> str:
-    """Where the pictures of a variant or a parent lie, within the job's folder."""
-    return f"pictures/{name}.npz"
-
-
-def load_pictures(path: Path) -> np.ndarray | None:
-    """uint8 [prompts, seeds, h, w, 3], or None for a file that is missing or damaged (it is made again
-    then).
-    """
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            return np.asarray(stored["pictures"])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None
-
-
-def _twins(live: LiveMerge, variants: Sequence[Variant], keep: tuple[str, ...]) -> dict[str, str]:
-    """Variants whose tensors equal an earlier one's, by name -> that one's name (A and B count as earlier
-    ones).
-    """
-    everything = dict.fromkeys(live.model.layout.all_blocks, 1.0)
-    seen = {live.fingerprint(live.plan(everything)): "B", (): "A"}
-    out: dict[str, str] = {}
-    for variant in variants:
-        first = seen.setdefault(live.fingerprint(live.plan(variant.shares, keep)), variant.name)
-        if first != variant.name:
-            out[variant.name] = first
-    return out
-
-
-def _twin_notes(twins: Mapping[str, str]) -> list[str]:
-    if not twins:
-        return []
-    shown = "; ".join(f"{name} = {first}" for name, first in list(twins.items())[:8])
-    more = f"; and {len(twins) - 8} more" if len(twins) > 8 else ""
-    return [
-        f"{len(twins)} variants have the very same tensors as another, so they share its pictures: {shown}{more}"
-    ]
-
-
-def _make_pictures(
-    live: LiveMerge,
-    variants: Sequence[Variant],
-    twins: Mapping[str, str],
-    settings: CompareSettings,
-    store: PartStore,
-) -> int:
-    """Make the pictures that are not there yet; returns how many files were."""
-    layout = live.model.layout
-    jobs: list[tuple[str, dict[str, float], tuple[str, ...]]] = [
-        ("A", dict.fromkeys(layout.all_blocks, 0.0), ("text", "vae")),
-        ("B", dict.fromkeys(layout.all_blocks, 1.0), ()),
-        *((v.name, v.shares, settings.keep) for v in variants if v.name not in twins),
-    ]
-    todo = [job for job in jobs if load_pictures(store.path(part_name(job[0]))) is None]
-    texts = [*settings.prompts, settings.generate.negative, ""]
-    prompts = [prompt for prompt in settings.prompts for _ in settings.seeds]
-    seeds = [seed for _ in settings.prompts for seed in settings.seeds]
-    shape = (len(settings.prompts), len(settings.seeds))
-    encoded: dict[str, EncodedPrompt] | None = None
-    with _progress(live.model, settings, len(prompts), len(todo), len(jobs) - len(todo)) as progress:
-        for name, shares, keep in todo:
-            progress.begin(name)
-            changed = live.apply(live.plan(shares, keep))
-            if encoded is None or any(part.startswith("text_encoder") for part in changed):
-                encoded = encode(live.model, texts)
-            start = time.perf_counter()
-            made = generate(live.model, prompts, seeds, settings.generate, progress.step, encoded=encoded)
-            pictures = np.stack([np.asarray(picture.image) for picture in made])
-            _save(store, name, pictures.reshape(*shape, *pictures.shape[1:]), time.perf_counter() - start)
-            progress.end()
-    return len(jobs) - len(todo)
-
-
-def _save(store: PartStore, name: str, pictures: np.ndarray, seconds: float) -> None:
-    about = json.dumps({"variant": name, "seconds": round(seconds, 3), "job": store.hash, **store.settings})
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, pictures=pictures, about=np.array(about))
-    with store.writing(part_name(name)) as part:
-        part.write_bytes(buffer.getvalue())
-
-
-class _progress:
-    """One bar over all variants with the time left, moving at every denoising step."""
-
-    def __init__(self, model: Model, settings: CompareSettings, pictures: int, todo: int, done: int) -> None:
-        generation = settings.generate
-        height, width = generation.height or model.native_size, generation.width or model.native_size
-        size = default_batch_size(height // model.vae_factor, width // model.vae_factor)
-        self.steps = generation.steps * -(-pictures // size)
-        self._bar: Any = tqdm(
-            total=todo * self.steps, desc="compare", unit="step", disable=None, dynamic_ncols=True,
-            bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}",
-        )  # fmt: skip
-        self._number, self._count = done, todo + done
-        self._made = 0
-
-    def __enter__(self) -> _progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def begin(self, name: str) -> None:
-        self._number += 1
-        self._made = 0
-        self._bar.set_description_str(f"{self._number}/{self._count} {name}")
-
-    def step(self, step: Step) -> None:
-        self._made += 1
-        if self._made <= self.steps:
-            self._bar.update(1)
-
-    def end(self) -> None:
-        self._bar.update(self.steps - min(self._made, self.steps))
 
 
 # -------------------------------------------------------------------------------------------------- measuring
@@ -431,16 +288,14 @@ def _choose_reader(
         reader = Reader.load("judge")
     if reader is None:
         notes.append(
-            "The models are not of the pocket world, so there is no reader for their pictures: no prompt fidelity and no "
-            "reader distance. Variants are ranked by pixel resemblance to the parent they resemble less."
+            "The models are not of the pocket world, so there is no reader for their pictures: no prompt fidelity and "
+            "no reader distance. Variants are ranked by pixel resemblance to the parent they resemble less."
         )
     empty = sum(not wishes for wishes in asked)
     if reader is not None and empty == len(asked):
         notes.append("No prompt names anything the reader knows, so there is no prompt fidelity to rank by.")
     elif reader is not None and empty:
-        notes.append(
-            f"{empty} of {len(asked)} prompts name nothing the reader knows; fidelity is over the others."
-        )
+        notes.append(f"{empty} of {len(asked)} prompts name nothing the reader knows; fidelity is over the others.")
     return reader, notes
 
 

@@ -8,7 +8,7 @@ import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -19,18 +19,13 @@ from dodgeburn.images.sheet import contact_sheet
 from dodgeburn.measure.fidelity import TOLERANCE
 from dodgeburn.measure.intervals import RESAMPLES
 from dodgeburn.measure.machine import machine
-from dodgeburn.measure.report import Column, Report, Theme
+from dodgeburn.measure.report import Column, Report
 from dodgeburn.merge.compare import PARENTS, Comparison
+from dodgeburn.merge.compare_plot import add_plot
 from dodgeburn.merge.ranking import FIGURES
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-COLUMNS_A_SHEET = (
-    8  # variants beside A and B: ten pictures of 64 pixels, each drawn twice as large, fill a screen
-)
+COLUMNS_A_SHEET = 8  # variants beside A and B: ten pictures of 64 pixels, each drawn twice as large, fill a screen
 CELL = 144  # pixels a picture has in the PNG sheets, at least
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
 def write_outputs(result: Comparison) -> None:
@@ -71,9 +66,7 @@ def as_json(
 def _details(result: Comparison) -> dict[str, Any]:
     def by_prompt(values: np.ndarray | None) -> list[float | None] | None:
         return (
-            None
-            if values is None
-            else [None if np.isnan(v).all() else round(float(np.nanmean(v)), 5) for v in values]
+            None if values is None else [None if np.isnan(v).all() else round(float(np.nanmean(v)), 5) for v in values]
         )
 
     return {
@@ -83,9 +76,7 @@ def _details(result: Comparison) -> dict[str, Any]:
         "settings": result.settings.model_dump(mode="json"),
         "asked": result.asked,
         "machine": machine(result.device),
-        "fidelity_by_prompt": {
-            row.name: by_prompt(row.measured.fidelity) for row in [*result.parents, *result.rows]
-        },
+        "fidelity_by_prompt": {row.name: by_prompt(row.measured.fidelity) for row in [*result.parents, *result.rows]},
         "shares": {row.name: row.shares for row in result.rows},
     }
 
@@ -120,9 +111,7 @@ def sheet_groups(result: Comparison) -> list[tuple[str, list[str]]]:
     for base in result.settings.bases:
         for start in range(0, len(presets), COLUMNS_A_SHEET):
             part = presets[start : start + COLUMNS_A_SHEET]
-            title = (
-                f"base {base:g}: {part[0]} to {part[-1]}" if len(part) > 1 else f"base {base:g}: {part[0]}"
-            )
+            title = f"base {base:g}: {part[0]} to {part[-1]}" if len(part) > 1 else f"base {base:g}: {part[0]}"
             groups.append((title, [f"{preset}-{base:g}" for preset in part]))
     return groups
 
@@ -170,9 +159,7 @@ def _title(result: Comparison) -> str:
     return f"{len(result.rows)} merges of {result.a['name']} and {result.b['name']}"
 
 
-def summary(
-    result: Comparison, variants: Sequence[Mapping[str, Any]], parents: Sequence[Mapping[str, Any]]
-) -> str:
+def summary(result: Comparison, variants: Sequence[Mapping[str, Any]], parents: Sequence[Mapping[str, Any]]) -> str:
     """What came of it, in two or three sentences."""
     best = variants[0]
     if best["fidelity"] is None:
@@ -183,8 +170,8 @@ def summary(
         )
     a, b = parents
     text = (
-        f"{best['preset']} at base {best['base']:g} follows its prompts best: it shows {best['fidelity']:.1%} of what they "
-        f"ask for{_ends(best['fidelity_ci'])}; A shows {a['fidelity']:.1%}, B {b['fidelity']:.1%}. "
+        f"{best['preset']} at base {best['base']:g} follows its prompts best: it shows {best['fidelity']:.1%} of what "
+        f"they ask for{_ends(best['fidelity_ci'])}; A shows {a['fidelity']:.1%}, B {b['fidelity']:.1%}. "
     )
     if result.held_out:
         text += (
@@ -222,15 +209,14 @@ def add_sections(
             "variants": str(len(variants)),
             "pictures of each": str(n),
             "denoising steps": str(result.settings.generate.steps),
-            "this run": _duration(result.seconds)
-            + (f" ({result.resumed} resumed)" if result.resumed else ""),
+            "this run": _duration(result.seconds) + (f" ({result.resumed} resumed)" if result.resumed else ""),
             "read by": result.read_by or "nobody",
             "architecture": result.layout,
         }
     )
     report.bullets(result.notes)
     report.heading("Fidelity against resemblance")
-    _add_plot(report, variants, parents)
+    add_plot(report, variants, parents)
     report.heading("All variants, best first")
     _add_table(report, result, variants, parents)
     report.heading("Contact sheets")
@@ -238,14 +224,14 @@ def add_sections(
     report.heading("The best one as a file")
     best = variants[0]
     keep = ",".join(result.settings.keep)
-    convention = (
-        f" --xl-presets {result.settings.xl_presets}" if result.settings.xl_presets != "curve" else ""
-    )
+    convention = f" --xl-presets {result.settings.xl_presets}" if result.settings.xl_presets != "curve" else ""
     report.code(
         f"dodgeburn merge {result.a['name']} {result.b['name']} -o merged.safetensors --preset {best['preset']} "
         f"--base {best['base']:g}{f' --keep {keep}' if keep else ''}{convention}"
     )
-    report.text("The file gives the very pictures shown here, bit for bit, at the same settings.", note=True)
+    report.text(
+        "At the same settings and batch size the file gives the very pictures shown here, bit for bit.", note=True
+    )
     report.heading("How this was made and measured")
     _add_method(report, result)
 
@@ -255,14 +241,9 @@ def _duration(seconds: float) -> str:
 
 
 def _add_table(
-    report: Report,
-    result: Comparison,
-    variants: Sequence[Mapping[str, Any]],
-    parents: Sequence[Mapping[str, Any]],
+    report: Report, result: Comparison, variants: Sequence[Mapping[str, Any]], parents: Sequence[Mapping[str, Any]]
 ) -> None:
-    shares = {
-        row.name: [row.shares[b] for b in row.shares if b not in ("BASE", "VAE")] for row in result.rows
-    }
+    shares = {row.name: [row.shares[b] for b in row.shares if b not in ("BASE", "VAE")] for row in result.rows}
     names = {"A": f"A: {result.a['name']}", "B": f"B: {result.b['name']}"}
     rows = [
         {**row, "preset": names.get(row["name"], row["preset"]), "front": "yes" if row["pareto"] else "",
@@ -293,8 +274,8 @@ def _add_table(
     columns = [c for c in columns if c.key != "note" or any(row["note"] for row in rows)]
     report.table(
         columns, rows,
-        "Numbers in brackets are 95 % intervals over prompts and seeds. Tinted rows are on the Pareto front. A click on a "
-        "title sorts.",
+        "Numbers in brackets are 95 % intervals over prompts and seeds. Tinted rows are on the Pareto front. A click "
+        "on a title sorts.",
         lambda row: "parent" if row["name"] in PARENTS else "marked" if row["pareto"] else "",
     )  # fmt: skip
 
@@ -303,17 +284,13 @@ def _add_sheets(report: Report, result: Comparison) -> None:
     prompts = list(result.settings.prompts)
     parents = {name: _first_seed(result, name) for name in PARENTS}
     report.text(
-        f"One row a prompt, the same seed ({result.settings.seeds[0]}) in every picture. A, the base of the merges, stands "
-        "first, B last.",
+        f"One row a prompt, the same seed ({result.settings.seeds[0]}) in every picture. A, the base of the merges, "
+        "stands first, B last.",
         note=True,
     )
     for number, (title, names) in enumerate(sheet_groups(result)):
         columns = [parents["A"], *(_first_seed(result, name) for name in names), parents["B"]]
-        labels = [
-            f"A {result.a['name']}",
-            *(name.rpartition("-")[0] for name in names),
-            f"B {result.b['name']}",
-        ]
+        labels = [f"A {result.a['name']}", *(name.rpartition("-")[0] for name in names), f"B {result.b['name']}"]
         report.sheet(
             [[column[r] for column in columns] for r in range(len(prompts))], prompts, labels,
             parents=(labels[0], labels[-1]), caption="" if number else f"B's share is {title.split(':')[0]}.",
@@ -341,18 +318,16 @@ def _add_method(report: Report, result: Comparison) -> None:
         }
     )
     report.heading("Prompts", 3)
-    report.bullets(
-        [f"{p} (asks for {_wishes(w)})" for p, w in zip(settings.prompts, result.asked, strict=True)]
-    )
+    report.bullets([f"{p} (asks for {_wishes(w)})" for p, w in zip(settings.prompts, result.asked, strict=True)])
     report.heading("Figures", 3)
     report.bullets(
         [
-            "Fidelity: of the attributes that a prompt names, the share that the reader finds in the picture. A named value "
-            f"must be read as that value; a graded word asks for an interval, which may be missed by {TOLERANCE:g}. A "
+            "Fidelity: of the attributes that a prompt names, the share that the reader finds in the picture. A named "
+            f"value must be read as that value; a graded word asks for an interval, which may be missed by {TOLERANCE:g}. A "
             "picture that cannot be read has 0.",
-            "Resemblance: 1 minus the mean difference of what is read in the picture and in the parent's picture of the "
-            "same prompt and seed (continuous attributes by their difference, the others and the number of fingers right "
-            "or wrong). Two unrelated pictures of the pocket world have 0.54.",
+            "Resemblance: 1 minus the mean difference of what is read in the picture and in the parent's picture of "
+            "the same prompt and seed (continuous attributes by their difference, the others and the number of fingers "
+            "right or wrong). Two unrelated pictures of the pocket world have 0.54.",
             "Pixel resemblance: 1 minus the root mean square difference of the pixels.",
             f"Intervals: {RESAMPLES} bootstrap draws of prompts, and of seeds within each prompt.",
             "The first of many variants is chosen on the pictures it is judged by, so its own figure flatters it. The "
@@ -365,86 +340,6 @@ def _wishes(wishes: Mapping[str, Any]) -> str:
     if not wishes:
         return "nothing the reader knows"
     return ", ".join(
-        f"{name.replace('_', ' ')} {w}"
-        if isinstance(w, str)
-        else f"{name.replace('_', ' ')} {w[0]:g} to {w[1]:g}"
+        f"{name.replace('_', ' ')} {w}" if isinstance(w, str) else f"{name.replace('_', ' ')} {w[0]:g} to {w[1]:g}"
         for name, w in wishes.items()
-    )
-
-
-def _add_plot(
-    report: Report, variants: Sequence[Mapping[str, Any]], parents: Sequence[Mapping[str, Any]]
-) -> None:
-    read = variants[0]["resemblance_a"] is not None
-    prefix = "resemblance" if read else "pixel_resemblance"
-    if variants[0]["fidelity"] is None:  # nothing to put on the second axis but the other parent
-        panels = [(f"{prefix}_a", f"{prefix}_b", "resemblance to A", "resemblance to B")]
-    else:
-        panels = [
-            (f"{prefix}_a", "fidelity", "resemblance to A", "prompt fidelity"),
-            (f"{prefix}_b", "fidelity", "resemblance to B", "prompt fidelity"),
-        ]
-    bases = sorted({row["base"] for row in variants})
-
-    def draw(theme: Theme) -> Figure:
-        from matplotlib.figure import Figure as NewFigure
-
-        across = 1 if theme.narrow else len(panels)
-        down = len(panels) if theme.narrow else 1
-        figure = NewFigure(
-            figsize=(4.3, 3.6 * down) if theme.narrow else (5.6 * across, 4.6), layout="constrained"
-        )
-        for i, (x, y, x_title, y_title) in enumerate(panels):
-            axes = figure.add_subplot(down, across, i + 1)
-            _style(axes, theme, x_title, y_title)
-            for row in variants:
-                at = bases.index(row["base"])
-                colour = theme.accents[at % len(theme.accents)]
-                axes.plot(
-                    row[x], row[y], MARKERS[at % len(MARKERS)], ms=7 if row["pareto"] else 5, mec=colour, mew=1.2,
-                    mfc=colour if row["pareto"] else "none", alpha=1 if row["pareto"] else 0.75, zorder=3,
-                )  # fmt: skip
-                if row["rank"] <= 5:
-                    axes.annotate(str(row["rank"]), (row[x], row[y]), (5, 4), textcoords="offset points",
-                                  color=theme.ink, fontsize=9, fontweight="bold", zorder=5)  # fmt: skip
-            for row in parents:
-                axes.plot(row[x], row[y], "*", ms=15, color=theme.ink, zorder=4)
-                axes.annotate(row["name"], (row[x], row[y]), (-4, 9), textcoords="offset points", color=theme.ink,
-                              fontsize=11, fontweight="bold", annotation_clip=False)  # fmt: skip
-            _front_line(axes, [(row[x], row[y]) for row in variants], theme)
-            if i == 0:
-                for at, base in enumerate(bases):
-                    axes.plot([], [], MARKERS[at % len(MARKERS)], color=theme.accents[at % len(theme.accents)],
-                              label=f"base {base:g}")  # fmt: skip
-                axes.legend(frameon=False, fontsize=9, labelcolor=theme.ink, loc="best")
-        return figure
-
-    report.figure(
-        draw, "Scatter plot of the variants' prompt fidelity against their resemblance to A and to B",
-        "Filled: on the Pareto front of fidelity and both resemblances. Numbers: the first five ranks. Stars: the "
-        "parents A and B. Dashed: the front of each panel alone.",
-    )  # fmt: skip
-
-
-def _style(axes: Any, theme: Theme, x_title: str, y_title: str) -> None:
-    axes.set_facecolor(theme.background)
-    axes.grid(color=theme.grid, lw=0.8)
-    axes.set_axisbelow(True)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(theme.grid)
-    axes.tick_params(colors=theme.muted, labelsize=9)
-    axes.set_xlabel(x_title, color=theme.ink)
-    axes.set_ylabel(y_title, color=theme.ink)
-    axes.margins(0.09)
-
-
-def _front_line(axes: Any, points: Sequence[tuple[float, float]], theme: Theme) -> None:
-    """The staircase of points that none beats to the right and above."""
-    steps: list[tuple[float, float]] = []
-    for x, y in sorted(points, key=lambda p: (-p[0], -p[1])):
-        if not steps or y > steps[-1][1]:
-            steps.append((x, y))
-    axes.step(
-        [x for x, _ in steps], [y for _, y in steps], "--", where="pre", color=theme.muted, lw=1, zorder=1
     )

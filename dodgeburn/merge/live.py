@@ -15,12 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
-from dodgeburn.checkpoint.convert import (
-    diffusers_to_single_file,
-    fit_names,
-    single_file_to_diffusers,
-    unet_key_map,
-)
+from dodgeburn.checkpoint.convert import diffusers_to_single_file, fit_names, single_file_to_diffusers, unet_key_map
 from dodgeburn.checkpoint.header import Header, TensorInfo, dtype_name, tensor_bytes
 from dodgeburn.checkpoint.tensorfile import TensorFile
 from dodgeburn.errors import UserError
@@ -68,9 +63,7 @@ class LiveMerge:
     `model` must be freshly loaded from A, `a` and `b` are both sides' stored tensors. One at a time a model.
     """
 
-    def __init__(
-        self, model: Model, a: Tensors, b: Tensors, name_b: str = "B", method: str = "weighted_sum"
-    ) -> None:
+    def __init__(self, model: Model, a: Tensors, b: Tensors, name_b: str = "B", method: str = "weighted_sum") -> None:
         self.model = model
         self.a = a
         self.b = b
@@ -85,9 +78,7 @@ class LiveMerge:
 
     def plan(self, blocks: Mapping[str, float], keep: tuple[str, ...] = ()) -> Plan:
         """What a merge with these block shares does to every tensor; raises UserError as `make_plan`."""
-        return make_plan(
-            self.a.header, self.b.header, self.model.layout, blocks, self.method, keep, self._name_b
-        )
+        return make_plan(self.a.header, self.b.header, self.model.layout, blocks, self.method, keep, self._name_b)
 
     @torch.no_grad()
     def apply(self, plan: Plan, progress: Callable[[str], object] | None = None) -> set[str]:
@@ -138,18 +129,13 @@ class LiveMerge:
         if work.action == "merge":
             result = merge_tensors((self.a.tensor(work.name), other), work.alpha, self.method.name)
         if result.is_floating_point() and not bool(torch.isfinite(result.float()).all()):
-            raise UserError(
-                f"tensor {work.name} has NaN or infinite values in A, in {self._name_b}, or when merged"
-            )
+            raise UserError(f"tensor {work.name} has NaN or infinite values in A, in {self._name_b}, or when merged")
         return result
 
     def _convert(self, plan: Plan, parts: list[str]) -> None:
-        """Load whole components whose tensors are not one to one with a file's (fused and transposed ones).
-        """
+        """Load whole components whose tensors are not one to one with a file's (fused and transposed ones)."""
         tensors = {
-            work.name: self.merged(work)
-            for work in plan.work
-            if self.model.layout.component(work.name) in parts
+            work.name: self.merged(work) for work in plan.work if self.model.layout.component(work.name) in parts
         }
         states = single_file_to_diffusers(tensors, {part: self._configs[part] for part in parts})
         for part, state in states.items():

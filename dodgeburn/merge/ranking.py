@@ -171,16 +171,12 @@ def held_out(rows: Sequence[Row], parents: Sequence[Row]) -> dict[str, Any] | No
     """
     if not rows or any(row.measured.fidelity is None for row in [*rows, *parents]):
         return None
-    grids = np.stack(
-        [row.measured.fidelity for row in rows if row.measured.fidelity is not None]
-    )  # [rows, P, S]
+    grids = np.stack([row.measured.fidelity for row in rows if row.measured.fidelity is not None])  # [rows, P, S]
     usable = np.flatnonzero(~np.isnan(grids[0]).any(axis=1))
     if len(usable) < 2:
         return None
     by_prompt = grids[:, usable].mean(axis=2)  # [rows, prompts]
-    chosen = [
-        int(np.argmax(np.delete(by_prompt, i, axis=1).mean(axis=1).round(9))) for i in range(len(usable))
-    ]
+    chosen = [int(np.argmax(np.delete(by_prompt, i, axis=1).mean(axis=1).round(9))) for i in range(len(usable))]
     kept = np.stack([grids[row, prompt] for row, prompt in zip(chosen, usable, strict=True)])  # [prompts, S]
     found = bootstrap_mean(kept, shares=True)
     out: dict[str, Any] = {

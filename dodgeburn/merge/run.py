@@ -213,7 +213,7 @@ class _Buffers:
 
 def _run(plan: Plan, a: TensorFile, b: TensorFile, writer: TensorWriter, threads: int) -> None:
     import torch
-    from tqdm import tqdm  # type: ignore[import-untyped]
+    from tqdm import tqdm
 
     tiles = enumerate(_tiles(plan))
     lock = threading.Lock()

@@ -87,7 +87,7 @@ class WholePicture(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            nn.Conv2d(3, 32, 4, 2, 1), nn.SiLU(), _conv(32, 48), _conv(48, 64, 2), _Residual(64), _Residual(64),
+            nn.Conv2d(3, 32, 4, 2, 1), nn.SiLU(), _conv(32, 48), _conv(48, 64, 2), _Residual(64),
             _conv(64, 128, 2), _Residual(128), _conv(128, 40, 1, 1), nn.Flatten(), nn.Linear(40 * 64, 192), nn.SiLU(),
         )  # fmt: skip
         self.heads = Heads(192)

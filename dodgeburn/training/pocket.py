@@ -58,7 +58,7 @@ class PocketTraining:
     )
     unet: LoopSettings = field(default_factory=lambda: LoopSettings(steps=3200, lr=1.5e-3, constant=0.45, ema=0.998))
     finetune: LoopSettings = field(
-        default_factory=lambda: LoopSettings(steps=450, lr=5e-4, warmup=40, constant=0.4, ema=0.99)
+        default_factory=lambda: LoopSettings(steps=320, lr=5e-4, warmup=40, constant=0.4, ema=0.99)
     )
     finetune_pictures: int = 6_000
     reader: LoopSettings = field(

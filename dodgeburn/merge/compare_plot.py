@@ -1,0 +1,86 @@
+"""The comparison's plot: prompt fidelity against resemblance to A and to B, with the Pareto front."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from dodgeburn.measure.report import Report, Theme
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # by base
+
+
+def add_plot(report: Report, variants: Sequence[Mapping[str, Any]], parents: Sequence[Mapping[str, Any]]) -> None:
+    """Add the plot of these rows (as `Row.as_dict`) to the report: two panels, or one where nothing was read."""
+    read = variants[0]["resemblance_a"] is not None
+    prefix = "resemblance" if read else "pixel_resemblance"
+    if variants[0]["fidelity"] is None:  # nothing to put on the second axis but the other parent
+        panels = [(f"{prefix}_a", f"{prefix}_b", "resemblance to A", "resemblance to B")]
+    else:
+        panels = [
+            (f"{prefix}_a", "fidelity", "resemblance to A", "prompt fidelity"),
+            (f"{prefix}_b", "fidelity", "resemblance to B", "prompt fidelity"),
+        ]
+    bases = sorted({row["base"] for row in variants})
+
+    def draw(theme: Theme) -> Figure:
+        from matplotlib.figure import Figure as NewFigure
+
+        across = 1 if theme.narrow else len(panels)
+        down = len(panels) if theme.narrow else 1
+        figure = NewFigure(figsize=(4.3, 3.6 * down) if theme.narrow else (5.6 * across, 4.6), layout="constrained")
+        for i, (x, y, x_title, y_title) in enumerate(panels):
+            axes = figure.add_subplot(down, across, i + 1)
+            _style(axes, theme, x_title, y_title)
+            for row in variants:
+                at = bases.index(row["base"])
+                colour = theme.accents[at % len(theme.accents)]
+                axes.plot(
+                    row[x], row[y], MARKERS[at % len(MARKERS)], ms=7 if row["pareto"] else 5, mec=colour, mew=1.2,
+                    mfc=colour if row["pareto"] else "none", alpha=1 if row["pareto"] else 0.75, zorder=3,
+                )  # fmt: skip
+                if row["rank"] <= 5:
+                    axes.annotate(str(row["rank"]), (row[x], row[y]), (5, 4), textcoords="offset points",
+                                  color=theme.ink, fontsize=9, fontweight="bold", zorder=5)  # fmt: skip
+            for row in parents:
+                axes.plot(row[x], row[y], "*", ms=15, color=theme.ink, zorder=4)
+                axes.annotate(row["name"], (row[x], row[y]), (-4, 9), textcoords="offset points", color=theme.ink,
+                              fontsize=11, fontweight="bold", annotation_clip=False)  # fmt: skip
+            _front_line(axes, [(row[x], row[y]) for row in variants], theme)
+            if i == 0:
+                for at, base in enumerate(bases):
+                    axes.plot([], [], MARKERS[at % len(MARKERS)], color=theme.accents[at % len(theme.accents)],
+                              label=f"base {base:g}")  # fmt: skip
+                axes.legend(frameon=False, fontsize=9, labelcolor=theme.ink, loc="best")
+        return figure
+
+    report.figure(
+        draw, "Scatter plot of the variants' prompt fidelity against their resemblance to A and to B",
+        "Filled: on the Pareto front of fidelity and both resemblances. Numbers: the first five ranks. Stars: the "
+        "parents A and B. Dashed: the front of each panel alone.",
+    )  # fmt: skip
+
+
+def _style(axes: Any, theme: Theme, x_title: str, y_title: str) -> None:
+    axes.set_facecolor(theme.background)
+    axes.grid(color=theme.grid, lw=0.8)
+    axes.set_axisbelow(True)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(theme.grid)
+    axes.tick_params(colors=theme.muted, labelsize=9)
+    axes.set_xlabel(x_title, color=theme.ink)
+    axes.set_ylabel(y_title, color=theme.ink)
+    axes.margins(0.09)
+
+
+def _front_line(axes: Any, points: Sequence[tuple[float, float]], theme: Theme) -> None:
+    """The staircase of points that none beats to the right and above."""
+    steps: list[tuple[float, float]] = []
+    for x, y in sorted(points, key=lambda p: (-p[0], -p[1])):
+        if not steps or y > steps[-1][1]:
+            steps.append((x, y))
+    axes.step([x for x, _ in steps], [y for _, y in steps], "--", where="pre", color=theme.muted, lw=1, zorder=1)
