@@ -119,6 +119,10 @@ def test_stored_types_stay_and_others_are_cast(places: Path, tmp_path: Path) -> 
     again = load_model(tmp_path / "folder", "cpu", "stored")
     assert again.unet.dtype == torch.float16 and again.vae.dtype == torch.float32
     same_weights(stored, again)
+    for name in ("unet", "vae"):
+        weights = tmp_path / "folder" / name / "diffusion_pytorch_model.safetensors"
+        weights.rename(weights.with_suffix(".fp16.safetensors"))
+    same_weights(stored, load_model(tmp_path / "folder", "cpu", "stored"))
     assert load_model(tmp_path / "folder", "cpu").unet.dtype == torch.float32
     save_single_file(stored, tmp_path / "half.safetensors", dtype=torch.float16)
     assert {i.dtype for i in read_header(tmp_path / "half.safetensors").tensors.values()} == {"F16"}

@@ -45,6 +45,7 @@ def main(args: list[str]) -> int:
         args=args,
         prog="dodgeburn convert",
         description=f"{inspect.cleandoc(Convert.__doc__ or '')}\n\nexample: {EXAMPLE}",
+        config=(tyro.conf.FlagCreatePairsOff,),
     )
     if options.out is None:
         raise UserError("no output: say where to write with -o OUT.safetensors or -o FOLDER")

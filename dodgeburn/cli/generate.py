@@ -35,9 +35,7 @@ class Generate:
     prompt: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT")]
     """What to draw. Over 75 tokens it is encoded in chunks of 75, as A1111 does."""
     model: str = "pocket"
-    """A packaged model (pocket, pocket-style, pocket-bold), a .safetensors file, a diffusers folder, a hub
-    id.
-    """
+    """A packaged model (pocket, pocket-style, pocket-bold), a .safetensors file, a folder or a hub id."""
     seed: int = 0
     """Seed of the first picture; the next ones count up from it."""
     n: Annotated[int, tyro.conf.arg(aliases=["-n"], metavar="COUNT")] = 1
@@ -79,6 +77,7 @@ def main(args: list[str]) -> int:
         args=args,
         prog="dodgeburn generate",
         description=f"{inspect.cleandoc(Generate.__doc__ or '')}\n\nexample: {EXAMPLE}",
+        config=(tyro.conf.FlagCreatePairsOff,),
     )
     if not 1 <= options.n <= 100_000:
         raise UserError(f"-n is {options.n}: give a number of pictures from 1 to 100000")

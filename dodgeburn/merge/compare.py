@@ -187,6 +187,7 @@ def compare(
         read_by=getattr(reader, "name", type(reader).__name__) if reader is not None else None, held_out=held_out,
     )  # fmt: skip
     write_outputs(result)
+    result.seconds = time.perf_counter() - started
     return result
 
 

@@ -260,8 +260,10 @@ def _add_table(
                (low["fidelity"], 1)),
         Column("fidelity_vs_a", "minus A", "signed", 3, "difference in fidelity, same prompts and seeds"),
         Column("fidelity_vs_b", "minus B", "signed", 3, "difference in fidelity, same prompts and seeds"),
-        Column("resemblance_a", "like A", "interval", 3, "1 - reader distance to A's picture", (low["resemblance_a"], 1)),
-        Column("resemblance_b", "like B", "interval", 3, "1 - reader distance to B's picture", (low["resemblance_b"], 1)),
+        Column("resemblance_a", "like A", "interval", 3, "1 - reader distance to A's picture",
+               (low["resemblance_a"], 1)),
+        Column("resemblance_b", "like B", "interval", 3, "1 - reader distance to B's picture",
+               (low["resemblance_b"], 1)),
         Column("pixel_resemblance_a", "pixels like A", "interval", 3, "1 - RMS pixel difference",
                (low["pixel_resemblance_a"], 1)),
         Column("pixel_resemblance_b", "pixels like B", "interval", 3, "1 - RMS pixel difference",
@@ -323,8 +325,8 @@ def _add_method(report: Report, result: Comparison) -> None:
     report.bullets(
         [
             "Fidelity: of the attributes that a prompt names, the share that the reader finds in the picture. A named "
-            f"value must be read as that value; a graded word asks for an interval, which may be missed by {TOLERANCE:g}. A "
-            "picture that cannot be read has 0.",
+            f"value must be read as that value; a graded word asks for an interval, which may be missed by "
+            f"{TOLERANCE:g}. A picture that cannot be read has 0.",
             "Resemblance: 1 minus the mean difference of what is read in the picture and in the parent's picture of "
             "the same prompt and seed (continuous attributes by their difference, the others and the number of fingers "
             "right or wrong). Two unrelated pictures of the pocket world have 0.54.",

@@ -25,6 +25,7 @@ from dodgeburn.pocket.model import NAMES, weights_path
 
 _CONFIGS = Path(__file__).parent / "configs"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 _CLASSES = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
 _TEXT_CLASSES = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
 
@@ -174,7 +175,7 @@ def _load_folder(folder: Path, name: str, device: torch.device, dtype: torch.dty
             try:
                 modules[part] = loader.from_pretrained(
                     str(folder), subfolder=part, local_files_only=True, use_safetensors=True,
-                    **{kind_key: _stored_dtype(folder / part)},
+                    variant=_variant(folder / part), **{kind_key: _stored_dtype(folder / part)},
                 )  # fmt: skip
             except (OSError, ValueError, RuntimeError) as error:
                 raise UserError(f"{folder / part} cannot be loaded: {str(error).splitlines()[0]}") from error
@@ -189,7 +190,14 @@ def _load_folder(folder: Path, name: str, device: torch.device, dtype: torch.dty
 
 
 def _weights(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.safetensors"))
+    """The weight files that are loaded: the plain ones (maybe several shards), else the fp16 variant."""
+    files = sorted(path for path in folder.glob("*.safetensors") if "non_ema" not in path.name)
+    return [path for path in files if ".fp16" not in path.name] or files
+
+
+def _variant(folder: Path) -> str | None:
+    files = _weights(folder)
+    return "fp16" if files and ".fp16" in files[0].name else None
 
 
 def _stored_dtype(folder: Path) -> torch.dtype:
@@ -230,7 +238,11 @@ def _download(repository: str) -> Path:
 
     try:
         return Path(
-            snapshot_download(repository, allow_patterns=["*.json", "*.txt", "*/*.json", "*/*.txt", "*/*.safetensors"])
+            snapshot_download(
+                repository,
+                allow_patterns=["model_index.json", *(f"{part}/*" for part in _PARTS)],
+                ignore_patterns=["*.bin", "*.msgpack", "*.onnx*", "*.xml", "*.fp16.*", "*non_ema*"],
+            )
         )
     except Exception as error:
         raise UserError(f"cannot get {repository} from the Hub: {str(error).splitlines()[0]}") from error

@@ -14,6 +14,8 @@ from dodgeburn.sampling.settings import SAMPLERS, SPACINGS
 def infotext_of(made: Generated, model: Model) -> Infotext:
     """A1111's settings line for a picture, in A1111's names and order."""
     settings = made.settings
+    # A folder has no hash that other tools would know.
+    is_file = model.source is not None and model.source.is_file()
     return Infotext(
         prompt=made.prompt,
         negative=settings.negative,
@@ -24,7 +26,7 @@ def infotext_of(made: Generated, model: Model) -> Infotext:
             "CFG scale": f"{settings.guidance:g}",
             "Seed": str(made.seed),
             "Size": f"{settings.width}x{settings.height}",
-            "Model hash": model.sha256[:10],
+            "Model hash": model.sha256[:10] if is_file else "",
             "Model": model.name,
             "Version": f"dodgeburn {__version__}",
         },
