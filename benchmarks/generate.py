@@ -14,6 +14,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,10 +46,10 @@ def model_of(name: str, random: bool) -> Model:
     return assemble("random pocket", None, configs, build(configs), [tokenizer(), tokenizer()])
 
 
-def pipeline_of(model: Model) -> StableDiffusionXLPipeline:
+def pipeline_of(model: Model) -> Any:
     """diffusers' pipeline around the same modules, with the scheduler that our settings stand for."""
     scheduler = DPMSolverMultistepScheduler.from_config({**model.scheduler_config, "timestep_spacing": "trailing"})
-    pipe = StableDiffusionXLPipeline(
+    pipe: Any = StableDiffusionXLPipeline(
         model.vae, *model.text_encoders, *model.tokenizers, model.unet, scheduler,
         force_zeros_for_empty_prompt=False, add_watermarker=False,
     )  # fmt: skip

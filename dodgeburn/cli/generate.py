@@ -11,7 +11,7 @@ import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -112,7 +112,7 @@ def writable_folder(folder: Path) -> None:
         raise UserError(f"cannot write to folder {folder}: {error.strerror or error}") from error
 
 
-def _run(options: Generate, settings: GenerateSettings) -> dict[str, object]:
+def _run(options: Generate, settings: GenerateSettings) -> dict[str, Any]:
     from tqdm import tqdm
 
     from dodgeburn.models.loading import load_model

@@ -41,6 +41,7 @@ table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabul
 .data th button:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
 .data th[aria-sort=ascending] button::after { content: " \\2191"; }
 .data th[aria-sort=descending] button::after { content: " \\2193"; }
+.data td.name { position: sticky; left: 0; background: var(--card); z-index: 1; }
 .data tr.marked td { background: var(--mark); }
 .data tr.parent td { font-weight: 600; }
 .data tbody tr:last-child td { border-bottom: 0; }
@@ -52,18 +53,15 @@ table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabul
 .span u { position: absolute; top: -2px; bottom: -2px; width: 2px; margin-left: -1px;
   background: var(--ink); }
 svg.curve { display: block; color: var(--bar); }
-.sheet table { border-spacing: 0; }
-.sheet th { font-weight: 500; font-size: .78rem; line-height: 1.25; color: var(--muted);
-  vertical-align: bottom;
-  padding: 6px 4px; }
-.sheet thead th { min-width: 84px; text-align: center; }
-.sheet tbody th { text-align: left; vertical-align: middle; min-width: 150px; max-width: 190px;
-  position: sticky; left: 0;
-  background: var(--card); z-index: 1; padding-left: 10px; }
+.sheet table { border-spacing: 0; table-layout: fixed; width: 100%; }
+.sheet thead th:first-child { width: 170px; }
+.sheet th { font-weight: 500; font-size: .78rem; line-height: 1.25; color: var(--muted); padding: 6px 4px; }
+.sheet thead th { text-align: center; vertical-align: bottom; overflow-wrap: anywhere; }
+.sheet tbody th { text-align: left; vertical-align: middle; position: sticky; left: 0; z-index: 1;
+  background: var(--card); padding-left: 10px; }
 .sheet td { padding: 2px; }
-.sheet img { display: block; width: 100%; min-width: 84px; max-width: 256px; height: auto;
-  border-radius: 3px; }
-.sheet .parent { color: var(--ink); font-weight: 700; }
+.sheet img { display: block; width: 100%; height: auto; border-radius: 3px; }
+.sheet th.parent { color: var(--ink); font-weight: 700; }
 dl { display: grid; grid-template-columns: minmax(110px, 190px) 1fr; gap: .25em 1em; font-size: .92rem;
   max-width: 70em; }
 dt { color: var(--muted); } dd { margin: 0; overflow-wrap: anywhere; }
@@ -78,8 +76,8 @@ footer { margin-top: 3em; color: var(--muted); font-size: .85rem; }
   } .data { font-size: .82rem; }
   .data th, .data td { padding: .35em .45em; } dl { grid-template-columns: 1fr; gap: 0;
   } dd { margin-bottom: .5em; }
-  .sheet tbody th { min-width: 96px; max-width: 96px; font-size: .7rem; } .sheet thead th { min-width: 76px; }
-  .sheet img { min-width: 76px; } .facts { grid-template-columns: 1fr 1fr; } }
+  .sheet thead th:first-child { width: 100px; }
+  .sheet th { font-size: .7rem; } .facts { grid-template-columns: 1fr 1fr; } }
 @media print { .tall { max-height: none; } .scroll { overflow: visible; } }
 """
 

@@ -48,6 +48,7 @@ class Column:
     digits: int = 3
     hint: str = ""
     scale: tuple[float, float] = (0.0, 1.0)
+    brief: bool = False  # an interval's ends are drawn, and written out only on hover
 
 
 @dataclass(frozen=True)
@@ -131,10 +132,11 @@ class Report:
             f"<button>{escape(c.title)}</button></th>"
             for c in columns
         )
+        name = next((c for c in columns if c.kind == "text"), None)  # stays in view when the table is scrolled sideways
         body = ""
         for row in rows:
             kind = marked(row) if marked else ""
-            cells = "".join(_cell(c, row) for c in columns)
+            cells = "".join(_cell(c, row, c is name) for c in columns)
             body += f"<tr{f' class={chr(34)}{escape(kind)}{chr(34)}' if kind else ''}>{cells}</tr>"
         tall = " tall" if len(rows) > 25 else ""
         self._parts.append(
@@ -186,8 +188,10 @@ class Report:
                 for c, p in zip(columns, line, strict=True)
             )
             body += f'<tr><th scope="row">{escape(label)}</th>{cells}</tr>'
+        least, most = 100 + 76 * len(columns), 190 + (TILE_PIXELS + 4) * len(columns)
         block = (
-            f'<figure class="sheet"><div class="scroll"><table><thead><tr><th></th>{heads}</tr></thead>'
+            f'<figure class="sheet"><div class="scroll"><table style="min-width:{least}px;max-width:{most}px">'
+            f"<thead><tr><th></th>{heads}</tr></thead>"
             f"<tbody>{body}</tbody></table></div>{_caption(caption)}</figure>"
         )
         self._parts.append(_folded(summary, block))
@@ -240,7 +244,7 @@ def _class(column: Column) -> str:
     return ' class="text"' if column.kind in ("text", "curve") else ""
 
 
-def _cell(column: Column, row: Mapping[str, Any]) -> str:
+def _cell(column: Column, row: Mapping[str, Any], is_name: bool) -> str:
     value = row.get(column.key)
     if column.kind == "curve":
         numbers = [float(v) for v in value or ()]
@@ -248,19 +252,22 @@ def _cell(column: Column, row: Mapping[str, Any]) -> str:
     if not _known(value):
         return f'<td{_class(column)} data-v="">–</td>'
     if column.kind == "text":
-        return f'<td class="text" data-v="{escape(str(value))}">{escape(str(value))}</td>'
+        kind = "text name" if is_name else "text"
+        return f'<td class="{kind}" data-v="{escape(str(value))}">{escape(str(value))}</td>'
     assert value is not None
     number = float(value)
     sign = "+" if column.kind == "signed" else ""
     shown = f"{number:{sign}.{column.digits}f}"
-    extra = ""
+    extra = written = ""
     ends = row.get(column.key + "_ci") if column.kind in ("interval", "signed") else None
     if ends is not None:
         low, high = (float(end) for end in ends)
-        extra = f' <span class="ends">[{low:{sign}.{column.digits}f}, {high:{sign}.{column.digits}f}]</span>'
+        written = f"[{low:{sign}.{column.digits}f}, {high:{sign}.{column.digits}f}]"
+        extra = "" if column.brief else f' <span class="ends">{written}</span>'
         if column.kind == "interval":
             extra += _span(number, low, high, column.scale)
-    return f'<td data-v="{number:.9g}">{shown}{extra}</td>'
+    title = f' title="{written}"' if column.brief and written else ""
+    return f'<td data-v="{number:.9g}"{title}>{shown}{extra}</td>'
 
 
 def _span(mean: float, low: float, high: float, scale: tuple[float, float]) -> str:

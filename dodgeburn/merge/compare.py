@@ -45,7 +45,7 @@ class CompareSettings(BaseModel):
     Raises UserError for an unknown preset, a base outside 0..1, no prompts, and bad or repeated seeds.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
     presets: tuple[str, ...] = ("all",)
     bases: tuple[float, ...] = (0.4, 0.5, 0.6)

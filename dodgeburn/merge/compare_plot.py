@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # by base
+OFFSETS = ((0, 10), (10, 3), (-10, 3), (9, -8), (-9, -8))  # of the first ranks' numbers, so that they keep apart
 
 
 def add_plot(report: Report, variants: Sequence[Mapping[str, Any]], parents: Sequence[Mapping[str, Any]]) -> None:
@@ -42,13 +43,12 @@ def add_plot(report: Report, variants: Sequence[Mapping[str, Any]], parents: Seq
                     row[x], row[y], MARKERS[at % len(MARKERS)], ms=7 if row["pareto"] else 5, mec=colour, mew=1.2,
                     mfc=colour if row["pareto"] else "none", alpha=1 if row["pareto"] else 0.75, zorder=3,
                 )  # fmt: skip
-                if row["rank"] <= 5:
-                    axes.annotate(str(row["rank"]), (row[x], row[y]), (5, 4), textcoords="offset points",
-                                  color=theme.ink, fontsize=9, fontweight="bold", zorder=5)  # fmt: skip
-            for row in parents:
-                axes.plot(row[x], row[y], "*", ms=15, color=theme.ink, zorder=4)
-                axes.annotate(row["name"], (row[x], row[y]), (-4, 9), textcoords="offset points", color=theme.ink,
-                              fontsize=11, fontweight="bold", annotation_clip=False)  # fmt: skip
+                if row["rank"] <= len(OFFSETS):
+                    axes.annotate(
+                        str(row["rank"]), (row[x], row[y]), OFFSETS[row["rank"] - 1], textcoords="offset points",
+                        color=theme.ink, fontsize=9, fontweight="bold", ha="center", va="center", zorder=5,
+                    )  # fmt: skip
+            _mark_parents(axes, parents, x, y, theme)
             _front_line(axes, [(row[x], row[y]) for row in variants], theme)
             if i == 0:
                 for at, base in enumerate(bases):
@@ -59,8 +59,8 @@ def add_plot(report: Report, variants: Sequence[Mapping[str, Any]], parents: Seq
 
     report.figure(
         draw, "Scatter plot of the variants' prompt fidelity against their resemblance to A and to B",
-        "Filled: on the Pareto front of fidelity and both resemblances. Numbers: the first five ranks. Stars: the "
-        "parents A and B. Dashed: the front of each panel alone.",
+        "Filled: on the Pareto front of fidelity and both resemblances. Numbers: the first five ranks. Lines A and B: "
+        "the parents' fidelity, and their resemblance to one another. Dashed: the front of each panel alone.",
     )  # fmt: skip
 
 
@@ -84,3 +84,19 @@ def _front_line(axes: Any, points: Sequence[tuple[float, float]], theme: Theme) 
         if not steps or y > steps[-1][1]:
             steps.append((x, y))
     axes.step([x for x, _ in steps], [y for _, y in steps], "--", where="pre", color=theme.muted, lw=1, zorder=1)
+
+
+def _mark_parents(axes: Any, parents: Sequence[Mapping[str, Any]], x: str, y: str, theme: Theme) -> None:
+    """Lines at the parents' values. A parent's resemblance to itself (1) is left out: it would squeeze the rest."""
+    line: dict[str, Any] = {"color": theme.muted, "lw": 1, "zorder": 2}
+    text: dict[str, Any] = {"color": theme.ink, "fontsize": 10, "fontweight": "bold", "annotation_clip": False}
+    for row in parents:
+        own = f"_{row['name'].lower()}"
+        if not y.endswith(own):
+            axes.axhline(row[y], **line)
+            axes.annotate(row["name"], (1, row[y]), (4, 0), xycoords=("axes fraction", "data"), va="center",
+                          textcoords="offset points", **text)  # fmt: skip
+        if not x.endswith(own):
+            axes.axvline(row[x], **line)
+            axes.annotate(row["name"], (row[x], 1), (0, 4), xycoords=("data", "axes fraction"), ha="center",
+                          textcoords="offset points", **text)  # fmt: skip

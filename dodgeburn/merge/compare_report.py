@@ -251,27 +251,28 @@ def _add_table(
         for row in [*parents, *variants]
     ]  # fmt: skip
     low = {key: min([r[key + "_ci"][0] for r in rows if r[key + "_ci"]], default=0.0) for key in FIGURES}
+
+    def column(key: str, title: str, hint: str, brief: bool = False) -> Column:
+        return Column(key, title, "interval", 3, hint, (low[key], 1.0), brief)
+
     columns = [
         Column("rank", "rank", "number", 0),
         Column("preset", "preset"),
         Column("base", "base", "number", 2, "B's share of everything outside the U-Net's blocks, unless kept"),
-        Column("shares", "B's share by block", "curve", hint="IN00 at the left, M00 in the middle, OUT at the right"),
-        Column("fidelity", "fidelity", "interval", 3, "share of what the prompts name that the pictures show",
-               (low["fidelity"], 1)),
+        column("fidelity", "fidelity", "share of what the prompts name that the pictures show"),
+        column("resemblance_a", "like A", "1 - reader distance to A's picture"),
+        column("resemblance_b", "like B", "1 - reader distance to B's picture"),
+        Column(
+            "shares", "B by block", "curve", hint="B's share: IN00 at the left, M00 in the middle, OUT at the right"
+        ),
+        column("pixel_resemblance_a", "pixels A", "1 - RMS pixel difference to A's picture", True),
+        column("pixel_resemblance_b", "pixels B", "1 - RMS pixel difference to B's picture", True),
+        Column("front", "Pareto", hint="no other variant is better in fidelity and in both resemblances"),
+        Column("unreadable", "unreadable", "number", 3, "share of pictures the reader could not read"),
         Column("fidelity_vs_a", "minus A", "signed", 3, "difference in fidelity, same prompts and seeds"),
         Column("fidelity_vs_b", "minus B", "signed", 3, "difference in fidelity, same prompts and seeds"),
-        Column("resemblance_a", "like A", "interval", 3, "1 - reader distance to A's picture",
-               (low["resemblance_a"], 1)),
-        Column("resemblance_b", "like B", "interval", 3, "1 - reader distance to B's picture",
-               (low["resemblance_b"], 1)),
-        Column("pixel_resemblance_a", "pixels like A", "interval", 3, "1 - RMS pixel difference",
-               (low["pixel_resemblance_a"], 1)),
-        Column("pixel_resemblance_b", "pixels like B", "interval", 3, "1 - RMS pixel difference",
-               (low["pixel_resemblance_b"], 1)),
-        Column("unreadable", "unreadable", "number", 3, "share of pictures the reader could not read"),
-        Column("front", "Pareto", hint="no other variant is better in fidelity and in both resemblances"),
         Column("note", "note"),
-    ]  # fmt: skip
+    ]
     columns = [c for c in columns if c.kind == "text" or any(row.get(c.key) is not None for row in rows)]
     columns = [c for c in columns if c.key != "note" or any(row["note"] for row in rows)]
     report.table(

@@ -59,7 +59,7 @@ class Row:
         values = getattr(self.measured, key)
         if values is None or np.isnan(values).all():
             return None
-        return bootstrap_mean(values, shares=True)
+        return bootstrap_mean(values, shares=key == "fidelity")
 
     def mean(self, key: str) -> float | None:
         """The mean alone."""

@@ -57,7 +57,7 @@ class Schedule:
 
 def scheduler_for(sampler: str, config: dict[str, Any], spacing: str = "trailing") -> Any:
     """diffusers' own scheduler of a sampler, with the model's betas from `config` (a scheduler config)."""
-    known = inspect.signature(SCHEDULERS[sampler].__init__).parameters
+    known = inspect.signature(SCHEDULERS[sampler]).parameters
     options: dict[str, Any] = {k: v for k, v in config.items() if k in known and k not in _CHOICES}
     if spacing in ("trailing", "leading", "linspace"):
         options["timestep_spacing"] = spacing

@@ -100,9 +100,10 @@ def text_cache(unet: nn.Module) -> Iterator[TextCache]:
     try:
         for module in unet.modules():
             if isinstance(module, Attention) and _plain(module):
+                layer = CachedTextAttention()
                 replaced.append((module, module.processor))
-                module.processor = CachedTextAttention()
-                cache.layers.append(module.processor)
+                cache.layers.append(layer)
+                setattr(module, "processor", layer)  # noqa: B010 (diffusers declares the type of its default)
         if added_embedding is not None:
             unet.__dict__["get_aug_embed"] = get_aug_embed
         yield cache

@@ -45,8 +45,8 @@ class PocketTraining:
     pictures: int = 60_000  # the U-Net sees these, with fresh captions and noise each time
     vae_pictures: int = 40_000
     vae_batch: int = 24
-    text_first: bool = False  # train the text encoders contrastively before the U-Net; else only with it
-    text_batch: int = 192
+    text_first: bool = True  # train the text encoders contrastively before the U-Net; else only with it
+    text_batch: int = 256
     unet_batch: int = 64
     vae: LoopSettings = field(
         default_factory=lambda: LoopSettings(
@@ -54,7 +54,7 @@ class PocketTraining:
         )
     )
     text: LoopSettings = field(
-        default_factory=lambda: LoopSettings(steps=500, lr=1.5e-3, warmup=50, ema=0.99, checkpoint_every=250)
+        default_factory=lambda: LoopSettings(steps=700, lr=1.5e-3, warmup=50, ema=0.99)
     )
     unet: LoopSettings = field(default_factory=lambda: LoopSettings(steps=3200, lr=1.5e-3, constant=0.45, ema=0.998))
     finetune: LoopSettings = field(
@@ -143,10 +143,10 @@ class PocketRun:
         """Stage 2: both text encoders, contrastively; skipped unless `text_first`."""
         if not self.config.text_first or self._load_stage("text", ("text_encoder", "text_encoder_2")):
             return
-        attributes, latents = self.latents()
         m, c = self.modules, self.config
+        attributes = [attributes_of(i, c.seed + 1) for i in range(c.pictures)]
         train_text(
-            m["text_encoder"], m["text_encoder_2"], pocket.tokenizer(), latents, attributes, self.folder / "text",
+            m["text_encoder"], m["text_encoder_2"], pocket.tokenizer(), attributes, self.folder / "text",
             c.text, c.text_batch, self.never, self.device, self.callback,
         )  # fmt: skip
         self._save_stage("text", ("text_encoder", "text_encoder_2"))

@@ -1,4 +1,7 @@
-"""Stage 2 of the pocket: its two text encoders, first trained contrastively against latents (CLIP, arXiv:2103.00020)."""
+"""Stage 2 of the pocket: its two text encoders, trained contrastively against what the pictures show.
+
+The loss is CLIP's (arXiv:2103.00020, figure 3).
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dodgeburn.pocket.attributes import Attributes
+from dodgeburn.pocket.attributes import CATEGORICAL, CONTINUOUS, Attributes
 from dodgeburn.pocket.captions import caption
 from dodgeburn.training.loop import LoopSettings, train
 
@@ -45,31 +48,29 @@ def encode_text(encoder_1: Any, encoder_2: Any, tokens: Tensor) -> tuple[Tensor,
     return torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1), second.text_embeds
 
 
-class PictureTower(nn.Module):
-    """A small convolutional network over latents; it only serves the contrastive stage and is thrown away."""
+CENTRES = torch.linspace(0, 1, 6)
 
-    def __init__(self, width: int, outputs: int) -> None:
-        super().__init__()
 
-        def block(a: int, b: int, stride: int) -> nn.Sequential:
-            return nn.Sequential(nn.Conv2d(a, b, 3, stride, 1), nn.GroupNorm(8, b), nn.SiLU())
-
-        self.body = nn.Sequential(
-            block(4, width, 1), block(width, width, 2), block(width, 2 * width, 1), block(2 * width, 2 * width, 2),
-            block(2 * width, 4 * width, 1), nn.Flatten(), nn.Linear(4 * width * 16, 4 * width), nn.SiLU(),
-            nn.Linear(4 * width, outputs),
-        )  # fmt: skip
-
-    def forward(self, latents: Tensor) -> Tensor:
-        return self.body(latents)
+def truth_vectors(attributes: list[Attributes]) -> Tensor:
+    """What each picture shows as numbers [n, features]: six bumps along [0, 1] for a continuous attribute, one-hot
+    for a categorical one."""
+    values = torch.tensor([[a[k] for k in CONTINUOUS] for a in attributes])
+    bumps = torch.exp(-0.5 * ((values[..., None] - CENTRES) / 0.12) ** 2).flatten(1)
+    codes = [torch.tensor([values.index(a[k]) for a in attributes]) for k, values in CATEGORICAL.items()]
+    hot = [F.one_hot(c, len(v)).float() for c, v in zip(codes, CATEGORICAL.values(), strict=True)]
+    return torch.cat([bumps, *hot], dim=1)
 
 
 class ContrastiveHeads(nn.Module):
-    """Picture tower, a projection for the encoder that has none, and the learned temperature."""
+    """The tower of the other side, a projection for the encoder that has none, and the learned temperature.
 
-    def __init__(self, width_1: int, width_2: int) -> None:
+    The other side is the picture's true attributes, which the world knows, not its pixels: a picture tower would
+    spend the whole stage on learning to see. The tower only serves this stage and is thrown away.
+    """
+
+    def __init__(self, features: int, width_1: int, width_2: int) -> None:
         super().__init__()
-        self.tower = PictureTower(48, width_2)
+        self.tower = nn.Sequential(nn.Linear(features, 384), nn.SiLU(), nn.Linear(384, width_2))
         self.project_1 = nn.Linear(width_1, width_2, bias=False)
         self.log_scale = nn.Parameter(torch.tensor(2.6))
 
@@ -86,7 +87,6 @@ def train_text(
     encoder_1: Any,
     encoder_2: Any,
     tokenizer: Any,
-    latents: Tensor,
     attributes: list[Attributes],
     folder: Path,
     settings: LoopSettings,
@@ -95,17 +95,18 @@ def train_text(
     device: str = "cpu",
     callback: Callable[[int, dict[str, float]], None] | None = None,
 ) -> None:
-    """Train both encoders in place to match captions with latents [n, 4, 16, 16]."""
-    heads = ContrastiveHeads(encoder_1.config.hidden_size, encoder_2.config.projection_dim)
+    """Train both encoders in place to tell, among `batch` pictures, which one a caption was written for."""
+    truth = truth_vectors(attributes)
+    heads = ContrastiveHeads(truth.shape[1], encoder_1.config.hidden_size, encoder_2.config.projection_dim)
 
     def make(step: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        index = torch.randint(len(latents), (batch,), generator=generator)
+        index = torch.randint(len(truth), (batch,), generator=generator)
         texts = captions_of(attributes, index, generator, 0.0, never)
-        return latents[index].to(device), tokens_of(tokenizer, texts).to(device)
+        return truth[index].to(device), tokens_of(tokenizer, texts).to(device)
 
     def losses(made: tuple[Tensor, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        z, tokens = made
-        pictures = heads.tower(z + 0.1 * torch.randn(z.shape, generator=generator).to(device))
+        shown, tokens = made
+        pictures = heads.tower(shown)
         first = heads.project_1(encoder_1(tokens).pooler_output)
         second = encoder_2(tokens).text_embeds
         return {
