@@ -1,4 +1,4 @@
-"""The shipped readers read fresh drawings and refuse junk; `dodgeburn pocket evaluate --reader` measures them in full."""
+"""The shipped readers read fresh drawings and refuse junk (`dodgeburn pocket evaluate --reader` measures in full)."""
 
 import numpy as np
 import pytest

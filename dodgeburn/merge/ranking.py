@@ -158,7 +158,7 @@ def rank(rows: Sequence[Row], parents: Sequence[Row]) -> tuple[list[Row], dict[s
     front = pareto_front(np.array(points).reshape(len(ordered), len(keys)))
     for i, row in enumerate(ordered):
         row.rank, row.pareto = i + 1, bool(front[i])
-    return ordered, held_out(ordered, parents)
+    return ordered, held_out(rows, parents)  # in the order given: ties must not be broken by the whole table
 
 
 def held_out(rows: Sequence[Row], parents: Sequence[Row]) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""Stage 3 of the pocket: the U-Net, together with its text encoders. Fine-tunes are the same call from other weights."""
+"""Stage 3 of the pocket: the U-Net with its text encoders. Fine-tunes are the same call from other weights."""
 
 from __future__ import annotations
 
