@@ -80,7 +80,7 @@ class Tour:
 def tour(
     out: str | Path | None = None,
     quick: bool = False,
-    models: tuple[str | Path, str | Path, str | Path] = NAMES,  # type: ignore[assignment]
+    models: tuple[str | Path, str | Path, str | Path] = NAMES,
     device: str = "auto",
     reader: PictureReader | None = None,
 ) -> Tour:

@@ -53,6 +53,12 @@ def pair(tmp_path_factory) -> tuple[Path, Path]:
     return folder / "a.safetensors", folder / "b.safetensors"
 
 
+@pytest.fixture(autouse=True)
+def no_plots(monkeypatch) -> None:
+    """Plots take seconds; only `result`, which is made before this, has one."""
+    monkeypatch.setattr("dodgeburn.merge.compare_report.add_plot", lambda *_: None)
+
+
 def weights(model) -> dict[str, torch.Tensor]:
     return {f"{part}.{key}": tensor.clone() for part, module in model.components().items()
             for key, tensor in module.state_dict().items()}  # fmt: skip
@@ -181,6 +187,7 @@ def test_outputs_are_all_there(result) -> None:
     assert len(lines) == 7 and lines[0].startswith("rank,name,preset,base,fidelity,fidelity_low,fidelity_high")
     assert all(line.count(",") == lines[0].count(",") for line in lines)
     page = (folder / "report.html").read_text()
+    assert page.count("data:image/png") == 4  # the plot: light and dark, wide and narrow
     for word in (*PROMPTS, "GradV", "Flat_25", "--preset", "base 0.6", "sha256"):
         assert word in page
     assert not re.search(r"(https?:)?//\w", re.sub(r"data:[^\"]*", "", page))

@@ -23,6 +23,7 @@ def models(tmp_path) -> tuple[Path, ...]:
 
 def test_tour_makes_one_page_and_the_file_equals_what_was_compared(models, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("dodgeburn.merge.compare_report.add_plot", lambda *_: None)  # seconds each, tested elsewhere
     found = tour(quick=True, models=models, device="cpu", reader=ColourReader())
     assert found.report == Path("tour/report.html") and found.largest_difference == 0
     page = found.report.read_text()

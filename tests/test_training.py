@@ -14,7 +14,7 @@ from dodgeburn.pocket.model import build, component_configs, tokenizer
 from dodgeburn.pocket.pictures import attributes_of, draw_pictures
 from dodgeburn.training.loop import Average, LoopSettings, learning_rate, train
 from dodgeburn.training.pocket_text import captions_of, contrast, encode_text, tokens_of
-from dodgeburn.training.pocket_unet import alphas_cumprod, min_snr_weights, train_unet
+from dodgeburn.training.pocket_unet import alphas_cumprod, draw_timesteps, loss_weights, train_unet
 from dodgeburn.training.pocket_vae import decode, encode, normalise
 
 
@@ -88,9 +88,15 @@ def test_noise_schedule_is_diffusers() -> None:
     assert torch.allclose(alphas_cumprod(config), oracle, atol=1e-5)
 
 
-def test_min_snr_by_hand() -> None:
-    # alpha_bar 0.5: SNR 1 is below gamma, weight 1; 0.9: SNR 9, weight 5/9
-    assert torch.allclose(min_snr_weights(torch.tensor([0.5, 0.9])), torch.tensor([1.0, 5 / 9]))
+def test_loss_weights_by_hand() -> None:
+    # alpha_bar 0.25: SNR 1/3 is below gamma, weight 1 / 0.5; 0.9: SNR 9, weight 5/9 / sqrt(0.9)
+    assert torch.allclose(loss_weights(torch.tensor([0.25, 0.9])), torch.tensor([2.0, 5 / 9 / 0.9**0.5]))
+
+
+def test_timesteps_cover_the_schedule_and_lean_to_noise() -> None:
+    t = draw_timesteps(1000, 20000, torch.Generator().manual_seed(0))
+    assert t.min() >= 0 and t.max() <= 999 and len(t.unique()) > 900
+    assert abs((t >= 500).float().mean() - (1 - 0.5 ** (1 / 0.7))) < 0.01  # P(u^0.7 >= 1/2)
 
 
 def test_contrast_is_small_for_matching_rows_only() -> None:

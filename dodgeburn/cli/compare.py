@@ -83,7 +83,7 @@ def numbers(text: str, option: str, kind: type[int] | type[float]) -> list[int] 
         except ValueError:
             what = "whole numbers" if kind is int else "numbers"
             raise UserError(f"--{option} {text}: {item!r} is no number, expected {what} separated by commas") from None
-    return out  # type: ignore[return-value]
+    return out
 
 
 def main(args: list[str]) -> int:

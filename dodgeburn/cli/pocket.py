@@ -90,7 +90,7 @@ def main(args: list[str]) -> int:
         raise UserError(f"dodgeburn pocket has no '{args[0]}': expected {', '.join(verbs)}")
     kind, run = verbs[args[0]]
     text = f"{kind.__doc__}\n\nexample:\n  {EXAMPLES[args[0]]}"
-    settings = tyro.cli(kind, args=args[1:], prog=f"dodgeburn pocket {args[0]}", description=text)
+    settings: Any = tyro.cli(kind, args=args[1:], prog=f"dodgeburn pocket {args[0]}", description=text)
     return run(settings)  # type: ignore[operator]
 
 

@@ -42,6 +42,7 @@ def satisfied(attribute: str, asked: str | tuple[float, float], values: np.ndarr
     """
     if attribute in CATEGORICAL:
         return np.asarray(values).astype(str) == str(asked)
+    assert not isinstance(asked, str), f"{attribute} is continuous: asked for as an interval"
     low, high = asked
     read = np.asarray(values, dtype=np.float64)
     # The tiny slack keeps a reading on the border (0.3 + 0.1) inside whatever float arithmetic makes of it.

@@ -12,7 +12,7 @@ def pareto_front(points: np.ndarray) -> np.ndarray:
     A point with NaN is off the front.
     """
     grid = np.asarray(points, dtype=np.float64)
-    known = ~np.isnan(grid).any(axis=1)
+    known = np.asarray(~np.isnan(grid).any(axis=1))
     out = known.copy()
     for i in np.flatnonzero(known):
         others = grid[known]

@@ -294,13 +294,12 @@ def _add_sheets(report: Report, result: Comparison) -> None:
     for number, (title, names) in enumerate(sheet_groups(result)):
         columns = [parents["A"], *(_first_seed(result, name) for name in names), parents["B"]]
         labels = [f"A {result.a['name']}", *(name.rpartition("-")[0] for name in names), f"B {result.b['name']}"]
+        if number == 0:
+            report.heading(title, 3)
         report.sheet(
             [[column[r] for column in columns] for r in range(len(prompts))], prompts, labels,
-            parents=(labels[0], labels[-1]), caption="" if number else f"B's share is {title.split(':')[0]}.",
-            summary=None if number == 0 else title,
+            parents=(labels[0], labels[-1]), summary=None if number == 0 else title,
         )  # fmt: skip
-        if number == 0:
-            report.text(title, note=True)
 
 
 def _add_method(report: Report, result: Comparison) -> None:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from dodgeburn.errors import UserError
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import CLIPTokenizer
 
 Configs = dict[str, dict[str, Any]]
@@ -68,12 +67,12 @@ def component_configs(size: int = PICTURE_SIZE) -> Configs:
     }  # fmt: skip
 
 
-def build(configs: Configs) -> dict[str, nn.Module]:
+def build(configs: Configs) -> dict[str, Any]:
     """Modules with random weights: `unet`, `vae`, `text_encoder`, `text_encoder_2` (fp32, on the CPU, eval mode)."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    modules: dict[str, nn.Module] = {
+    modules: dict[str, Any] = {
         "unet": UNet2DConditionModel(**configs["unet"]),
         "vae": AutoencoderKL(**configs["vae"]),
         "text_encoder": CLIPTextModel(CLIPTextConfig(**configs["text_encoder"])),

@@ -66,6 +66,7 @@ class PocketTraining:
     )
     reader_batch: int = 64
     reader_pictures: int = 30_000
+    reader_trips: int = 8_000  # as many of them are also seen as VAE round trips
 
 
 @dataclass(frozen=True)
@@ -216,15 +217,16 @@ class PocketRun:
                 large = pictures
             else:
                 _, large = picture_list(c.reader_pictures, seed, c.size, self.folder)
-            half = c.reader_pictures // 2
-            trips = decode(self.modules["vae"], encode(self.modules["vae"], large[:half], self.device), self.device)
+            n, vae = c.reader_trips, self.modules["vae"]
+            with torch.autocast(self.device.split(":")[0], torch.bfloat16):
+                trips = decode(vae, encode(vae, large[:n], self.device), self.device)
             others = [attributes_of(i, seed + 1) for i in range(8000)]
             looks = np.concatenate([
                 draw_pictures(others[:4000], 64, "ink"), draw_pictures(others[4000:], 64, "bold")
             ])  # fmt: skip
             torch.manual_seed(seed)
             reader = train_reader(
-                name, [pictures, trips, looks], [attributes, attributes[:half], others], self.folder / name,
+                name, [pictures, trips, looks], [attributes, attributes[:n], others], self.folder / name,
                 c.reader, c.reader_batch, self.callback,
             )  # fmt: skip
             state = {k: v.half() for k, v in _state(reader.net).items()}

@@ -22,12 +22,13 @@ from dodgeburn.training.loop import LoopSettings, train
 def captions_of(
     attributes: list[Attributes], index: Tensor, generator: torch.Generator, empty: float, never: frozenset[str]
 ) -> list[str]:
-    """Fresh captions of the pictures in `index`; a share `empty` of them is "", and none is in `never`."""
+    """Fresh captions of the pictures in `index`, naming 10 to 70 % of the attributes; a share `empty` of them is "",
+    and none is in `never`."""
     seed = int(torch.randint(2**31, (1,), generator=generator))
     rng = np.random.default_rng(seed)
     texts = []
     for i in index.tolist():
-        text = "" if rng.random() < empty else caption(attributes[i], rng)[0]
+        text = "" if rng.random() < empty else caption(attributes[i], rng, rng.uniform(0.1, 0.7))[0]
         while text in never:
             text = caption(attributes[i], rng)[0]
         texts.append(text)
