@@ -118,7 +118,7 @@ class Comparison:
     seconds: float  # of this run
     resumed: int  # picture files that an earlier run had made
     device: str
-    read_by: str | None  # "judge", or None where nothing could be read
+    read_by: str | None  # "reader", or None where nothing could be read
     held_out: dict[str, Any] | None
     files: dict[str, str] = field(default_factory=dict)
 
@@ -144,7 +144,8 @@ def compare(
     to `out`.
 
     `a` and `b`: packaged names, .safetensors files, diffusers folders or hub ids, of one architecture and
-    size. `reader` reads the pictures; by default the judge, for models of the pocket world only. Run again
+    size. `reader` reads the pictures and decides the ranks; by default the
+    package's reader, for models of the pocket world only, and then the judge reads them too. Run again
     with the same settings on the same folder, it makes only what is missing. Raises UserError for bad
     input, and for a folder that holds something else.
     """
@@ -177,8 +178,8 @@ def compare(
             side.close()
 
     asked = [parse(prompt) for prompt in settings.prompts]
-    reader, reading_notes = _choose_reader(reader, model, asked)
-    rows, parents = _measure(store, variants, twins, settings, asked, reader)
+    reader, judge, reading_notes = _choose_readers(reader, model, asked)
+    rows, parents = _measure(store, variants, twins, settings, asked, reader, judge)
     ranked, held_out = rank(rows, parents)
     result = Comparison(
         folder=store.folder, settings=settings, a=a_facts, b=b_facts, layout=model.layout.title, rows=ranked,
@@ -279,14 +280,16 @@ def speaks_pocket(model: Model) -> bool:
     return bool(model.tokenizers[0].get_vocab() == tokenizer().get_vocab())
 
 
-def _choose_reader(
+def _choose_readers(
     reader: PictureReader | None, model: Model, asked: Sequence[Asked]
-) -> tuple[PictureReader | None, list[str]]:
+) -> tuple[PictureReader | None, PictureReader | None, list[str]]:
+    """Who decides the ranks, and who reads the same pictures without a say: a search must not grade itself."""
     notes = []
+    judge: PictureReader | None = None
     if reader is None and speaks_pocket(model):
         from dodgeburn.pocket.reader import Reader
 
-        reader = Reader.load("judge")
+        reader, judge = Reader.load("reader"), Reader.load("judge")
     if reader is None:
         notes.append(
             "The models are not of the pocket world, so there is no reader for their pictures: no prompt fidelity and "
@@ -297,7 +300,7 @@ def _choose_reader(
         notes.append("No prompt names anything the reader knows, so there is no prompt fidelity to rank by.")
     elif reader is not None and empty:
         notes.append(f"{empty} of {len(asked)} prompts name nothing the reader knows; fidelity is over the others.")
-    return reader, notes
+    return reader, judge, notes
 
 
 def _measure(
@@ -307,6 +310,7 @@ def _measure(
     settings: CompareSettings,
     asked: Sequence[Asked],
     reader: PictureReader | None,
+    judge: PictureReader | None,
 ) -> tuple[list[Row], list[Row]]:
     def pictures(name: str) -> np.ndarray:
         found = load_pictures(store.path(part_name(name)))
@@ -323,8 +327,9 @@ def _measure(
             shown = parent_pictures[name] if name in PARENTS else pictures(name)
             seen = read[name] if name in PARENTS else reader.read(_flat(shown)) if reader else None
             measured[name] = measure(
-                shown, seen, asked, (parent_pictures["A"], read["A"]), (parent_pictures["B"], read["B"])
-            )
+                shown, seen, asked, (parent_pictures["A"], read["A"]), (parent_pictures["B"], read["B"]),
+                judge.read(_flat(shown)) if judge else None,
+            )  # fmt: skip
         return measured[name]
 
     parents = [Row(name, None, None, measured_of(name)) for name in PARENTS]

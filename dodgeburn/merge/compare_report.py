@@ -260,6 +260,7 @@ def _add_table(
         Column("preset", "preset"),
         Column("base", "base", "number", 2, "B's share of everything outside the U-Net's blocks, unless kept"),
         column("fidelity", "fidelity", "share of what the prompts name that the pictures show"),
+        Column("fidelity_judge", "by the judge", "number", 3, "the same, read by the judge, who decides no rank"),
         column("resemblance_a", "like A", "1 - reader distance to A's picture"),
         column("resemblance_b", "like B", "1 - reader distance to B's picture"),
         Column(
@@ -332,8 +333,9 @@ def _add_method(report: Report, result: Comparison) -> None:
             "right or wrong). Two unrelated pictures of the pocket world have 0.54.",
             "Pixel resemblance: 1 minus the root mean square difference of the pixels.",
             f"Intervals: {RESAMPLES} bootstrap draws of prompts, and of seeds within each prompt.",
-            "The first of many variants is chosen on the pictures it is judged by, so its own figure flatters it. The "
-            "figure with a prompt left out does not.",
+            "The reader decides the ranks. The judge, built and trained differently, reads the same pictures and "
+            "decides nothing. The first of many variants is chosen on the pictures it is read in, so its own figure "
+            "flatters it. The figure with a prompt left out, read by the judge, does not.",
         ]
     )
 

@@ -35,6 +35,7 @@ class Measured:
     pixel_resemblance_a: np.ndarray
     pixel_resemblance_b: np.ndarray
     unreadable: np.ndarray | None
+    fidelity_judge: np.ndarray | None = None  # as `fidelity`, read by a second reader that decides nothing
 
 
 @dataclass
@@ -59,7 +60,7 @@ class Row:
         values = getattr(self.measured, key)
         if values is None or np.isnan(values).all():
             return None
-        return bootstrap_mean(values, shares=key == "fidelity")
+        return bootstrap_mean(values, shares=key.startswith("fidelity"))
 
     def mean(self, key: str) -> float | None:
         """The mean alone."""
@@ -69,7 +70,7 @@ class Row:
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON: every figure with its `_ci` ([low, high], or None)."""
         out: dict[str, Any] = {"rank": self.rank, "name": self.name, "preset": self.preset, "base": self.base}
-        for key in FIGURES:
+        for key in (*FIGURES, "fidelity_judge"):
             found = self.interval(key)
             out[key] = _rounded(found.mean) if found else None
             out[f"{key}_ci"] = [_rounded(end) for end in found.ends] if found and found.ends else None
@@ -97,10 +98,12 @@ def measure(
     asked: Sequence[Asked],
     a: tuple[np.ndarray, Readings | None],
     b: tuple[np.ndarray, Readings | None],
+    judged: Readings | None = None,
 ) -> Measured:
     """Figures of `pictures` (uint8 [prompts, seeds, h, w, 3]) against the parents' pictures and readings.
 
-    `readings` are of the pictures in order, prompt by prompt; `asked` is by prompt.
+    `readings` are of the pictures in order, prompt by prompt, and `judged` are the second reader's; `asked` is by
+    prompt.
     """
     shape = pictures.shape[:2]
 
@@ -119,6 +122,7 @@ def measure(
         pixel_resemblance_a=pixel_a,
         pixel_resemblance_b=pixel_b,
         unreadable=np.asarray(readings.unreadable, dtype=np.float64).reshape(shape),
+        fidelity_judge=None if judged is None else fidelity(wishes, judged).reshape(shape),
     )
 
 
@@ -166,8 +170,8 @@ def held_out(rows: Sequence[Row], parents: Sequence[Row]) -> dict[str, Any] | No
 
     The best of many on some pictures looks better on those pictures than it is. So each prompt in turn is
     left out, the variant with the best fidelity on the others is chosen, and its fidelity on the one left
-    out is taken. Returns the mean of that, with its interval and its difference to each parent; None with
-    fewer than two usable prompts.
+    out is taken: the judge's, where a judge read the pictures too. Returns the mean
+    of that, with its interval and its difference to each parent; None with fewer than two usable prompts.
     """
     if not rows or any(row.measured.fidelity is None for row in [*rows, *parents]):
         return None
@@ -177,7 +181,9 @@ def held_out(rows: Sequence[Row], parents: Sequence[Row]) -> dict[str, Any] | No
         return None
     by_prompt = grids[:, usable].mean(axis=2)  # [rows, prompts]
     chosen = [int(np.argmax(np.delete(by_prompt, i, axis=1).mean(axis=1).round(9))) for i in range(len(usable))]
-    kept = np.stack([grids[row, prompt] for row, prompt in zip(chosen, usable, strict=True)])  # [prompts, S]
+    scores = [row.measured.fidelity_judge for row in rows]
+    final = grids if any(s is None for s in scores) else np.stack([s for s in scores if s is not None])
+    kept = np.stack([final[row, prompt] for row, prompt in zip(chosen, usable, strict=True)])  # [prompts, S]
     found = bootstrap_mean(kept, shares=True)
     out: dict[str, Any] = {
         "fidelity": _rounded(found.mean),
@@ -185,8 +191,9 @@ def held_out(rows: Sequence[Row], parents: Sequence[Row]) -> dict[str, Any] | No
         "chosen": sorted({rows[i].name for i in chosen}),
     }
     for key, parent in zip(("vs_a", "vs_b"), parents, strict=True):
-        assert parent.measured.fidelity is not None
-        difference = bootstrap_mean(kept - parent.measured.fidelity[usable])
+        theirs = parent.measured.fidelity if final is grids else parent.measured.fidelity_judge
+        assert theirs is not None
+        difference = bootstrap_mean(kept - theirs[usable])
         out[key] = _rounded(difference.mean)
         out[f"{key}_ci"] = difference.ends and [_rounded(end) for end in difference.ends]
     return out

@@ -26,7 +26,7 @@ from dodgeburn.checkpoint.tensorfile import TensorFile, TensorWriter, byte_view,
 from dodgeburn.errors import DodgeburnWarning, UserError
 from dodgeburn.merge.blocks import alphas
 from dodgeburn.merge.methods import find_method
-from dodgeburn.merge.plan import Plan, Work, check_layouts, describe, make_plan
+from dodgeburn.merge.plan import Plan, Work, check_keep, check_layouts, describe, make_plan
 from dodgeburn.merge.presets import Convention, find_preset
 from dodgeburn.merge.recipe import MergeRecipe, Parent, tool_version
 
@@ -152,6 +152,10 @@ def _plan(
     found = find_method(method)
     layout = check_layouts(a.header, b.header, a.path.name, b.path.name)
     shares = alphas(layout, preset, base, blocks, xl_presets)
+    if "vae" in check_keep(keep) and "VAE" in (blocks or {}):
+        raise UserError("the VAE is kept from A and given a share of B: leave out one of the two")
+    if xl_presets != "curve" and (preset is None or layout.name != "sdxl"):
+        raise UserError(f"--xl-presets {xl_presets} has no effect: it says how a preset becomes SDXL's blocks")
     return make_plan(a.header, b.header, layout, shares, found, keep, b.path.name)
 
 

@@ -3,7 +3,7 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,8 @@ def _load_file(
         shapes = {key: info.shape for key, info in header.tensors.items()}
         layout = detect_layout(shapes, shapes)
         configs = _configs_in(header.metadata, path) or known_configs(layout.name)
+        if _predicts_v(header.metadata, shapes):
+            configs["scheduler"]["prediction_type"] = "v_prediction"
         tokenizers = find_tokenizers(configs, path, tokenizer)
         tensors = {key: file.tensor(key) for key in header.tensors}
     states = single_file_to_diffusers(tensors, {k: v for k, v in configs.items() if k != "scheduler"})
@@ -90,6 +92,11 @@ def _load_file(
     model = assemble(name, path, configs, modules, tokenizers, device, dtype)
     model.metadata = dict(header.metadata)
     return model
+
+
+def _predicts_v(metadata: Mapping[str, str], keys: Iterable[str]) -> bool:
+    """Whether a file says that its U-Net predicts velocity: by ModelSpec, or by the marker tensor in use for SDXL."""
+    return metadata.get("modelspec.prediction_type", "").lower() in ("v", "v_prediction") or "v_pred" in keys
 
 
 def _configs_in(metadata: Mapping[str, str], path: Path) -> Configs | None:

@@ -100,6 +100,8 @@ def stream(
     if batch_size is not None and batch_size < 1:
         raise UserError(f"batch size is {batch_size}: give at least 1")
     settings = _with_size(model, settings)
+    if settings.negative and settings.guidance == 1.0:
+        warnings.warn("the negative prompt has no effect at guidance 1", DodgeburnWarning, stacklevel=3)
     plan = schedule(settings.sampler, settings.spacing, settings.steps, model.scheduler_config)
     shape = _latent_shape(model, settings)
     for seed in seeds:
