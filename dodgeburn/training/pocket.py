@@ -56,7 +56,7 @@ class PocketTraining:
     text: LoopSettings = field(
         default_factory=lambda: LoopSettings(steps=700, lr=1.5e-3, warmup=50, ema=0.99)
     )
-    unet: LoopSettings = field(default_factory=lambda: LoopSettings(steps=3200, lr=1.5e-3, constant=0.45, ema=0.998))
+    unet: LoopSettings = field(default_factory=lambda: LoopSettings(steps=4000, lr=1.5e-3, constant=0.45, ema=0.998))
     finetune: LoopSettings = field(
         default_factory=lambda: LoopSettings(steps=320, lr=5e-4, warmup=40, constant=0.4, ema=0.99)
     )
@@ -234,14 +234,17 @@ class PocketRun:
         return paths
 
     def _record(self, stages: tuple[str, ...]) -> str:
-        """Config, thinned logs and hashes of the stages behind a file, as JSON."""
+        """Config, thinned logs and hashes of the stages behind a file, as JSON; and what stands in the folder's
+        notes.txt, for a run that was steered by hand."""
+        notes = self.folder / "notes.txt"
         logs = {}
         for stage in stages:
             path = self.folder / stage / f"{stage}.jsonl"
             rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
             logs[stage] = [*rows[:: max(1, len(rows) // 12)], *rows[-1:]]
         hashes = {p.stem: sha256_tensors(p) for s in stages if (p := self.folder / f"{s}.safetensors").exists()}
-        return json.dumps({"config": asdict(self.config), "logs": logs, "sha256_tensors": hashes})
+        told = {"notes": notes.read_text(encoding="utf-8").strip()} if notes.exists() else {}
+        return json.dumps({"config": asdict(self.config), "logs": logs, "sha256_tensors": hashes, **told})
 
     def _write(self, name: str, stages: tuple[str, ...]) -> None:
         model = self.model(name)
