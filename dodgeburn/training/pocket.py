@@ -64,6 +64,9 @@ class PocketTraining:
     reader: LoopSettings = field(
         default_factory=lambda: LoopSettings(steps=2600, lr=2e-3, warmup=100, constant=0.3, final=0.01, ema=0.995)
     )
+    reader_polish: LoopSettings = field(
+        default_factory=lambda: LoopSettings(steps=1600, lr=1e-3, warmup=50, constant=0.2, final=0.01, ema=0.995)
+    )
     reader_batch: int = 64
     reader_pictures: int = 30_000
     reader_trips: int = 8_000  # as many of them are also seen as VAE round trips
@@ -227,7 +230,7 @@ class PocketRun:
             torch.manual_seed(seed)
             reader = train_reader(
                 name, [pictures, trips, looks], [attributes, attributes[:n], others], self.folder / name,
-                c.reader, c.reader_batch, self.callback,
+                c.reader, c.reader_batch, c.reader_polish, self.callback,
             )  # fmt: skip
             state = {k: v.half() for k, v in _state(reader.net).items()}
             save_tensors(out, state, {"format": "pt", "dodgeburn.training": self._record((name,))})

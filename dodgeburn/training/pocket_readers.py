@@ -70,15 +70,20 @@ def train_reader(
     folder: Path,
     settings: LoopSettings,
     batch: int,
+    polish: LoopSettings | None = None,
     callback: Callable[[int, dict[str, float]], None] | None = None,
 ) -> Reader:
     """Train one reader on several lists of uint8 pictures [n, 64, 64, 3] with their attributes, equally often each.
 
-    One picture in eight of a batch is junk and only trains the unreadable verdict.
+    One picture in eight of a batch is junk and only trains the unreadable verdict. The first stage disturbs pictures
+    and learns the values; `polish` hardly disturbs them and weighs the continuous attributes, whose last hundredths
+    (sharpness above all) drown in noise and colour casts.
     """
     net = network(name)
     targets = [Targets(a) for a in attributes]
     n_junk = batch // 8
+
+    strength, mean_weight = 1.0, 40.0
 
     def make(step: int, generator: torch.Generator) -> tuple[Any, ...]:
         rng = np.random.default_rng(int(torch.randint(2**31, (1,), generator=generator)))
@@ -91,7 +96,7 @@ def train_reader(
             classes.append(cls)
         pick = np.sort(rng.integers(len(sources[0]), size=n_junk))
         kind = JUNK[step % 3]
-        x = torch.cat([_disturb(torch.cat(parts), generator, 1.0), to_input(junk(kind, sources[0][pick], rng))])
+        x = torch.cat([_disturb(torch.cat(parts), generator, strength), to_input(junk(kind, sources[0][pick], rng))])
         return x, torch.cat(means), {k: torch.cat([c[k] for c in classes]) for k in classes[0]}
 
     def losses(made: tuple[Any, ...], generator: torch.Generator) -> dict[str, Tensor]:
@@ -106,12 +111,15 @@ def train_reader(
         junk_target = (torch.arange(len(x)) >= real).float()
         return {
             "classes": torch.stack(list(parts.values())).sum(),
-            "mean": 40 * error.mean(),
+            "mean": mean_weight * error.mean(),
             "spread": 0.05 * spread,
             "junk": F.binary_cross_entropy_with_logits(out["junk"], junk_target),
         }
 
     train(name, {name: net}, make, losses, folder, settings, callback)
+    if polish is not None:
+        strength, mean_weight = 0.15, 300.0
+        train(f"{name}-polish", {name: net}, make, losses, folder, polish, callback)
     return Reader(net, name)
 
 
