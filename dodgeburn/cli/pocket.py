@@ -50,7 +50,7 @@ class Evaluate:
     """A packaged model, a .safetensors file or a diffusers folder of the pocket world."""
     reader: bool = False
     """Grade the reader and the judge instead of the model."""
-    n: int | None = None
+    n: Annotated[int | None, tyro.conf.arg(aliases=["-n"])] = None
     """Only the first N prompts (or drawings): quicker, less certain."""
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
     """Folder for a sheet of 64 pictures and the result as JSON."""
@@ -66,7 +66,7 @@ class Draw:
 
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("world.png")
     """PNG file to write."""
-    n: int = 32
+    n: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 32
     """Pictures."""
     seed: int = 0
     """Number of the picture list."""

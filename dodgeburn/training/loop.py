@@ -119,7 +119,7 @@ def train(
     sums: dict[str, float] = {}
     means: dict[str, float] = {}
     bar = tqdm(range(start, settings.steps), initial=start, total=settings.steps, desc=name, mininterval=1)
-    began, step = time.perf_counter(), start
+    began, done = time.perf_counter(), start
     try:
         for step in bar:
             generator = step_generator(settings.seed, step)
@@ -133,6 +133,7 @@ def train(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             average.update(parameters, step)
+            done = step + 1
             for key, value in parts.items():
                 sums[key] = sums.get(key, 0.0) + float(value.detach())
             if (step + 1) % settings.log_every == 0 or step + 1 == settings.steps:
@@ -150,8 +151,8 @@ def train(
             if (step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.steps:
                 _save(checkpoint, modules, optimizer, average, settings, step + 1)
     except KeyboardInterrupt:
-        # `step` may be half done: its batch is repeated, which is why the step before it is what counts.
-        _save(checkpoint, modules, optimizer, average, settings, step)
+        # A step that was cut off before the optimizer moved is made again.
+        _save(checkpoint, modules, optimizer, average, settings, done)
         raise
     average.copy_to(parameters)
     for m in modules.values():
