@@ -55,7 +55,7 @@ class Compare:
     guidance: float = 4.0
     """Classifier-free guidance scale."""
     sampler: str = "dpmpp_2m"
-    """ddim, euler, euler_a, dpmpp_2m or dpmpp_2m_sde."""
+    """Any that `generate` has: dpmpp_2m, euler, heun, dpmpp_3m_sde ..."""
     spacing: str = "trailing"
     """trailing, leading, linspace, karras or exponential."""
     negative: str = ""

@@ -20,9 +20,12 @@ from dodgeburn.errors import DodgeburnWarning, UserError
 if TYPE_CHECKING:
     from dodgeburn.models.model import Model
     from dodgeburn.sampling.loop import Generated, GenerateSettings, Step
+    from dodgeburn.sampling.settings import Thresholding
 
 HELP = "make pictures from a prompt, with their settings inside the PNGs"
 EXAMPLE = 'dodgeburn generate "a doctor, smiling broadly, with red hair" --model pocket --seed 0 -n 8'
+# Settings whose option has another name.
+OPTIONS = {"fraction": "threshold_fraction"}
 
 
 @dataclass
@@ -49,13 +52,65 @@ class Generate:
     guidance: float = 4.0
     """Guidance scale (CFG); 1 is none, and twice as fast."""
     sampler: str = "dpmpp_2m"
-    """ddim, euler, euler_a, dpmpp_2m or dpmpp_2m_sde."""
+    """ddim, euler, heun, dpm2, lms, dpmpp_2m; with noise on the way: euler_a, dpm2_a, dpmpp_2s_a, dpmpp_sde,
+    dpmpp_2m_sde, dpmpp_2m_sde_heun, dpmpp_3m_sde."""
     spacing: str = "trailing"
     """Spacing of the noise levels: karras, exponential, or uniform: trailing, leading, linspace."""
     width: int | None = None
     """Pixels; none: what the model was trained at."""
     height: int | None = None
     """Pixels; none: what the model was trained at."""
+    noise: str = "brownian"
+    """Of samplers with noise: brownian keeps a seed's picture when the steps change, fresh draws anew each step."""
+    zero_snr: bool = False
+    """Start from pure noise (zero terminal SNR); for v-prediction models trained so."""
+    clip_skip: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """Text encoder layer, from the end: 1 (or -1) is the last; none: 2 for SDXL, 1 for SD1.5."""
+    cfg_rescale: float = 0.0
+    """0 to 1: take the contrast that guidance adds back, 0.7 is usual."""
+    cfg_start: float = 0.0
+    """Share of the steps after which guidance begins."""
+    cfg_end: float = 1.0
+    """Share of the steps after which guidance ends; steps without it are twice as fast."""
+    size_scale: float | None = None
+    """SDXL: tell the model this many times the picture's size ("CLIP scaling" 4)."""
+    original_size: Annotated[str | None, tyro.conf.arg(metavar="WxH")] = None
+    """SDXL: the original size to tell the model."""
+    target_size: Annotated[str | None, tyro.conf.arg(metavar="WxH")] = None
+    """SDXL: the target size to tell the model."""
+    crop: Annotated[str | None, tyro.conf.arg(metavar="LEFT,TOP")] = None
+    """SDXL: the crop's corner to tell the model."""
+    negative_original_size: Annotated[str | None, tyro.conf.arg(metavar="WxH")] = None
+    """SDXL: the same for the negative prompt; none: as for the prompt."""
+    negative_target_size: Annotated[str | None, tyro.conf.arg(metavar="WxH")] = None
+    """SDXL: the same for the negative prompt; none: as for the prompt."""
+    negative_crop: Annotated[str | None, tyro.conf.arg(metavar="LEFT,TOP")] = None
+    """SDXL: the same for the negative prompt; none: as for the prompt."""
+    mimic_scale: float | None = None
+    """Switches dynamic thresholding on: the guidance scale whose contrast is imitated."""
+    threshold_percentile: float | None = None
+    """Dynamic thresholding: 0 to 1, with AD; none: 1."""
+    mimic_mode: str | None = None
+    """Dynamic thresholding: Constant; Linear, Cosine, Half Cosine or Power with Up or Down; Linear or Cosine
+    Repeating; Sawtooth."""
+    mimic_scale_min: float | None = None
+    """Dynamic thresholding: the mimic scale where its mode's curve is 0."""
+    cfg_mode: str | None = None
+    """Dynamic thresholding: the same modes, for the guidance scale."""
+    cfg_scale_min: float | None = None
+    """Dynamic thresholding: the guidance scale where its mode's curve is 0."""
+    scheduler_value: float | None = None
+    """Dynamic thresholding: exponent of Power, repetitions of Repeating and Sawtooth; none: 4."""
+    separate_feature_channels: bool = True
+    """Dynamic thresholding: measure every latent channel apart, or all together."""
+    scaling_startpoint: str | None = None
+    """Dynamic thresholding: MEAN (none) or ZERO."""
+    variability_measure: str | None = None
+    """Dynamic thresholding: AD (none) or STD."""
+    interpolate_phi: float | None = None
+    """Dynamic thresholding: 0 to 1, share of the thresholded result; none: 1."""
+    threshold_fraction: str | None = None
+    """Dynamic thresholding: modes run along the step (none; as A1111) or the time (as ComfyUI)."""
     batch_size: int | None = None
     """Pictures at a time; none: chosen by their size."""
     device: str = "auto"
@@ -82,10 +137,15 @@ def main(args: list[str]) -> int:
     if not 1 <= options.n <= 100_000:
         raise UserError(f"-n is {options.n}: give a number of pictures from 1 to 100000")
     from dodgeburn.sampling.settings import GenerateSettings
+    from dodgeburn.sampling.sizes import SIZE_FIELDS
 
     settings = GenerateSettings(
         steps=options.steps, guidance=options.guidance, sampler=options.sampler, spacing=options.spacing,
-        width=options.width, height=options.height, negative=options.negative,
+        width=options.width, height=options.height, negative=options.negative, noise=options.noise,
+        zero_snr=options.zero_snr, clip_skip=options.clip_skip, cfg_rescale=options.cfg_rescale,
+        cfg_start=options.cfg_start, cfg_end=options.cfg_end, thresholding=_thresholding(options),
+        size_scale=options.size_scale,
+        **{name: _pair(name, getattr(options, name)) for name in SIZE_FIELDS[1:]},
     )  # fmt: skip
     writable_folder(options.out)
     with warnings.catch_warnings(record=True) as caught:
@@ -100,6 +160,31 @@ def main(args: list[str]) -> int:
     if options.json:
         print(json.dumps(found))
     return 0
+
+
+def _thresholding(options: Generate) -> Thresholding | None:
+    """Dynamic thresholding as asked for; UserError for settings of it without the one that switches it on."""
+    from dodgeburn.sampling.settings import Thresholding
+
+    asked = {name: getattr(options, OPTIONS.get(name, name)) for name in Thresholding.model_fields}
+    if asked["separate_feature_channels"]:
+        del asked["separate_feature_channels"]  # the default; without it nothing may be asked for at all
+    given = {name: value for name, value in asked.items() if value is not None}
+    if given and options.mimic_scale is None:
+        names = ", ".join(OPTIONS.get(name, name).replace("_", "-") for name in given)
+        raise UserError(f"{names}: no effect without dynamic thresholding, switch it on with --mimic-scale 7")
+    return Thresholding(**given) if given else None
+
+
+def _pair(name: str, text: str | None) -> tuple[int, int] | None:
+    """Two whole numbers from "5376x3072" or "0,0"; UserError for anything else."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"\s*(\d{1,9})\s*[x,]\s*(\d{1,9})\s*", text.lower())
+    if match is None:
+        wanted = "LEFT,TOP such as 0,0" if name.endswith("crop") else "WIDTHxHEIGHT such as 1344x768"
+        raise UserError(f"--{name.replace('_', '-')} is {text!r}: expected {wanted}")
+    return int(match[1]), int(match[2])
 
 
 def writable_folder(folder: Path) -> None:

@@ -6,7 +6,10 @@ import torch
 from torch import Tensor
 
 from dodgeburn.models.model import Model
+from dodgeburn.sampling.settings import GenerateSettings
+from dodgeburn.sampling.sizes import time_ids
 from dodgeburn.sampling.text_cache import TextCache
+from dodgeburn.sampling.thresholding import threshold
 
 
 def classifier_free(negative: Tensor, positive: Tensor, scale: float) -> Tensor:
@@ -16,12 +19,22 @@ def classifier_free(negative: Tensor, positive: Tensor, scale: float) -> Tensor:
     return negative + scale * (positive - negative)
 
 
+def rescaled(guided: Tensor, positive: Tensor, share: float) -> Tensor:
+    """`guided` with its deviation taken towards that of the unguided `positive` (arXiv 2305.08891, eq. 15 and 16).
+
+    Both are the model's output (eps or v) [n, c, h, w]; deviations are over a picture; `share` 0..1 (phi).
+    """
+    apart = tuple(range(1, guided.ndim))
+    factor = positive.std(apart, keepdim=True) / guided.std(apart, keepdim=True)
+    return guided * (share * factor + (1 - share))
+
+
 class Denoiser:
-    """`denoiser(x, sigma, timestep) -> denoised` for one batch of prompts, the same for SDXL and SD1.5
+    """`denoiser(x, sigma, timestep, step) -> denoised` for one batch of prompts, the same for SDXL and SD1.5
     shapes.
 
-    Positive and negative prompts go through the U-Net as one batch; without guidance (scale 1) only the
-    positive do.
+    Positive and negative prompts go through the U-Net as one batch; in steps without guidance (scale 1, or
+    outside of the CFG range) only the positive do.
     """
 
     def __init__(
@@ -29,63 +42,91 @@ class Denoiser:
         model: Model,
         positive: tuple[Tensor, Tensor | None],
         negative: tuple[Tensor, Tensor | None],
-        scale: float,
-        size: tuple[int, int],
+        settings: GenerateSettings,
         prediction_type: str,
         cache: TextCache | None = None,
     ) -> None:
-        """`positive`, `negative`: (token embeddings [n, tokens, width], pooled [n, width] or None); `size`:
-        pixels (height, width).
+        """`positive`, `negative`: (token embeddings [n, tokens, width], pooled [n, width] or None); `settings` must
+        have width and height.
         """
         self.unet = model.unet
         self.dtype = model.dtype
         self.device = model.device
-        self.scale = scale
+        self.settings = settings
         self.prediction_type = prediction_type
         self.cache = cache
-        self.passes = 1 if scale == 1.0 else 2
+        # With dynamic thresholding a scale of 1 may be a minimum of 4: both prompts are needed then.
+        self.passes = 1 if settings.guidance == 1.0 and settings.thresholding is None else 2
+        self.thresholded = torch.zeros((), dtype=torch.int64, device=model.device)  # values that thresholding changed
         parts = [positive] if self.passes == 1 else [negative, positive]
         self.text = torch.cat([embeds for embeds, _ in parts]).to(model.device, model.dtype)
         self.added: dict[str, Tensor] | None = None
         if model.has_added_conditions:
             pooled = torch.cat([p for _, p in parts if p is not None])
-            # original size, top left corner of the crop, target size: (h, w, 0, 0, h, w), as SDXL was trained
-            ids = torch.tensor([[*size, 0, 0, *size]], dtype=model.dtype).repeat(len(self.text), 1)
+            rows = [row for row in time_ids(settings)[2 - self.passes :] for _ in range(len(positive[0]))]
             self.added = {
                 "text_embeds": pooled.to(model.device, model.dtype),
-                "time_ids": ids.to(model.device),
+                # fp32 whatever the model's type: bf16 has no 1344, and the embedding is computed in fp32 anyway
+                "time_ids": torch.tensor(rows, dtype=torch.float32, device=model.device),
             }
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these pictures of the batch only (int64 [m])."""
-        if self.passes == 2:
-            rows = torch.cat([rows, rows + len(self.text) // 2])
-        self.text = self.text[rows]
+        both = rows if self.passes == 1 else torch.cat([rows, rows + len(self.text) // 2])
+        self.text = self.text[both]
         if self.added is not None:
-            self.added = {name: value[rows] for name, value in self.added.items()}
+            self.added = {name: value[both] for name, value in self.added.items()}
         if self.cache is not None:
-            self.cache.keep(rows)
+            self.cache.keep(both)
+            self.cache.keep(rows, group=1)
 
-    def __call__(self, x: Tensor, sigma: float, timestep: float) -> Tensor:
+    def __call__(self, x: Tensor, sigma: float, timestep: float, step: int) -> Tensor:
         """Guess of the clean latents from `x` [n, c, h, w] (fp32, variance exploding) at noise level
-        `sigma`.
+        `sigma`, in the 0-based `step`.
         """
+        chosen = self.settings
+        guided = self.passes == 2 and chosen.cfg_start <= step / chosen.steps < chosen.cfg_end
+        output = self._output(x, sigma, timestep, guided)
+        if not guided:
+            return denoised_from(output, x, sigma, self.prediction_type)
+        negative, positive = output.chunk(2)
+        if chosen.thresholding is None:
+            output = classifier_free(negative, positive, chosen.guidance)
+        else:
+            mimic, scale = chosen.thresholding.scales(
+                chosen.guidance, chosen.thresholding.progress(step, chosen.steps, timestep)
+            )
+            guess = [denoised_from(part, x, sigma, self.prediction_type) for part in (negative, positive)]
+            denoised, changed = threshold(*guess, scale, mimic, chosen.thresholding)
+            self.thresholded += changed
+            if not chosen.cfg_rescale:
+                return denoised
+            output = output_from(denoised, x, sigma, self.prediction_type)
+        if chosen.cfg_rescale:
+            output = rescaled(output, positive, chosen.cfg_rescale)
+        return denoised_from(output, x, sigma, self.prediction_type)
+
+    def _output(self, x: Tensor, sigma: float, timestep: float, guided: bool) -> Tensor:
+        """What the U-Net says, in fp32: [n, c, h, w], or [2n, c, h, w] (negative first) if `guided`."""
         scaled = (x * (1 / math.sqrt(sigma * sigma + 1))).to(self.dtype)
-        if self.passes == 2:
+        text, added = self.text, self.added
+        if guided:
             scaled = torch.cat([scaled, scaled])
+        elif self.passes == 2:  # guidance pauses: the positive half
+            text = text[len(x) :]
+            added = None if added is None else {name: value[len(x) :] for name, value in added.items()}
+        if self.cache is not None:
+            self.cache.group = 1 if self.passes == 2 and not guided else 0
         # An integral time stays an integer: that is how the model was trained and how diffusers calls it.
         time = int(timestep) if float(timestep).is_integer() else timestep
-        output = self.unet(
+        output: Tensor = self.unet(
             scaled,
             torch.tensor(time, device=self.device, dtype=torch.float32 if isinstance(time, float) else torch.int64),
-            encoder_hidden_states=self.text,
-            added_cond_kwargs=self.added,
+            encoder_hidden_states=text,
+            added_cond_kwargs=added,
             return_dict=False,
-        )[0].to(torch.float32)
-        if self.passes == 2:
-            negative, positive = output.chunk(2)
-            output = classifier_free(negative, positive, self.scale)
-        return denoised_from(output, x, sigma, self.prediction_type)
+        )[0]
+        return output.to(torch.float32)
 
 
 def denoised_from(output: Tensor, x: Tensor, sigma: float, prediction_type: str) -> Tensor:
@@ -99,3 +140,12 @@ def denoised_from(output: Tensor, x: Tensor, sigma: float, prediction_type: str)
     if prediction_type == "v_prediction":
         return x / (sigma * sigma + 1) - output * (sigma / math.sqrt(sigma * sigma + 1))
     return output
+
+
+def output_from(denoised: Tensor, x: Tensor, sigma: float, prediction_type: str) -> Tensor:
+    """The model output that stands for these clean latents: the inverse of `denoised_from`."""
+    if prediction_type == "epsilon":
+        return (x - denoised) / sigma
+    if prediction_type == "v_prediction":
+        return (x / (sigma * sigma + 1) - denoised) * (math.sqrt(sigma * sigma + 1) / sigma)
+    return denoised

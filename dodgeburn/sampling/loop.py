@@ -1,7 +1,7 @@
 """The denoising loop: prompts and seeds in, pictures out, one callback a step.
 
 Progress bars, previews and early stopping all hang on the callback. A picture depends on its prompt, seed
-and settings alone: noise is drawn per seed on the CPU, also the fresh noise of stochastic solvers, so batch
+and settings alone: noise is drawn per seed on the CPU, also the noise of stochastic solvers, so batch
 size and batch mates change it by rounding at most (1/255), and not at all when the batches are the same.
 """
 
@@ -17,6 +17,9 @@ from torch import Tensor
 from dodgeburn.errors import DodgeburnWarning, UserError
 from dodgeburn.models.latents import decode_pictures
 from dodgeburn.models.model import Model
+from dodgeburn.sampling.brownian import BrownianPath, Noise
+from dodgeburn.sampling.clip_skip import resolve_clip_skip
+from dodgeburn.sampling.effects import without_effect
 from dodgeburn.sampling.guidance import Denoiser
 from dodgeburn.sampling.prompts import EncodedPrompt, encode
 from dodgeburn.sampling.schedules import Schedule, initial_noise, schedule
@@ -100,22 +103,44 @@ def stream(
     if batch_size is not None and batch_size < 1:
         raise UserError(f"batch size is {batch_size}: give at least 1")
     settings = _with_size(model, settings)
-    if settings.negative and settings.guidance == 1.0:
-        warnings.warn("the negative prompt has no effect at guidance 1", DodgeburnWarning, stacklevel=3)
-    plan = schedule(settings.sampler, settings.spacing, settings.steps, model.scheduler_config)
+    plan = schedule(settings.sampler, settings.spacing, settings.steps, model.scheduler_config, settings.zero_snr)
+    said = without_effect(model, settings, plan)
+    for line in said:
+        warnings.warn(line, DodgeburnWarning, stacklevel=3)
     shape = _latent_shape(model, settings)
     for seed in seeds:
         initial_noise(seed, (1, 1, 1))  # refuse a bad seed now, not after an hour
     texts = dict(encoded or {})
-    texts.update(encode(model, (t for t in [*prompts, settings.negative, ""] if t not in texts)))
-    at_least = texts[settings.negative].chunks if settings.guidance != 1.0 else 1
+    skip = resolve_clip_skip(model, settings.clip_skip)
+    _check_encoded(texts, skip)
+    texts.update(encode(model, (t for t in [*prompts, settings.negative, ""] if t not in texts), skip))
+    guides = settings.guidance != 1.0 or settings.thresholding is not None
+    at_least = texts[settings.negative].chunks if guides else 1
     batches = _batches(prompts, texts, at_least, batch_size or default_batch_size(*shape[1:]))
+    thresholded = 0
     for number, (indices, chunks) in enumerate(batches):
         job = _Batch(model, settings, plan, shape, indices, number, len(batches))
         finished, stop = job.run(prompts, seeds, texts, chunks, callback)
+        thresholded += job.thresholded
         yield from finished
         if stop:
             return
+    expected = any(line.startswith("dynamic thresholding") for line in said)
+    if settings.thresholding is not None and batches and not thresholded and not expected:
+        warnings.warn(
+            "dynamic thresholding changed no value in any step: these pictures are those of plain CFG",
+            DodgeburnWarning,
+            stacklevel=3,
+        )
+
+
+def _check_encoded(encoded: Mapping[str, EncodedPrompt], clip_skip: int) -> None:
+    for text, prompt in encoded.items():
+        if prompt.clip_skip not in (None, clip_skip):
+            raise UserError(
+                f"the prompt {text[:60]!r} was encoded with CLIP skip {prompt.clip_skip}, but the settings ask for "
+                f"{clip_skip}: encode it with the same"
+            )
 
 
 def _with_size(model: Model, settings: GenerateSettings) -> GenerateSettings:
@@ -171,7 +196,8 @@ class _Batch:
         self.indices = indices
         self.number = number
         self.batches = batches
-        self.generators: list[torch.Generator] = []
+        self.noises: list[Noise] = []  # one a picture
+        self.thresholded = 0  # channels that dynamic thresholding changed, over all steps
 
     @torch.inference_mode()
     def run(
@@ -184,20 +210,22 @@ class _Batch:
     ) -> tuple[list[Generated], bool]:
         """The finished pictures, and whether the callback ended the whole generation."""
         drawn = [initial_noise(seeds[i], self.shape) for i in self.indices]
-        self.generators = [generator for _, generator in drawn]
+        if self.settings.noise == "brownian":
+            self.noises = [_brownian(seeds[i], self.shape) for i in self.indices]
+        else:
+            self.noises = [_fresh(generator, self.shape) for _, generator in drawn]
         x = torch.stack([noise for noise, _ in drawn]).to(self.model.device) * self.plan.initial_scale
-        assert self.settings.width is not None and self.settings.height is not None
         with text_cache(self.model.unet) as cache:
             denoiser = Denoiser(
                 self.model,
                 _stack([texts[prompts[i]] for i in self.indices], chunks, texts[""]),
                 _stack([texts[self.settings.negative]] * len(self.indices), chunks, texts[""]),
-                self.settings.guidance,
-                (self.settings.height, self.settings.width),
+                self.settings,
                 self.plan.prediction_type,
                 cache,
             )
             x, stop = self._denoise(x, denoiser, callback)
+            self.thresholded = int(denoiser.thresholded)
         if stop or not self.indices:
             return [], stop
         x = x / math.sqrt(self.plan.sigmas[-1] ** 2 + 1)
@@ -214,17 +242,16 @@ class _Batch:
             for i, picture in zip(self.indices, pixels, strict=True)
         ], False
 
-    def _noise(self) -> Tensor:
-        drawn = [torch.randn(self.shape, generator=g, dtype=torch.float32) for g in self.generators]
-        return torch.stack(drawn).to(self.model.device)
+    def _noise(self, sigma: float, sigma_next: float) -> Tensor:
+        return torch.stack([noise(sigma, sigma_next) for noise in self.noises]).to(self.model.device)
 
     def _denoise(self, x: Tensor, denoiser: Denoiser, callback: Callback | None) -> tuple[Tensor, bool]:
         solver = SOLVERS[self.settings.sampler]
-        history = History(self._noise)
         plan = self.plan
+        history = History(self._noise, lambda x, sigma: denoiser(x, sigma, plan.timestep_at(sigma), i))
         for i, timestep in enumerate(plan.timesteps):
             sigma, sigma_next = plan.sigmas[i], plan.sigmas[i + 1]
-            denoised = denoiser(x, sigma, timestep)
+            denoised = denoiser(x, sigma, timestep, i)
             if callback is not None:
                 seen = x * (1 / math.sqrt(sigma * sigma + 1))
                 step = Step(i, len(plan.timesteps), sigma, timestep, seen, denoised, tuple(self.indices),
@@ -234,7 +261,7 @@ class _Batch:
                     return x, True
                 if len(rows) < len(x):
                     self.indices = [self.indices[r] for r in rows]
-                    self.generators = [self.generators[r] for r in rows]
+                    self.noises = [self.noises[r] for r in rows]
                     if not rows:
                         return x, False
                     keep = torch.tensor(rows, device=x.device)
@@ -243,6 +270,15 @@ class _Batch:
                     denoiser.keep(keep)
             x = solver(x, denoised, sigma, sigma_next, history)
         return x, False
+
+
+def _brownian(seed: int, shape: tuple[int, int, int]) -> Noise:
+    return BrownianPath(seed, shape)
+
+
+def _fresh(generator: torch.Generator, shape: tuple[int, int, int]) -> Noise:
+    """Noise drawn anew whenever it is asked for, whatever the stretch, as diffusers does."""
+    return lambda sigma, sigma_next: torch.randn(shape, generator=generator, dtype=torch.float32)
 
 
 def _stack(encoded: list[EncodedPrompt], chunks: int, empty: EncodedPrompt) -> tuple[Tensor, Tensor | None]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dodgeburn.models.model import Model
+from dodgeburn.sampling.clip_skip import clip_state, resolve_clip_skip
 
 COMMA_BACKTRACK = 20  # a chunk that would end mid-phrase ends at a comma instead, if one is this near (A1111's default)
 ENCODE_BATCH = 32  # chunks a forward pass
@@ -26,6 +27,7 @@ class EncodedPrompt:
     embeds: Tensor  # [chunks * 77, width], the U-Net's cross-attention input
     pooled: Tensor | None  # [width of the second encoder] for SDXL, of the first chunk; None for SD1.5
     chunks: int
+    clip_skip: int | None = None  # which layer of the encoders it is from (clip_skip.py), if it came from `encode`
 
     def padded(self, chunks: int, empty: "EncodedPrompt") -> Tensor:
         """`embeds` filled up to `chunks` chunks with the empty prompt's; [chunks * 77, width]."""
@@ -64,12 +66,14 @@ def token_chunks(tokenizer: Any, text: str) -> list[list[int]]:
 
 
 @torch.no_grad()
-def encode(model: Model, texts: Iterable[str]) -> dict[str, EncodedPrompt]:
+def encode(model: Model, texts: Iterable[str], clip_skip: int | None = None) -> dict[str, EncodedPrompt]:
     """Encode each distinct text once; give the result to `generate(..., encoded=...)` as often as wanted.
 
     SDXL shape: the last but one hidden state of both encoders side by side, and the second one's pooled
-    projection. SD1.5 shape: the only encoder's last hidden state after its final norm.
+    projection. SD1.5 shape: the only encoder's last hidden state after its final norm. `clip_skip` takes
+    an earlier one (`clip_skip.py`; UserError if there is none).
     """
+    skip = resolve_clip_skip(model, clip_skip)
     distinct = list(dict.fromkeys(texts))
     if not distinct:
         return {}
@@ -84,7 +88,7 @@ def encode(model: Model, texts: Iterable[str]) -> dict[str, EncodedPrompt]:
         for start in range(0, len(flat), ENCODE_BATCH):
             ids = torch.tensor(flat[start : start + ENCODE_BATCH], device=model.device)
             out = encoder(ids, output_hidden_states=True)
-            states.append(out.hidden_states[-2] if model.has_added_conditions else out.last_hidden_state)
+            states.append(clip_state(encoder, out, skip, final_norm=not model.has_added_conditions))
             if model.has_added_conditions and getattr(out, "text_embeds", None) is not None:
                 pools.append(out.text_embeds)
         embeds.append(torch.cat(states))
@@ -95,6 +99,6 @@ def encode(model: Model, texts: Iterable[str]) -> dict[str, EncodedPrompt]:
     start = 0
     for text, n in zip(distinct, counts, strict=True):
         tokens = side_by_side[start : start + n].reshape(-1, side_by_side.shape[-1])
-        result[text] = EncodedPrompt(text, tokens, None if pooled is None else pooled[start], n)
+        result[text] = EncodedPrompt(text, tokens, None if pooled is None else pooled[start], n, skip)
         start += n
     return result

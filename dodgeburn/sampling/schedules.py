@@ -8,7 +8,7 @@ the last steps); here they stay fractional.
 
 import inspect
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,12 +22,22 @@ from diffusers import (
 
 from dodgeburn.errors import UserError
 
+# Whose noise levels a sampler takes. diffusers' schedulers of Heun, DPM2 and LMS have the same ones as Euler's, but
+# list them twice for their two model calls.
 SCHEDULERS: dict[str, type] = {
     "ddim": DDIMScheduler,
     "euler": EulerDiscreteScheduler,
     "euler_a": EulerAncestralDiscreteScheduler,
+    "heun": EulerDiscreteScheduler,
+    "dpm2": EulerDiscreteScheduler,
+    "dpm2_a": EulerAncestralDiscreteScheduler,
+    "lms": EulerDiscreteScheduler,
+    "dpmpp_2s_a": EulerAncestralDiscreteScheduler,
+    "dpmpp_sde": DPMSolverMultistepScheduler,
     "dpmpp_2m": DPMSolverMultistepScheduler,
     "dpmpp_2m_sde": DPMSolverMultistepScheduler,
+    "dpmpp_2m_sde_heun": DPMSolverMultistepScheduler,
+    "dpmpp_3m_sde": DPMSolverMultistepScheduler,
 }
 
 # Keys of a saved scheduler config that choose the schedule itself; ours come from the settings instead.
@@ -38,6 +48,7 @@ _CHOICES = (
 )  # fmt: skip
 
 KARRAS_RHO = 7.0  # arXiv 2206.00364, eq. 5
+LEAST_ALPHA = 2.0**-24  # stands for a terminal SNR of 0, whose sigma would be infinite: sigma 4096 (as in diffusers)
 
 
 @dataclass(frozen=True)
@@ -53,10 +64,18 @@ class Schedule:
     sigmas: tuple[float, ...]
     initial_scale: float
     prediction_type: str  # "epsilon", "v_prediction" or "sample"
+    table: np.ndarray = field(repr=False, compare=False)  # sigma of every training time step, rising; float64
+
+    def timestep_at(self, sigma: float) -> float:
+        """The (fractional) training time step of a noise level between those of the plan."""
+        return float(sigma_to_timestep(np.array([sigma]), self.table)[0])
 
 
-def scheduler_for(sampler: str, config: dict[str, Any], spacing: str = "trailing") -> Any:
-    """diffusers' own scheduler of a sampler, with the model's betas from `config` (a scheduler config)."""
+def scheduler_for(sampler: str, config: dict[str, Any], spacing: str = "trailing", zero_snr: bool = False) -> Any:
+    """diffusers' scheduler whose levels a sampler takes, with the model's betas from `config` (a scheduler config).
+
+    `zero_snr` rescales the betas so that the last time step is pure noise (arXiv 2305.08891, algorithm 1).
+    """
     known = inspect.signature(SCHEDULERS[sampler]).parameters
     options: dict[str, Any] = {k: v for k, v in config.items() if k in known and k not in _CHOICES}
     if spacing in ("trailing", "leading", "linspace"):
@@ -66,15 +85,18 @@ def scheduler_for(sampler: str, config: dict[str, Any], spacing: str = "trailing
         options["timestep_spacing"] = "linspace"  # diffusers takes the ends of this; linspace has the training ends
     if sampler == "dpmpp_2m_sde":
         options["algorithm_type"] = "sde-dpmsolver++"
+    if zero_snr:
+        options["rescale_betas_zero_snr"] = True
     return SCHEDULERS[sampler](**options)
 
 
-def schedule(sampler: str, spacing: str, steps: int, config: dict[str, Any]) -> Schedule:
-    """Noise levels of `steps` steps. Raises UserError when the model's schedule cannot give that many
-    steps.
+def schedule(sampler: str, spacing: str, steps: int, config: dict[str, Any], zero_snr: bool = False) -> Schedule:
+    """Noise levels of `steps` steps; `zero_snr`: from a terminal signal-to-noise ratio of 0, see `scheduler_for`.
+
+    Raises UserError when the model's schedule cannot give that many steps.
     """
     uniform = spacing if spacing in ("trailing", "leading", "linspace") else "trailing"
-    scheduler = scheduler_for(sampler, config, uniform)
+    scheduler = scheduler_for(sampler, config, uniform, zero_snr)
     n_train = int(scheduler.config.num_train_timesteps)
     if steps > n_train:
         raise UserError(f"steps is {steps}: this model's noise schedule has {n_train} time steps, ask for at most that")
@@ -83,7 +105,7 @@ def schedule(sampler: str, spacing: str, steps: int, config: dict[str, Any]) -> 
         raise UserError(
             f"the model predicts {prediction!r}: only epsilon, v_prediction and sample can be sampled so far"
         )
-    alphas = scheduler.alphas_cumprod.double().numpy()
+    alphas = np.maximum(scheduler.alphas_cumprod.double().numpy(), LEAST_ALPHA)
     table = np.sqrt((1 - alphas) / alphas)  # sigma of every training time step, rising
     if spacing == "karras":
         sigmas = karras(table[0], table[-1], steps)
@@ -103,13 +125,15 @@ def schedule(sampler: str, spacing: str, steps: int, config: dict[str, Any]) -> 
         if spacing in ("karras", "exponential") or sigmas[-1] <= last:
             last = 0.0  # already there: the last step must still do something
     # diffusers starts Euler at sigma_max, and the variance-preserving samplers at unit variance; so do we.
-    starts_at_sigma = sampler in ("euler", "euler_a") and spacing != "leading"
+    of_euler = SCHEDULERS[sampler] in (EulerDiscreteScheduler, EulerAncestralDiscreteScheduler)
+    starts_at_sigma = of_euler and spacing != "leading"
     start = float(sigmas[0]) if starts_at_sigma else math.sqrt(float(sigmas[0]) ** 2 + 1)
     return Schedule(
         timesteps=tuple(float(t) for t in times),
         sigmas=(*(float(s) for s in sigmas), last),
         initial_scale=start,
         prediction_type=prediction,
+        table=table,
     )
 
 

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 class CachedTextAttention:
     """Attention processor for one cross-attention layer: scaled dot product attention with kept keys and
-    values.
+    values, one pair a group of texts (`TextCache.group`).
     """
 
-    def __init__(self) -> None:
-        self.key: Tensor | None = None  # [batch, heads, tokens, head_dim]
-        self.value: Tensor | None = None
+    def __init__(self, cache: "TextCache") -> None:
+        self.cache = cache
+        self.kept: dict[int, tuple[Tensor, Tensor]] = {}  # key and value, [batch, heads, tokens, head_dim]
 
     def __call__(
         self,
@@ -35,11 +35,12 @@ class CachedTextAttention:
         once.
         """
         batch, pixels, _ = hidden_states.shape
-        if self.key is None or self.value is None:
-            self.key = self._heads(attn, attn.to_k(encoder_hidden_states))
-            self.value = self._heads(attn, attn.to_v(encoder_hidden_states))
+        group = self.cache.group
+        if group not in self.kept:
+            key, value = attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
+            self.kept[group] = self._heads(attn, key), self._heads(attn, value)
         query = self._heads(attn, attn.to_q(hidden_states))
-        out = F.scaled_dot_product_attention(query, self.key, self.value)
+        out = F.scaled_dot_product_attention(query, *self.kept[group])
         out = attn.to_out[0](out.transpose(1, 2).reshape(batch, pixels, -1))
         return out if attn.rescale_output_factor == 1.0 else out / attn.rescale_output_factor
 
@@ -50,19 +51,25 @@ class CachedTextAttention:
 
 
 class TextCache:
-    """The caches of one U-Net while one batch is denoised."""
+    """The caches of one U-Net while one batch is denoised.
+
+    `group` numbers the batch of texts that the U-Net is called with; whoever calls it with another one (positive
+    prompts alone, where guidance pauses) sets another number first.
+    """
 
     def __init__(self) -> None:
+        self.group = 0
         self.layers: list[CachedTextAttention] = []
-        self.added: Tensor | None = None  # SDXL's added embedding, [batch, time embedding width]
+        self.added: dict[int, Tensor] = {}  # SDXL's added embedding, [batch, time embedding width], a group
 
-    def keep(self, rows: Tensor) -> None:
-        """Keep only these rows of the batch (int64 [m]): pictures that were stopped early leave it."""
+    def keep(self, rows: Tensor, group: int = 0) -> None:
+        """Keep only these rows of a group (int64 [m]): pictures that were stopped early leave it."""
         for layer in self.layers:
-            if layer.key is not None and layer.value is not None:
-                layer.key, layer.value = layer.key[rows], layer.value[rows]
-        if self.added is not None:
-            self.added = self.added[rows]
+            if group in layer.kept:
+                key, value = layer.kept[group]
+                layer.kept[group] = key[rows], value[rows]
+        if group in self.added:
+            self.added[group] = self.added[group][rows]
 
 
 def _plain(attn: Attention) -> bool:
@@ -93,14 +100,19 @@ def text_cache(unet: nn.Module) -> Iterator[TextCache]:
     added_embedding = getattr(unet, "get_aug_embed", None)
 
     def get_aug_embed(**arguments: Any) -> Tensor | None:
-        if cache.added is None and added_embedding is not None:
-            cache.added = added_embedding(**arguments)
-        return cache.added
+        if added_embedding is None:
+            return None
+        if cache.group not in cache.added:
+            found = added_embedding(**arguments)
+            if found is None:
+                return None
+            cache.added[cache.group] = found
+        return cache.added[cache.group]
 
     try:
         for module in unet.modules():
             if isinstance(module, Attention) and _plain(module):
-                layer = CachedTextAttention()
+                layer = CachedTextAttention(cache)
                 replaced.append((module, module.processor))
                 cache.layers.append(layer)
                 setattr(module, "processor", layer)  # noqa: B010 (diffusers declares the type of its default)

@@ -1,0 +1,49 @@
+"""Settings that have no effect on a generation, or another one than they seem to have, said before the work."""
+
+from collections.abc import Iterator
+
+from dodgeburn.models.model import Model
+from dodgeburn.sampling.schedules import Schedule
+from dodgeburn.sampling.settings import STOCHASTIC, GenerateSettings
+from dodgeburn.sampling.sizes import SIZE_FIELDS
+from dodgeburn.sampling.thresholding import explain
+
+
+def without_effect(model: Model, settings: GenerateSettings, plan: Schedule) -> list[str]:
+    """One line for each setting that does nothing with this model and these others, with the reason."""
+    return [*_of_guidance(settings, plan), *_of_model(model, settings, plan)]
+
+
+def _of_guidance(settings: GenerateSettings, plan: Schedule) -> Iterator[str]:
+    if settings.thresholding is not None:
+        yield from explain(settings.thresholding, settings.guidance, settings.steps, plan.timesteps)
+    elif settings.guidance == 1.0:
+        if settings.negative:
+            yield "the negative prompt has no effect at guidance 1"
+        if settings.cfg_rescale:
+            yield "CFG rescale has no effect at guidance 1"
+        if (settings.cfg_start, settings.cfg_end) != (0.0, 1.0):
+            yield "CFG start and end have no effect at guidance 1"
+        return
+    if not any(settings.cfg_start <= i / settings.steps < settings.cfg_end for i in range(settings.steps)):
+        yield (
+            f"guidance has no effect: none of the {settings.steps} steps lies between CFG start {settings.cfg_start:g} "
+            f"and end {settings.cfg_end:g}"
+        )
+
+
+def _of_model(model: Model, settings: GenerateSettings, plan: Schedule) -> Iterator[str]:
+    if settings.noise == "fresh" and settings.sampler not in STOCHASTIC:
+        yield f"noise fresh has no effect: {settings.sampler} adds no noise"
+    sizes = [name for name in SIZE_FIELDS if getattr(settings, name) is not None]
+    if sizes and not model.has_added_conditions:
+        yield f"{', '.join(sizes).replace('_', ' ')}: no effect, this model takes no sizes (SDXL does)"
+    elif settings.guidance == 1.0 and settings.thresholding is None:
+        negatives = [name for name in sizes if name.startswith("negative_")]
+        if negatives:
+            yield f"{', '.join(negatives).replace('_', ' ')}: no effect at guidance 1"
+    if settings.zero_snr and plan.prediction_type == "epsilon":
+        yield (
+            "zero terminal SNR with a model that predicts eps: in pure noise its answer says nothing of the picture, "
+            "so colours may break; it is meant for v-prediction models"
+        )
