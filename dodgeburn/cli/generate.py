@@ -53,7 +53,7 @@ class Generate:
     """Guidance scale (CFG); 1 is none, and twice as fast."""
     sampler: str = "dpmpp_2m"
     """ddim, euler, heun, dpm2, lms, dpmpp_2m; with noise on the way: euler_a, dpm2_a, dpmpp_2s_a, dpmpp_sde,
-    dpmpp_2m_sde, dpmpp_2m_sde_heun, dpmpp_3m_sde."""
+    dpmpp_2m_sde, dpmpp_2m_sde_heun, dpmpp_3m_sde, dpmpp_3m_sde_o3."""
     spacing: str = "trailing"
     """Spacing of the noise levels: karras, exponential, or uniform: trailing, leading, linspace."""
     width: int | None = None
@@ -139,13 +139,13 @@ def main(args: list[str]) -> int:
     from dodgeburn.sampling.settings import GenerateSettings
     from dodgeburn.sampling.sizes import SIZE_FIELDS
 
+    sizes: dict[str, Any] = {name: _pair(name, getattr(options, name)) for name in SIZE_FIELDS[1:]}
     settings = GenerateSettings(
         steps=options.steps, guidance=options.guidance, sampler=options.sampler, spacing=options.spacing,
         width=options.width, height=options.height, negative=options.negative, noise=options.noise,
         zero_snr=options.zero_snr, clip_skip=options.clip_skip, cfg_rescale=options.cfg_rescale,
         cfg_start=options.cfg_start, cfg_end=options.cfg_end, thresholding=_thresholding(options),
-        size_scale=options.size_scale,
-        **{name: _pair(name, getattr(options, name)) for name in SIZE_FIELDS[1:]},
+        size_scale=options.size_scale, **sizes,
     )  # fmt: skip
     writable_folder(options.out)
     with warnings.catch_warnings(record=True) as caught:

@@ -57,7 +57,8 @@ class Denoiser:
         self.cache = cache
         # With dynamic thresholding a scale of 1 may be a minimum of 4: both prompts are needed then.
         self.passes = 1 if settings.guidance == 1.0 and settings.thresholding is None else 2
-        self.thresholded = torch.zeros((), dtype=torch.int64, device=model.device)  # values that thresholding changed
+        self.thresholded = torch.zeros((), dtype=torch.int64, device=model.device)  # channels that thresholding changed
+        self.examined = 0  # of so many
         parts = [positive] if self.passes == 1 else [negative, positive]
         self.text = torch.cat([embeds for embeds, _ in parts]).to(model.device, model.dtype)
         self.added: dict[str, Tensor] | None = None
@@ -96,9 +97,15 @@ class Denoiser:
             mimic, scale = chosen.thresholding.scales(
                 chosen.guidance, chosen.thresholding.progress(step, chosen.steps, timestep)
             )
-            guess = [denoised_from(part, x, sigma, self.prediction_type) for part in (negative, positive)]
-            denoised, changed = threshold(*guess, scale, mimic, chosen.thresholding)
+            denoised, changed = threshold(
+                denoised_from(negative, x, sigma, self.prediction_type),
+                denoised_from(positive, x, sigma, self.prediction_type),
+                scale,
+                mimic,
+                chosen.thresholding,
+            )
             self.thresholded += changed
+            self.examined += len(x) * (x.shape[1] if chosen.thresholding.separate_feature_channels else 1)
             if not chosen.cfg_rescale:
                 return denoised
             output = output_from(denoised, x, sigma, self.prediction_type)

@@ -117,21 +117,20 @@ def stream(
     guides = settings.guidance != 1.0 or settings.thresholding is not None
     at_least = texts[settings.negative].chunks if guides else 1
     batches = _batches(prompts, texts, at_least, batch_size or default_batch_size(*shape[1:]))
-    thresholded = 0
+    thresholded = examined = 0
     for number, (indices, chunks) in enumerate(batches):
         job = _Batch(model, settings, plan, shape, indices, number, len(batches))
         finished, stop = job.run(prompts, seeds, texts, chunks, callback)
-        thresholded += job.thresholded
+        thresholded, examined = thresholded + job.thresholded, examined + job.examined
         yield from finished
         if stop:
             return
     expected = any(line.startswith("dynamic thresholding") for line in said)
-    if settings.thresholding is not None and batches and not thresholded and not expected:
-        warnings.warn(
-            "dynamic thresholding changed no value in any step: these pictures are those of plain CFG",
-            DodgeburnWarning,
-            stacklevel=3,
-        )
+    if examined and (expected or not thresholded):
+        part = "channels" if settings.thresholding and settings.thresholding.separate_feature_channels else "guesses"
+        plain = "" if thresholded else ": these pictures are those of plain CFG"
+        line = f"dynamic thresholding changed {thresholded} of {examined} {part}{plain}"
+        warnings.warn(line, DodgeburnWarning, stacklevel=3)
 
 
 def _check_encoded(encoded: Mapping[str, EncodedPrompt], clip_skip: int) -> None:
@@ -197,7 +196,7 @@ class _Batch:
         self.number = number
         self.batches = batches
         self.noises: list[Noise] = []  # one a picture
-        self.thresholded = 0  # channels that dynamic thresholding changed, over all steps
+        self.thresholded = self.examined = 0  # channels that dynamic thresholding changed, and saw, over all steps
 
     @torch.inference_mode()
     def run(
@@ -225,7 +224,7 @@ class _Batch:
                 cache,
             )
             x, stop = self._denoise(x, denoiser, callback)
-            self.thresholded = int(denoiser.thresholded)
+            self.thresholded, self.examined = int(denoiser.thresholded), denoiser.examined
         if stop or not self.indices:
             return [], stop
         x = x / math.sqrt(self.plan.sigmas[-1] ** 2 + 1)

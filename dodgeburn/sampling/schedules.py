@@ -38,6 +38,7 @@ SCHEDULERS: dict[str, type] = {
     "dpmpp_2m_sde": DPMSolverMultistepScheduler,
     "dpmpp_2m_sde_heun": DPMSolverMultistepScheduler,
     "dpmpp_3m_sde": DPMSolverMultistepScheduler,
+    "dpmpp_3m_sde_o3": DPMSolverMultistepScheduler,
 }
 
 # Keys of a saved scheduler config that choose the schedule itself; ours come from the settings instead.

@@ -12,7 +12,8 @@ from dodgeburn.sampling.thresholding import Thresholding
 
 __all__ = ["ALIASES", "SAMPLERS", "SPACINGS", "STOCHASTIC", "GenerateSettings", "Thresholding", "nearest"]
 
-# Our name -> (name in A1111's infotext, name in ComfyUI's KSampler).
+# Our name -> (name in A1111's infotext, name in ComfyUI's KSampler). For dpmpp_3m_sde_o3, which they don't have, the
+# nearest; what their names mean when read is in ALIASES.
 SAMPLERS: dict[str, tuple[str, str]] = {
     "ddim": ("DDIM", "ddim"),
     "euler": ("Euler", "euler"),
@@ -27,10 +28,14 @@ SAMPLERS: dict[str, tuple[str, str]] = {
     "dpmpp_2m_sde": ("DPM++ 2M SDE", "dpmpp_2m_sde"),
     "dpmpp_2m_sde_heun": ("DPM++ 2M SDE Heun", "dpmpp_2m_sde_heun"),
     "dpmpp_3m_sde": ("DPM++ 3M SDE", "dpmpp_3m_sde"),
+    "dpmpp_3m_sde_o3": ("DPM++ 3M SDE", "dpmpp_3m_sde"),
 }
 
 # Samplers that add noise on the way.
-STOCHASTIC = ("euler_a", "dpm2_a", "dpmpp_2s_a", "dpmpp_sde", "dpmpp_2m_sde", "dpmpp_2m_sde_heun", "dpmpp_3m_sde")
+STOCHASTIC = (
+    "euler_a", "dpm2_a", "dpmpp_2s_a", "dpmpp_sde", "dpmpp_2m_sde", "dpmpp_2m_sde_heun", "dpmpp_3m_sde",
+    "dpmpp_3m_sde_o3",
+)  # fmt: skip
 
 # Our name (diffusers' where there is one) -> (A1111 "Schedule type", ComfyUI scheduler). The three uniform
 # ones go by what the schedules do: trailing takes the same time steps as "Simple", linspace as

@@ -212,10 +212,20 @@ def dpmpp_2m_sde_heun(x: Tensor, denoised: Tensor, sigma: float, sigma_next: flo
 
 
 def dpmpp_3m_sde(x: Tensor, denoised: Tensor, sigma: float, sigma_next: float, history: History) -> Tensor:
-    """SDE-DPM-Solver++(3M): the exact integral of the parabola through the last three answers, with eta 1.
+    """SDE-DPM-Solver++(3M) as k-diffusion, A1111 and ComfyUI have it: eta 1, from the last three answers.
 
-    Katherine Crowson's sampler of k-diffusion. (diffusers 0.42.1 has a sign in its third-order term that makes it
-    first order.) The first step is first order and the second is second.
+    Its third-order term is half of what the integral of the parabola through them gives (as in DPM-Solver++'s own
+    multistep code), so it is second order with a small constant; `dpmpp_3m_sde_o3` has the whole term. (diffusers
+    0.42.1 has that term with a wrong sign in it, which makes it first order.)
+    """
+    past = history.past
+    history.remember(sigma, denoised, 2)
+    return _exponential_sde(x, denoised, past, sigma, sigma_next, history.noise, bend_share=0.5)
+
+
+def dpmpp_3m_sde_o3(x: Tensor, denoised: Tensor, sigma: float, sigma_next: float, history: History) -> Tensor:
+    """`dpmpp_3m_sde` with its third-order term in full: the exact integral of the parabola through the last three
+    answers. Third order where the noise is not what limits it; the first step is first order, the second second.
     """
     past = history.past
     history.remember(sigma, denoised, 2)
@@ -223,12 +233,19 @@ def dpmpp_3m_sde(x: Tensor, denoised: Tensor, sigma: float, sigma_next: float, h
 
 
 def _exponential_sde(
-    x: Tensor, denoised: Tensor, past: list[tuple[float, Tensor]], sigma: float, sigma_next: float, noise: Noise
+    x: Tensor,
+    denoised: Tensor,
+    past: list[tuple[float, Tensor]],
+    sigma: float,
+    sigma_next: float,
+    noise: Noise,
+    bend_share: float = 1.0,
 ) -> Tensor:
     """A step of the reverse SDE (eta 1) that integrates the polynomial through `denoised` and up to two past answers.
 
-    With h = ln(sigma / sigma_next) and H = 2h: e^-H x + (1 - e^-H) D + phi2 d1 - phi3 d2 + noise, where d1 and d2 are
-    divided differences of D in units of h, phi2 = (e^-H - 1) / H + 1 and phi3 = phi2 / H - 1/2.
+    With h = ln(sigma / sigma_next) and H = 2h: e^-H x + (1 - e^-H) D + phi2 D' - phi3 D'' + noise, where D' and D'' are
+    the derivatives of that polynomial in -ln sigma, in units of h, phi2 = (e^-H - 1) / H + 1 (the integral of
+    H e^(-H (1 - u)) u over 0..1) and phi3 = phi2 / H - 1/2 (minus that of half u^2). `bend_share` of D'' is taken.
     """
     if sigma_next == 0:
         return denoised
@@ -242,8 +259,8 @@ def _exponential_sde(
         if len(past) > 1:
             r1 = math.log(past[1][0] / past[0][0]) / h
             earlier = (past[0][1] - past[1][1]) * (1 / r1)
-            bend = (d1 - earlier) * (1 / (r0 + r1))
-            out = out + phi2 * (d1 + r0 * bend) - (phi2 / fall - 0.5) * bend
+            bend = (d1 - earlier) * (1 / (r0 + r1))  # the divided difference: half of D''
+            out = out + phi2 * (d1 + r0 * bend) - (phi2 / fall - 0.5) * (2 * bend_share) * bend
         else:
             out = out + phi2 * d1
     return out + _noise_scale(sigma, sigma_next) * noise(sigma, sigma_next)
@@ -263,4 +280,5 @@ SOLVERS: dict[str, Solver] = {
     "dpmpp_2m_sde": dpmpp_2m_sde,
     "dpmpp_2m_sde_heun": dpmpp_2m_sde_heun,
     "dpmpp_3m_sde": dpmpp_3m_sde,
+    "dpmpp_3m_sde_o3": dpmpp_3m_sde_o3,
 }

@@ -197,9 +197,9 @@ def explain(settings: Thresholding, guidance: float, steps: int, timesteps: tupl
     elif settings.scaling_startpoint == "MEAN" and settings.variability_measure == "AD":
         if all(c <= m for m, c in pairs):
             says.append(
-                "dynamic thresholding has no effect as such: MEAN with AD acts only where CFG exceeds the mimic scale, "
-                f"but CFG is {_curve(cfg)} and the mimic scale {_curve(mimic)} over the steps. What you get is plain "
-                f"CFG, {_curve(cfg)}"
+                "dynamic thresholding hardly acts here: MEAN with AD does where CFG spreads the values further than "
+                f"the mimic scale, but CFG is {_curve(cfg)} and the mimic scale {_curve(mimic)} over the steps. What "
+                f"you get is plain CFG, {_curve(cfg)}"
             )
     elif settings.variability_measure == "STD" and all(c == m for m, c in pairs):
         says.append(f"dynamic thresholding has no effect: CFG and mimic scale are the same, {_curve(cfg)}")
