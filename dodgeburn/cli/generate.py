@@ -148,18 +148,23 @@ def main(args: list[str]) -> int:
         size_scale=options.size_scale, **sizes,
     )  # fmt: skip
     writable_folder(options.out)
-    with warnings.catch_warnings(record=True) as caught:
+    with warnings.catch_warnings():
         warnings.simplefilter("always", DodgeburnWarning)
+        warnings.showwarning = _say  # at once: a setting without effect is worth knowing before an hour's work
         found = _run(options, settings)
-    for warning in caught:
-        if issubclass(warning.category, DodgeburnWarning):
-            print(f"warning: {warning.message}", file=sys.stderr)
     print(f"wrote {len(found['pictures'])} pictures to {options.out} in {found['seconds']} s")
     if found["sheet"]:
         print(f"sheet: {found['sheet']}")
     if options.json:
         print(json.dumps(found))
     return 0
+
+
+def _say(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    from tqdm import tqdm
+
+    if issubclass(category, DodgeburnWarning):
+        tqdm.write(f"warning: {message}", file=sys.stderr)  # does not tear the progress bar
 
 
 def _thresholding(options: Generate) -> Thresholding | None:

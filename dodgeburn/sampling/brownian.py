@@ -11,6 +11,7 @@ of a node is a function of the seed and the node alone, so no value depends on w
 
 import math
 from collections.abc import Callable
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -45,10 +46,12 @@ class BrownianPath:
     def __init__(self, seed: int, shape: tuple[int, ...]) -> None:
         self.seed = seed
         self.shape = shape
-        start = math.sqrt(_time(0)) * self._draw(0)
-        end = start + math.sqrt(_time(CELLS) - _time(0)) * self._draw(CELLS)
-        self._ends = (start, end)
         self._nodes: dict[int, np.ndarray] = {}  # middles on the way to the latest position, which the next one shares
+
+    @cached_property
+    def _ends(self) -> tuple[np.ndarray, np.ndarray]:
+        start = math.sqrt(_time(0)) * self._draw(0)
+        return start, start + math.sqrt(_time(CELLS) - _time(0)) * self._draw(CELLS)
 
     def __call__(self, sigma: float, sigma_next: float) -> Tensor:
         """Unit noise of the stretch. Raises ValueError unless 2^16 >= sigma > sigma_next >= 2^-16."""

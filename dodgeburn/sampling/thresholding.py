@@ -199,7 +199,7 @@ def explain(settings: Thresholding, guidance: float, steps: int, timesteps: tupl
             says.append(
                 "dynamic thresholding hardly acts here: MEAN with AD does where CFG spreads the values further than "
                 f"the mimic scale, but CFG is {_curve(cfg)} and the mimic scale {_curve(mimic)} over the steps. What "
-                f"you get is plain CFG, {_curve(cfg)}"
+                f"you get is close to plain CFG, {_curve(cfg)}"
             )
     elif settings.variability_measure == "STD" and all(c == m for m, c in pairs):
         says.append(f"dynamic thresholding has no effect: CFG and mimic scale are the same, {_curve(cfg)}")
