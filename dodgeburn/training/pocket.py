@@ -7,6 +7,7 @@ whole can be run in pieces by repeating one command.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -45,16 +46,18 @@ class PocketTraining:
     pictures: int = 60_000  # the U-Net sees these, with fresh captions and noise each time
     vae_pictures: int = 40_000
     vae_batch: int = 24
-    text_first: bool = True  # train the text encoders contrastively before the U-Net; else only with it
+    text_first: bool = True  # train the text encoders contrastively before the U-Net
+    text_with_unet: bool = False  # train them (on) together with the U-Net; must be true unless `text_first`
+    compiled: bool = field(default_factory=lambda: shutil.which("g++") is not None)  # torch.compile for the U-Net
     text_batch: int = 256
     unet_batch: int = 64
     vae: LoopSettings = field(
         default_factory=lambda: LoopSettings(
-            steps=2800, lr=3e-3, warmup=100, constant=0.4857, final=0.01, ema=0.995
+            steps=2400, lr=3e-3, warmup=100, constant=0.5, final=0.01, ema=0.995
         )
     )
     text: LoopSettings = field(
-        default_factory=lambda: LoopSettings(steps=700, lr=1.5e-3, warmup=50, ema=0.99)
+        default_factory=lambda: LoopSettings(steps=600, lr=1.5e-3, warmup=50, ema=0.99)
     )
     unet: LoopSettings = field(default_factory=lambda: LoopSettings(steps=4000, lr=1.5e-3, constant=0.45, ema=0.998))
     finetune: LoopSettings = field(
@@ -62,10 +65,10 @@ class PocketTraining:
     )
     finetune_pictures: int = 6_000
     reader: LoopSettings = field(
-        default_factory=lambda: LoopSettings(steps=2600, lr=2e-3, warmup=100, constant=0.3, final=0.01, ema=0.995)
+        default_factory=lambda: LoopSettings(steps=2000, lr=2e-3, warmup=100, constant=0.3, final=0.01, ema=0.995)
     )
     reader_polish: LoopSettings = field(
-        default_factory=lambda: LoopSettings(steps=1600, lr=1e-3, warmup=50, constant=0.2, final=0.01, ema=0.995)
+        default_factory=lambda: LoopSettings(steps=2000, lr=1e-3, warmup=50, constant=0.2, final=0.01, ema=0.995)
     )
     reader_batch: int = 64
     reader_pictures: int = 30_000
@@ -103,6 +106,8 @@ class PocketRun:
         self.folder, self.config, self.device, self.callback = folder, config, device, callback
         folder.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(config.seed)
+        if not (config.text_first or config.text_with_unet):
+            raise UserError("untrained text encoders: set text_first, text_with_unet or both to true")
         self.configs = pocket.component_configs(config.size)
         self.modules: dict[str, Any] = {k: m.to(device) for k, m in pocket.build(self.configs).items()}
         self.never = frozenset(row["prompt"] for row in gate_prompts())
@@ -139,7 +144,8 @@ class PocketRun:
             path = self.folder / f"latents-{c.pictures}-{c.size}.safetensors"
             attributes, pictures = picture_list(c.pictures, c.seed + 1, c.size, self.folder)
             if not path.exists():
-                save_tensors(path, {"latents": encode(self.modules["vae"], pictures, self.device)}, {})
+                with torch.autocast(self.device.split(":")[0], torch.bfloat16):
+                    save_tensors(path, {"latents": encode(self.modules["vae"], pictures, self.device)}, {})
             self._latents = attributes, load_file(path)["latents"]
         return self._latents
 
@@ -156,19 +162,23 @@ class PocketRun:
         self._save_stage("text", ("text_encoder", "text_encoder_2"))
 
     def unet(self) -> None:
-        """Stage 3: the U-Net, and the text encoders with it."""
+        """Stage 3: the U-Net, and the text encoders with it when `text_with_unet`."""
         parts = ("unet", "text_encoder", "text_encoder_2")
         if self._load_stage("unet", parts):
             return
         attributes, latents = self.latents()
-        self._train_unet("unet", latents, attributes, self.config.unet)
+        c = self.config
+        self._train_unet("unet", latents, attributes, c.unet, c.text_with_unet, c.compiled)
         self._save_stage("unet", parts)
 
-    def _train_unet(self, name: str, latents: Tensor, attributes: list[Attributes], settings: LoopSettings) -> None:
+    def _train_unet(
+        self, name: str, latents: Tensor, attributes: list[Attributes], settings: LoopSettings, train_text: bool,
+        compiled: bool,
+    ) -> None:  # fmt: skip
         train_unet(
             name, self.modules, pocket.tokenizer(), self.configs["scheduler"], latents, attributes, self.config.size,
-            self.folder / name, settings, self.config.unet_batch, never=self.never, device=self.device,
-            callback=self.callback,
+            self.folder / name, settings, self.config.unet_batch, train_text, compiled, never=self.never,
+            device=self.device, callback=self.callback,
         )  # fmt: skip
 
     def base(self) -> Path:
@@ -201,7 +211,7 @@ class PocketRun:
                 a["style"] = kind.style
             a["saturation"] = kind.least_saturation + (1 - kind.least_saturation) * a["saturation"]
         latents = encode(self.modules["vae"], draw_pictures(attributes, c.size, kind.look), self.device)
-        self._train_unet(name, latents, attributes, c.finetune)
+        self._train_unet(name, latents, attributes, c.finetune, train_text=True, compiled=False)
         self._write(name, (name,))
         return out
 

@@ -22,20 +22,21 @@ def alphas_cumprod(scheduler: dict[str, Any]) -> Tensor:
 
 
 def loss_weights(alpha_bar: Tensor, gamma: float = 5.0) -> Tensor:
-    """Loss weights for epsilon prediction: min(SNR, gamma) / SNR (arXiv:2303.09556, eq. 7) over sqrt(alpha_bar).
+    """Loss weights for epsilon prediction: min(SNR, gamma) / SNR (arXiv:2303.09556, eq. 7) over alpha_bar^(1/4).
 
     The second factor lifts the noisiest steps, where a prompt decides colours and composition but where the error of
-    epsilon is smallest. It makes every noise level's part of the loss about equal, as EDM2's learned weighting does
-    (arXiv:2312.02696, eq. 22).
+    epsilon is smallest. Half way between none, with which colours followed the prompt late, and the square root, which
+    makes every noise level's part of the loss about equal (as EDM2's learned weighting does, arXiv:2312.02696, eq. 22)
+    and with which the small parts of a face came late.
     """
     snr = alpha_bar / (1 - alpha_bar)
-    return snr.clamp(max=gamma) / snr / alpha_bar.sqrt()
+    return snr.clamp(max=gamma) / snr / alpha_bar**0.25
 
 
-def draw_timesteps(count: int, batch: int, generator: torch.Generator) -> Tensor:
-    """Timesteps [batch] with a density rising as t^0.43: more of the noisy ones, where prompts are learned."""
-    u = torch.rand(batch, generator=generator)
-    return (count * u**0.7).long().clamp(max=count - 1)
+def spread_timesteps(count: int, batch: int, generator: torch.Generator) -> Tensor:
+    """Timesteps [batch], uniform over 0..count-1 and evenly spread within a batch, so that batches differ less (the
+    low-discrepancy sampler of arXiv:2107.00630, appendix I.1)."""
+    return ((torch.arange(batch) + torch.rand((), generator=generator)) * (count / batch)).long()
 
 
 def train_unet(
@@ -49,7 +50,8 @@ def train_unet(
     folder: Path,
     settings: LoopSettings,
     batch: int,
-    train_text: bool = True,
+    train_text: bool,
+    compiled: bool = False,
     empty: float = 0.1,
     never: frozenset[str] = frozenset(),
     device: str = "cpu",
@@ -58,6 +60,7 @@ def train_unet(
     """Train `unet` (and the text encoders, when `train_text`) in place on scaled latents [n, 4, 16, 16].
 
     empty: share of empty captions, which classifier-free guidance needs. never: captions kept out (held-out ones).
+    compiled: let torch.compile join the U-Net's small operations; pays off in long runs, and needs a C++ compiler.
     """
     unet, encoder_1, encoder_2 = modules["unet"], modules["text_encoder"], modules["text_encoder_2"]
     alpha_bar = alphas_cumprod(scheduler)
@@ -66,8 +69,8 @@ def train_unet(
 
     def make(step: int, generator: torch.Generator) -> tuple[Tensor, ...]:
         index = torch.randint(len(latents), (batch,), generator=generator)
-        tokens = tokens_of(tokenizer, captions_of(attributes, index, generator, empty, never))
-        t = draw_timesteps(len(alpha_bar), batch, generator)
+        tokens = tokens_of(tokenizer, captions_of(attributes, index, generator, empty, never)[0])
+        t = spread_timesteps(len(alpha_bar), batch, generator)
         z = latents[index].float()
         noise = torch.randn(z.shape, generator=generator)
         a = alpha_bar[t].view(-1, 1, 1, 1)
@@ -79,9 +82,12 @@ def train_unet(
         with torch.set_grad_enabled(train_text):
             states, pooled = encode_text(encoder_1, encoder_2, tokens)
         added = {"text_embeds": pooled, "time_ids": ids.to(device).expand(len(noisy), -1)}
-        eps = unet(noisy, t, states, added_cond_kwargs=added).sample.float()
+        eps = predict(noisy, t, states, added_cond_kwargs=added).sample.float()
         return {"eps": (weight * (eps - noise).square().mean(dim=(1, 2, 3))).mean()}
 
+    predict = torch.compile(unet) if compiled else unet
+    for encoder in (encoder_1, encoder_2):
+        encoder.requires_grad_(train_text)
     trained = {"unet": unet}
     if train_text:
         trained |= {"text_encoder": encoder_1, "text_encoder_2": encoder_2}
