@@ -56,6 +56,11 @@ class PocketTraining:
             steps=2400, lr=3e-3, warmup=100, constant=0.5, final=0.01, ema=0.995
         )
     )
+    vae_polish: LoopSettings = field(
+        default_factory=lambda: LoopSettings(
+            steps=1000, lr=1.5e-3, warmup=50, constant=0.1, final=0.01, ema=0.995
+        )
+    )
     text: LoopSettings = field(
         default_factory=lambda: LoopSettings(steps=600, lr=1.5e-3, warmup=50, ema=0.99)
     )
@@ -133,7 +138,10 @@ class PocketRun:
             return
         c = self.config
         _, pictures = picture_list(c.vae_pictures, c.seed + 1, c.size, self.folder)
-        train_vae(self.modules["vae"], pictures, self.folder / "vae", c.vae, c.vae_batch, self.device, self.callback)
+        train_vae(
+            self.modules["vae"], pictures, self.folder / "vae", c.vae, c.vae_polish, c.vae_batch, self.device,
+            self.callback,
+        )  # fmt: skip
         normalise(self.modules["vae"], pictures[:4000], self.device)
         self._save_stage("vae", ("vae",))
 
@@ -251,10 +259,9 @@ class PocketRun:
         notes.txt, for a run that was steered by hand."""
         notes = self.folder / "notes.txt"
         logs = {}
-        for stage in stages:
-            path = self.folder / stage / f"{stage}.jsonl"
-            rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-            logs[stage] = [*rows[:: max(1, len(rows) // 12)], *rows[-1:]]
+        for path in (p for stage in stages for p in sorted((self.folder / stage).glob("*.jsonl"))):
+            rows = [json.loads(line) for line in path.read_text().splitlines()]
+            logs[path.stem] = [*rows[:: max(1, len(rows) // 12)], *rows[-1:]]
         hashes = {p.stem: sha256_tensors(p) for s in stages if (p := self.folder / f"{s}.safetensors").exists()}
         told = {"notes": notes.read_text(encoding="utf-8").strip()} if notes.exists() else {}
         return json.dumps({"config": asdict(self.config), "logs": logs, "sha256_tensors": hashes, **told})
