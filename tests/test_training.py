@@ -24,7 +24,7 @@ from dodgeburn.training.pocket_text import (
     reading_targets,
     tokens_of,
 )
-from dodgeburn.training.pocket_unet import alphas_cumprod, loss_weights, spread_timesteps, train_unet
+from dodgeburn.training.pocket_unet import alphas_cumprod, face_weights, loss_weights, spread_timesteps, train_unet
 from dodgeburn.training.pocket_vae import decode, encode, normalise
 
 
@@ -101,6 +101,13 @@ def test_noise_schedule_is_diffusers() -> None:
 def test_loss_weights_by_hand() -> None:
     # alpha_bar 1/16: SNR 1/15 is below gamma, weight 1 / (1/2); 0.9: SNR 9, weight 5/9 / 0.9^(1/4)
     assert torch.allclose(loss_weights(torch.tensor([1 / 16, 0.9])), torch.tensor([2.0, 5 / 9 / 0.9**0.25]))
+    assert torch.allclose(loss_weights(torch.tensor([1 / 16]), noise_power=0.5), torch.tensor([4.0]))
+
+
+def test_face_weights_by_hand() -> None:
+    w = face_weights(3.0)[0, 0]
+    assert w.mean() == pytest.approx(1) and w[8, 8] == pytest.approx(3 * float(w[0, 0]))
+    assert int((w > 1).sum()) == 72 and torch.equal(face_weights(1.0), torch.ones(1, 1, 16, 16))
 
 
 def test_timesteps_are_uniform_and_spread_in_every_batch() -> None:
