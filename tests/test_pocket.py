@@ -88,7 +88,8 @@ def test_training_runs_through_and_a_second_call_does_nothing(tmp_path: Path, ca
                                                               ) -> None:  # fmt: skip
     tiny = {"steps": 2, "checkpoint_every": 1, "warmup": 1}
     config = {"pictures": 24, "vae_pictures": 24, "vae_batch": 2, "text_batch": 4, "unet_batch": 2,
-              "vae": tiny, "text": tiny, "unet": tiny, "finetune": tiny, "finetune_pictures": 8}  # fmt: skip
+              "vae": tiny, "vae_polish": tiny, "vae_decoder": tiny, "text": tiny, "unet": tiny, "unet_polish": tiny,
+              "finetune": tiny, "finetune_pictures": 8, "compiled": False}  # fmt: skip
     (tmp_path / "c.json").write_text(json.dumps(config))
     command = ["pocket", "train", "-o", str(tmp_path / "run"), "--config", str(tmp_path / "c.json"), "--device", "cpu"]
     assert main([*command, "--only", "base"]) == 0

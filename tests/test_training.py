@@ -10,11 +10,21 @@ from diffusers import DDPMScheduler
 from torch import nn
 
 from dodgeburn.errors import UserError
+from dodgeburn.pocket.attributes import CATEGORICAL, CONTINUOUS
+from dodgeburn.pocket.captions import parse
 from dodgeburn.pocket.model import build, component_configs, tokenizer
 from dodgeburn.pocket.pictures import attributes_of, draw_pictures
 from dodgeburn.training.loop import Average, LoopSettings, learning_rate, train
-from dodgeburn.training.pocket_text import captions_of, contrast, encode_text, tokens_of
-from dodgeburn.training.pocket_unet import alphas_cumprod, draw_timesteps, loss_weights, train_unet
+from dodgeburn.training.pocket_text import (
+    READ_SIZES,
+    captions_of,
+    contrast,
+    encode_text,
+    reading_loss,
+    reading_targets,
+    tokens_of,
+)
+from dodgeburn.training.pocket_unet import alphas_cumprod, face_weights, loss_weights, spread_timesteps, train_unet
 from dodgeburn.training.pocket_vae import decode, encode, normalise
 
 
@@ -89,14 +99,22 @@ def test_noise_schedule_is_diffusers() -> None:
 
 
 def test_loss_weights_by_hand() -> None:
-    # alpha_bar 0.25: SNR 1/3 is below gamma, weight 1 / 0.5; 0.9: SNR 9, weight 5/9 / sqrt(0.9)
-    assert torch.allclose(loss_weights(torch.tensor([0.25, 0.9])), torch.tensor([2.0, 5 / 9 / 0.9**0.5]))
+    # alpha_bar 1/16: SNR 1/15 is below gamma, weight 1 / (1/2); 0.9: SNR 9, weight 5/9 / 0.9^(1/4)
+    assert torch.allclose(loss_weights(torch.tensor([1 / 16, 0.9])), torch.tensor([2.0, 5 / 9 / 0.9**0.25]))
+    assert torch.allclose(loss_weights(torch.tensor([1 / 16]), noise_power=0.5), torch.tensor([4.0]))
 
 
-def test_timesteps_cover_the_schedule_and_lean_to_noise() -> None:
-    t = draw_timesteps(1000, 20000, torch.Generator().manual_seed(0))
-    assert t.min() >= 0 and t.max() <= 999 and len(t.unique()) > 900
-    assert abs((t >= 500).float().mean() - (1 - 0.5 ** (1 / 0.7))) < 0.01  # P(u^0.7 >= 1/2)
+def test_face_weights_by_hand() -> None:
+    w = face_weights(3.0)[0, 0]
+    assert w.mean() == pytest.approx(1) and w[8, 8] == pytest.approx(3 * float(w[0, 0]))
+    assert int((w > 1).sum()) == 72 and torch.equal(face_weights(1.0), torch.ones(1, 1, 16, 16))
+
+
+def test_timesteps_are_uniform_and_spread_in_every_batch() -> None:
+    batches = [spread_timesteps(1000, 64, torch.Generator().manual_seed(k)) for k in range(400)]
+    t = torch.stack(batches).double()
+    assert t.min() >= 0 and t.max() <= 999 and abs(t.mean() - 499.5) < 2 and len(t.unique()) > 950
+    assert all(((b[1:] - b[:-1]) - 1000 / 64).abs().max() <= 1 for b in t)
 
 
 def test_contrast_is_small_for_matching_rows_only() -> None:
@@ -108,12 +126,27 @@ def test_contrast_is_small_for_matching_rows_only() -> None:
 def test_captions_are_repeatable_partly_empty_and_never_held_out() -> None:
     attributes = [attributes_of(i, 1) for i in range(40)]
     index = torch.arange(40)
-    first = captions_of(attributes, index, torch.Generator().manual_seed(1), 0.3, frozenset())
-    assert first == captions_of(attributes, index, torch.Generator().manual_seed(1), 0.3, frozenset())
+    first, wishes = captions_of(attributes, index, torch.Generator().manual_seed(1), 0.3, frozenset())
+    assert (first, wishes) == captions_of(attributes, index, torch.Generator().manual_seed(1), 0.3, frozenset())
+    assert wishes == [parse(t) for t in first]
     assert 2 < sum(t == "" for t in first) < 25
     never = frozenset(t for t in first if t)
-    second = captions_of(attributes, index, torch.Generator().manual_seed(1), 0.3, never)
+    second, _ = captions_of(attributes, index, torch.Generator().manual_seed(1), 0.3, never)
     assert not never & set(second)
+
+
+def test_reading_targets_by_hand() -> None:
+    asked = [{"smile": (0.2, 0.4), "hat": "cap"}, {"smile": (0.6, 1.0)}]
+    blocks = dict(zip((*CONTINUOUS, *CATEGORICAL), reading_targets(asked).split(READ_SIZES, 1), strict=True))
+    assert blocks["smile"].tolist() == [[0, 1, 0, 0, 0, 0], [0, 0, 0, 0.5, 0.5, 0]]  # "smiling" covers two levels
+    assert blocks["hat"].tolist() == [[0, 0, 1, 0, 0], [0, 0, 0, 0, 1]]
+    assert blocks["age"][:, -1].tolist() == [1, 1]
+
+
+def test_reading_loss_is_small_for_the_right_reading_only() -> None:
+    targets = reading_targets([{"hat": "cap"}, {"hat": "crown", "age": (0.0, 0.2)}])
+    right = reading_loss(20 * targets, targets)
+    assert right < 1e-4 < 0.5 < reading_loss(20 * targets.flip(0), targets)
 
 
 @pytest.mark.parametrize("size", [64, 128])
@@ -130,7 +163,8 @@ def test_normalising_the_vae_changes_the_latents_and_not_the_pictures(size: int)
     assert np.abs(decode(vae, z, "cpu").astype(int) - before).max() <= 1
 
 
-def test_the_unet_stage_trains_unet_and_text(tmp_path: Path) -> None:
+@pytest.mark.parametrize("train_text", [True, False])
+def test_the_unet_stage_trains_unet_and_text_when_asked(tmp_path: Path, train_text: bool) -> None:
     torch.manual_seed(0)
     configs = component_configs()
     configs["unet"] |= {"block_out_channels": [16, 16, 32], "attention_head_dim": [2, 2, 2], "norm_num_groups": 8}
@@ -138,9 +172,9 @@ def test_the_unet_stage_trains_unet_and_text(tmp_path: Path) -> None:
     before = {k: next(m.parameters()).clone() for k, m in modules.items()}
     attributes = [attributes_of(i, 1) for i in range(6)]
     train_unet("unet", modules, tokenizer(), configs["scheduler"], torch.randn(6, 4, 16, 16), attributes, 64, tmp_path,
-               quick(steps=2, checkpoint_every=2), batch=2)  # fmt: skip
+               quick(steps=2, checkpoint_every=2), batch=2, train_text=train_text)  # fmt: skip
     for name, was in before.items():
         changed = not torch.equal(was, next(modules[name].parameters()))
-        assert changed == (name != "vae"), name
+        assert changed == (name == "unet" or (train_text and name != "vae")), name
     states, pooled = encode_text(modules["text_encoder"], modules["text_encoder_2"], tokens_of(tokenizer(), ["a", ""]))
     assert states.shape == (2, 77, configs["unet"]["cross_attention_dim"]) and pooled.shape == (2, 128)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -125,7 +125,6 @@ def _train(settings: Train) -> int:
 
 
 def _config(path: Path | None) -> Any:
-    from dodgeburn.training.loop import LoopSettings
     from dodgeburn.training.pocket import PocketTraining
 
     config = PocketTraining()
@@ -137,9 +136,9 @@ def _config(path: Path | None) -> Any:
         raise UserError(f"{path}: not a readable JSON file ({error})") from error
     for key, value in given.items():
         current = getattr(config, key, None)
-        if current is None or (isinstance(current, LoopSettings) and not isinstance(value, dict)):
+        if current is None or (is_dataclass(current) and not isinstance(value, dict)):
             raise UserError(f"{path}: unknown setting '{key}'; see `dodgeburn pocket train -o X --print-config`")
-        if isinstance(current, LoopSettings):
+        if is_dataclass(current):
             for inner, number in value.items():
                 if not hasattr(current, inner):
                     raise UserError(f"{path}: '{key}' has no setting '{inner}'")

@@ -29,7 +29,7 @@ def draw_pictures(attributes: list[Attributes], size: int, look: Look = "plain",
     if len(jobs) <= 1:
         return np.concatenate([_chunk(j) for j in jobs])
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        return np.concatenate(list(tqdm(pool.map(_chunk, jobs), total=len(jobs), desc="drawing")))
+        return np.concatenate(list(tqdm(pool.map(_chunk, jobs), total=len(jobs), desc="drawing", disable=None)))
 
 
 def picture_list(n: int, seed: int, size: int, folder: Path | None = None) -> tuple[list[Attributes], np.ndarray]:

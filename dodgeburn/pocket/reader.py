@@ -148,7 +148,7 @@ def to_input(pictures: np.ndarray) -> Tensor:
     if pictures.shape[1:3] != (SIZE, SIZE):
         small = [np.asarray(Image.fromarray(p).resize((SIZE, SIZE), Image.Resampling.BOX)) for p in pictures]
         pictures = np.stack(small) if small else np.zeros((0, SIZE, SIZE, 3), np.uint8)
-    return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 class Reader:

@@ -31,9 +31,12 @@ BACKGROUND: dict[str, Colour] = {
 OUTFIT: dict[str, Colour] = {
     "casual": (62, 72, 92), "doctor": (238, 242, 246), "firefighter": (120, 28, 30), "gardener": (190, 206, 226),
 }  # fmt: skip
-SKIN: tuple[Colour, ...] = ((250, 218, 192), (206, 150, 108), (84, 50, 34))
+SKIN: tuple[Colour, ...] = ((252, 222, 198), (204, 148, 106), (100, 62, 44))
 LINE: Colour = (24, 20, 26)
-LIP: Colour = (176, 34, 48)
+EYE_AT = 0.47  # eyes this far from the middle, as a share of the face's half width
+LIP: Colour = (186, 24, 48)
+TEETH: Colour = (252, 240, 234)
+LENS: Colour = (150, 214, 250)
 
 
 def mix(a: Colour, b: Colour, t: float) -> Colour:
@@ -93,104 +96,109 @@ def _background(image: Image.Image, a: Attributes) -> None:
 
 def _body(pen: _Pen, a: Attributes, skin: Colour) -> None:
     cloth = OUTFIT[a["outfit"]]
-    pen.polygon([(28, 40), (36, 40), (36, 54), (28, 54)], mix(skin, LINE, 0.18))
-    pen.polygon([(9, 66), (11, 57), (17, 52.5), (27, 50), (32, 53), (37, 50), (47, 52.5), (53, 57), (55, 66)], cloth)
+    pen.polygon([(27.5, 42), (36.5, 42), (36.5, 56), (27.5, 56)], mix(skin, LINE, 0.18))
+    pen.polygon([(8, 66), (10, 58), (16, 54), (26.5, 51.5), (32, 54.5), (37.5, 51.5), (48, 54), (54, 58), (56, 66)],
+                cloth)  # fmt: skip
     if a["outfit"] == "doctor":
-        for r in ((1.2, 3.6), (3.6, 1.2)):
-            pen.polygon([(41 - r[0], 58 - r[1]), (41 + r[0], 58 - r[1]), (41 + r[0], 58 + r[1]),
-                         (41 - r[0], 58 + r[1])], (214, 30, 40), outlined=False)  # fmt: skip
-        pen.line([(28, 51), (32, 58), (36, 51)], (150, 160, 172), 1.2)
+        for r in ((1.2, 3.4), (3.4, 1.2)):
+            pen.polygon([(42 - r[0], 59 - r[1]), (42 + r[0], 59 - r[1]), (42 + r[0], 59 + r[1]),
+                         (42 - r[0], 59 + r[1])], (214, 30, 40), outlined=False)  # fmt: skip
+        pen.line([(27.5, 52.5), (32, 59), (36.5, 52.5)], (150, 160, 172), 1.2)
     elif a["outfit"] == "firefighter":
-        for y in (56.5, 61.5):
+        for y in (57, 61.6):
             pen.line([(12, y), (52, y)], (250, 220, 40), 2.2)
     elif a["outfit"] == "gardener":
-        pen.polygon([(22, 57), (42, 57), (42, 66), (22, 66)], (44, 104, 52))
-        pen.line([(22, 57), (20, 51.5)], (44, 104, 52), 2.6)
-        pen.line([(42, 57), (44, 51.5)], (44, 104, 52), 2.6)
+        pen.polygon([(22, 58), (42, 58), (42, 66), (22, 66)], (44, 104, 52))
+        pen.line([(22, 58), (20, 53)], (44, 104, 52), 2.6)
+        pen.line([(42, 58), (44, 53)], (44, 104, 52), 2.6)
 
 
 def _hair_behind(pen: _Pen, a: Attributes, rx: float, hair: Colour) -> None:
-    bottom, w = 25 + 30 * a["hair_length"], rx + 4.4
-    points = [(32 + w * math.cos(t), 26 - 15.5 * math.sin(t)) for t in np.linspace(0, math.pi, 17)]
+    bottom, w = 25 + 31 * a["hair_length"], rx + 4.2
+    points = [(32 + w * math.cos(t), 26 - 16.5 * math.sin(t)) for t in np.linspace(0, math.pi, 17)]
     pen.polygon([*points, (32 - w, bottom - 2), (32 - w + 2, bottom), (32 + w - 2, bottom), (32 + w, bottom - 2)], hair)
 
 
 def _face(pen: _Pen, a: Attributes, rx: float, skin: Colour, hair: Colour) -> None:
-    pen.ellipse(32, 30, rx, 15, skin)
+    pen.ellipse(32, 30.5, rx, 16.5, skin)
     if a["beard"] > 0.03:  # grows down from the jaw and up the cheeks
         b, fill = a["beard"], mix(hair, LINE, 0.25)
-        top, bottom = 40 - 5 * b, 43 + 11 * b
-        outer = [(32 + rx * math.sqrt(max(0.0, 1 - ((y - 30) / 15) ** 2)) * 1.02, y)
-                 for y in np.linspace(top, 43.5, 7)]  # fmt: skip
-        low = [(32 + (rx * 0.62) * math.cos(t), 43.5 + (bottom - 43.5) * math.sin(t))
+        top, bottom = 42 - 5.5 * b, 46 + 11 * b
+        outer = [(32 + rx * math.sqrt(max(0.0, 1 - ((y - 30.5) / 16.5) ** 2)) * 1.02, y)
+                 for y in np.linspace(top, 45.5, 7)]  # fmt: skip
+        low = [(32 + (rx * 0.62) * math.cos(t), 45.5 + (bottom - 45.5) * math.sin(t))
                for t in np.linspace(0.15, math.pi - 0.15, 11)]  # fmt: skip
-        inner = [(32 - 6.2, 40.5 - 3.4 * b), (32 + 6.2, 40.5 - 3.4 * b)]
+        inner = [(32 - 7.6, 42.5 - 4.2 * b), (32 + 7.6, 42.5 - 4.2 * b)]
         pen.polygon([*outer, *low, *[(64 - x, y) for x, y in reversed(outer)], *inner], fill)
-        pen.ellipse(32, 39, 5.6, 2.8, skin, outlined=False)
-    if a["age"] < 0.5:
-        blush = mix(skin, (232, 76, 92), 0.85 * (1 - 2 * a["age"]))
-        for side in (-1, 1):
-            pen.ellipse(32 + side * rx * 0.62, 35, 2.6, 1.9, blush, outlined=False)
-    if a["age"] > 0.15:
-        old = mix(skin, (40, 20, 16), 0.85 * (a["age"] - 0.15))
-        for side in (-1, 1):
-            pen.line([(32 + side * 4.0, 34.5), (32 + side * 6.6, 38.8)], old, 1.1)
-            x = 32 + side * rx * 0.46
-            pen.line([(x - 2.4, 32.2), (x, 33.1), (x + 2.4, 32.2)], old, 1.0)
-        pen.line([(26.5, 22.4), (37.5, 22.4)], old, 1.0)
+        pen.ellipse(32, 40.4, 7.2, 4.0, skin, outlined=False)
+    _age(pen, a["age"], rx, skin)
+
+
+def _age(pen: _Pen, age: float, rx: float, skin: Colour) -> None:
+    """Cheeks from rosy through plain to hollow, and wrinkles that deepen."""
+    rosy, hollow = max(0.0, 1 - 2 * age), max(0.0, 2 * age - 1)
+    cheek = mix(mix(skin, (255, 120, 150), 0.9 * rosy), (46, 28, 26), 0.66 * hollow)
+    wrinkle = mix(skin, (40, 20, 16), 0.85 * age)
+    for side in (-1, 1):
+        pen.ellipse(32 + side * rx * 0.68, 36.0, 3.5, 2.6, cheek, outlined=False)
+    if age > 0.1:
+        for y in (18.3, 20.5):
+            pen.line([(26.0, y), (38.0, y)], wrinkle, 1.2)
 
 
 def _features(pen: _Pen, a: Attributes, rx: float, skin: Colour) -> None:
     dark = mix(skin, LINE, 0.55)
-    pen.line([(32, 30), (31, 34.2), (32.6, 34.6)], dark, 0.7)
-    r = 1.5 + 1.9 * a["eye_size"]
-    tilt = (a["brow_angle"] - 0.5) * 6.0
+    pen.line([(32, 30.5), (30.8, 35.2), (32.8, 35.6)], dark, 0.9)
+    r = 1.5 + 2.4 * a["eye_size"]
+    tilt = (a["brow_angle"] - 0.5) * 7.6
     for side in (-1, 1):
-        x = 32 + side * rx * 0.46
+        x = 32 + side * rx * EYE_AT
         pen.ellipse(x, 29, r * 1.15, r, (252, 252, 252))
-        pen.ellipse(x, 29, r * 0.52, r * 0.52, (34, 56, 96), outlined=False)
-        pen.line([(x - side * 2.9, 24.6 + tilt / 2), (x + side * 2.9, 24.6 - tilt / 2)], LINE, 1.3)
-    curve = (a["smile"] - 0.5) * 9.2
-    mouth = [(32 + 5.8 * u, 39.2 + curve / 2 * 0.9 - curve * u * u * 0.9) for u in np.linspace(-1, 1, 9)]
-    pen.line(mouth, LIP, 1.6)
+        pen.ellipse(x, 29, r * 0.54, r * 0.54, (30, 50, 96), outlined=False)
+        pen.line([(x - side * 3.7, 22.8 + tilt / 2), (x + side * 3.7, 22.8 - tilt / 2)], LINE, 1.9)
+    curve = (a["smile"] - 0.5) * 10.5
+    mouth = [(32 + 6.9 * u, 40.6 + curve * (0.45 - 0.9 * u * u)) for u in np.linspace(-1, 1, 11)]
+    pen.line(mouth, LIP, 3.2)
+    pen.line(mouth, TEETH, 1.0)  # light inside red: seen on pale skin and on dark
 
 
 def _hair_front(pen: _Pen, rx: float, hair: Colour) -> None:
     w = rx + 1.6
-    top = [(32 + w * math.cos(t), 22.5 - 11.5 * math.sin(t)) for t in np.linspace(0, math.pi, 17)]
-    pen.polygon([*top, (32 - w, 24), (32 - w + 2.2, 24), (32 - rx * 0.72, 20.6), (32, 19.6), (32 + rx * 0.72, 20.6),
+    top = [(32 + w * math.cos(t), 22.5 - 12.5 * math.sin(t)) for t in np.linspace(0, math.pi, 17)]
+    pen.polygon([*top, (32 - w, 24), (32 - w + 2.2, 24), (32 - rx * 0.76, 17.8), (32, 16.8), (32 + rx * 0.76, 17.8),
                  (32 + w - 2.2, 24), (32 + w, 24)], hair)  # fmt: skip
 
 
-def _glasses(pen: _Pen, rx: float) -> None:
+def _glasses(pen: _Pen, rx: float, skin: Colour) -> None:
+    """Tinted lenses under the eyes, a dark frame: wide enough that glasses are more than a line at 64 pixels."""
     for side in (-1, 1):
-        pen.ellipse(32 + side * rx * 0.46, 29, 4.6, 4.4, None, line=1.0)
-    pen.line([(32 - 1.0, 28.2), (32 + 1.0, 28.2)], LINE, 1.0)
-    for side in (-1, 1):
-        pen.line([(32 + side * (rx * 0.46 + 4.6), 28.6), (32 + side * rx * 1.02, 27.6)], LINE, 1.0)
+        x = 32 + side * rx * EYE_AT
+        pen.ellipse(x, 29.2, 5.4, 5.2, mix(skin, LENS, 0.6), line=1.4)
+        pen.line([(x + side * 5.4, 28.6), (32 + side * rx * 1.02, 27.6)], LINE, 1.4)
+    pen.line([(32 - 1.2, 28.2), (32 + 1.2, 28.2)], LINE, 1.4)
 
 
 def _hat(pen: _Pen, kind: str, rx: float) -> None:
     w = rx + 2.4
     if kind == "top hat":
-        pen.polygon([(32 - w * 0.66, 4), (32 + w * 0.66, 4), (32 + w * 0.62, 16), (32 - w * 0.62, 16)], (38, 30, 56))
-        pen.polygon([(32 - w * 0.64, 12.4), (32 + w * 0.64, 12.4), (32 + w * 0.63, 14.8), (32 - w * 0.63, 14.8)],
+        pen.polygon([(32 - w * 0.66, 3), (32 + w * 0.66, 3), (32 + w * 0.62, 14), (32 - w * 0.62, 14)], (38, 30, 56))
+        pen.polygon([(32 - w * 0.64, 10.6), (32 + w * 0.64, 10.6), (32 + w * 0.63, 13), (32 - w * 0.63, 13)],
                     (176, 40, 60), outlined=False)  # fmt: skip
-        pen.polygon([(32 - w - 3, 15), (32 + w + 3, 15), (32 + w + 3, 17.6), (32 - w - 3, 17.6)], (38, 30, 56))
+        pen.polygon([(32 - w - 3, 13.2), (32 + w + 3, 13.2), (32 + w + 3, 15.8), (32 - w - 3, 15.8)], (38, 30, 56))
     elif kind == "cap":
-        dome = [(32 + w * math.cos(t), 17.5 - 9 * math.sin(t)) for t in np.linspace(0, math.pi, 13)]
-        pen.polygon([*dome, (32 - w, 17.5)], (226, 110, 30))
-        pen.polygon([(32 - 2, 15.2), (32 + w + 6, 15.6), (32 + w + 5, 18.6), (32 - 2, 18.6)], (160, 70, 16))
+        dome = [(32 + w * math.cos(t), 15.7 - 9 * math.sin(t)) for t in np.linspace(0, math.pi, 13)]
+        pen.polygon([*dome, (32 - w, 15.7)], (226, 110, 30))
+        pen.polygon([(32 - 2, 13.4), (32 + w + 5, 13.8), (32 + w + 4, 16.8), (32 - 2, 16.8)], (160, 70, 16))
     elif kind == "crown":
-        pen.polygon([(32 - w * 0.8, 17), (32 - w * 0.9, 6), (32 - w * 0.45, 11), (32, 4.5), (32 + w * 0.45, 11),
-                     (32 + w * 0.9, 6), (32 + w * 0.8, 17)], (250, 206, 30))  # fmt: skip
+        pen.polygon([(32 - w * 0.8, 15.2), (32 - w * 0.9, 5), (32 - w * 0.45, 9.6), (32, 3.5), (32 + w * 0.45, 9.6),
+                     (32 + w * 0.9, 5), (32 + w * 0.8, 15.2)], (250, 206, 30))  # fmt: skip
         for dx in (-0.5, 0, 0.5):
-            pen.ellipse(32 + w * dx, 14, 1.1, 1.1, (200, 30, 70), outlined=False)
+            pen.ellipse(32 + w * dx, 12.4, 1.1, 1.1, (200, 30, 70), outlined=False)
 
 
 def _hand(image: Image.Image, fingers: int, skin: Colour, outline: float) -> None:
     """A raised hand at the right: not zoomed with the person, so that its fingers can always be counted."""
-    draw, px, py = ImageDraw.Draw(image), 52.0, 47.0
+    draw, px, py = ImageDraw.Draw(image), 52.0, 48.0
     edge = LINE if outline else mix(skin, LINE, 0.62)
     spread = math.radians(32)
     angles = [math.pi / 2 + (k - (fingers - 1) / 2) * spread for k in range(fingers)]
@@ -211,15 +219,15 @@ def drawing(a: Attributes, look: Look = "plain") -> Image.Image:
     image = Image.new("RGB", (CANVAS, CANVAS), BACKGROUND[a["background"]])
     _background(image, a)
     outline = {"comic": 0.8}.get(a["style"], 0.0) + (0.5 if look == "ink" else 0.0)
-    pen = _Pen(image, 0.86 + 0.28 * a["zoom"], -4.5 if a["hand"] == "waving" else 0.0, outline)
-    rx, skin, hair = 10.2 + 3.8 * a["face_width"], skin_colour(a["skin_tone"]), HAIR[a["hair_colour"]]
+    pen = _Pen(image, 0.88 + 0.22 * a["zoom"], -6.5 if a["hand"] == "waving" else 0.0, outline)
+    rx, skin, hair = 11.2 + 4.2 * a["face_width"], skin_colour(a["skin_tone"]), HAIR[a["hair_colour"]]
     _hair_behind(pen, a, rx, hair)
     _body(pen, a, skin)
     _face(pen, a, rx, skin, hair)
+    if a["glasses"] == "glasses":
+        _glasses(pen, rx, skin)
     _features(pen, a, rx, skin)
     _hair_front(pen, rx, hair)
-    if a["glasses"] == "glasses":
-        _glasses(pen, rx)
     if a["hat"] != "none":
         _hat(pen, a["hat"], rx)
     if a["hand"] == "waving":
@@ -257,17 +265,16 @@ def render(a: Attributes, size: int = 64, look: Look = "plain") -> np.ndarray:
     x = np.asarray(drawing(a, look).reduce(CANVAS // size), dtype=np.float32) / 255
     if a["style"] == "shaded":
         x = np.minimum(x * _LIGHT[size], 1)
-    chroma = 0.45 + 0.9 * a["saturation"]
+    chroma = 0.4 + 0.95 * a["saturation"]
     luma = (x @ _LUMA)[..., None]
     x = np.clip(luma + (x - luma) * chroma, 0, 1)
-    x = x ** np.float32(2.0 ** (0.75 - 1.5 * a["brightness"]))  # gamma 1.68 (dark) to 0.59 (bright)
+    x = x ** np.float32(2.0 ** (0.65 - 1.3 * a["brightness"]))  # gamma 1.57 (dark) to 0.64 (bright)
     if look == "ink":  # warm paper: no pure white, a sepia cast
         x = x * np.array([0.98, 0.93, 0.80], np.float32) + np.array([0.02, 0.015, 0.0], np.float32)
     if look == "bold":  # an S-curve for contrast, then more chroma
         x = x + 0.55 * x * (1 - x) * (2 * x - 1) * 2
         luma = (x @ _LUMA)[..., None]
         x = luma + (x - luma) * 1.35
-    sigma = 0.75 * (1 - a["sharpness"]) * size / 64
-    if sigma > 0.12 * size / 64:
-        x = _blur(x, sigma)
+    # The sharpest picture is blurred too, because below 0.35 pixels a blur changes nothing at 64 pixels.
+    x = _blur(x, (0.35 + 0.65 * (1 - a["sharpness"])) * size / 64)
     return (np.clip(x, 0, 1) * 255 + 0.5).astype(np.uint8)

@@ -7,6 +7,7 @@ whole can be run in pieces by repeating one command.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,8 +30,8 @@ from dodgeburn.pocket.world import Look
 from dodgeburn.training.loop import LoopSettings
 from dodgeburn.training.pocket_readers import train_reader
 from dodgeburn.training.pocket_text import train_text
-from dodgeburn.training.pocket_unet import train_unet
-from dodgeburn.training.pocket_vae import decode, encode, normalise, train_vae
+from dodgeburn.training.pocket_unet import UnetLoss, train_unet
+from dodgeburn.training.pocket_vae import decode, encode, normalise, train_decoder, train_vae
 
 Callback = Callable[[int, dict[str, float]], None]
 HELD_OUT_LIST = 99  # the picture lists from here on are never trained on: gate prompts and grading
@@ -45,31 +46,50 @@ class PocketTraining:
     pictures: int = 60_000  # the U-Net sees these, with fresh captions and noise each time
     vae_pictures: int = 40_000
     vae_batch: int = 24
-    text_first: bool = True  # train the text encoders contrastively before the U-Net; else only with it
+    text_first: bool = True  # train the text encoders contrastively before the U-Net
+    text_with_unet: bool = False  # train them (on) together with the U-Net; must be true unless `text_first`
+    compiled: bool = field(default_factory=lambda: shutil.which("g++") is not None)  # torch.compile for the U-Net
     text_batch: int = 256
     unet_batch: int = 64
     vae: LoopSettings = field(
         default_factory=lambda: LoopSettings(
-            steps=2800, lr=3e-3, warmup=100, constant=0.4857, final=0.01, ema=0.995
+            steps=2400, lr=3e-3, warmup=100, constant=0.5, final=0.01, ema=0.995
+        )
+    )
+    vae_polish: LoopSettings = field(
+        default_factory=lambda: LoopSettings(
+            steps=1000, lr=1.5e-3, warmup=50, constant=0.1, final=0.01, ema=0.995
+        )
+    )
+    vae_decoder: LoopSettings = field(
+        default_factory=lambda: LoopSettings(
+            steps=1500, lr=1.5e-3, warmup=50, constant=0.2, final=0.01, ema=0.995
         )
     )
     text: LoopSettings = field(
-        default_factory=lambda: LoopSettings(steps=700, lr=1.5e-3, warmup=50, ema=0.99)
+        default_factory=lambda: LoopSettings(steps=600, lr=1.5e-3, warmup=50, ema=0.99)
     )
-    unet: LoopSettings = field(default_factory=lambda: LoopSettings(steps=4000, lr=1.5e-3, constant=0.45, ema=0.998))
+    unet: LoopSettings = field(default_factory=lambda: LoopSettings(steps=6500, lr=1.5e-3, constant=0.45, ema=0.998))
+    unet_loss: UnetLoss = field(default_factory=UnetLoss)
+    unet_polish: LoopSettings = field(
+        default_factory=lambda: LoopSettings(steps=6000, lr=1.2e-3, warmup=100, constant=0.3, ema=0.998)
+    )
+    polish_loss: UnetLoss = field(  # faces and the noisiest steps: what the first stage learns last
+        default_factory=lambda: UnetLoss(noise_power=0.4, face=3.0, noise_offset=0.1)
+    )
     finetune: LoopSettings = field(
         default_factory=lambda: LoopSettings(steps=320, lr=5e-4, warmup=40, constant=0.4, ema=0.99)
     )
     finetune_pictures: int = 6_000
     reader: LoopSettings = field(
-        default_factory=lambda: LoopSettings(steps=2600, lr=2e-3, warmup=100, constant=0.3, final=0.01, ema=0.995)
+        default_factory=lambda: LoopSettings(steps=2000, lr=2e-3, warmup=100, constant=0.3, final=0.01, ema=0.995)
     )
     reader_polish: LoopSettings = field(
-        default_factory=lambda: LoopSettings(steps=1600, lr=1e-3, warmup=50, constant=0.2, final=0.01, ema=0.995)
+        default_factory=lambda: LoopSettings(steps=5000, lr=1e-3, warmup=50, constant=0.2, final=0.01, ema=0.995)
     )
     reader_batch: int = 64
     reader_pictures: int = 30_000
-    reader_trips: int = 8_000  # as many of them are also seen as VAE round trips
+    reader_trips: int = 20_000  # as many of them are also seen as VAE round trips
 
 
 @dataclass(frozen=True)
@@ -103,15 +123,21 @@ class PocketRun:
         self.folder, self.config, self.device, self.callback = folder, config, device, callback
         folder.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(config.seed)
+        if not (config.text_first or config.text_with_unet):
+            raise UserError("untrained text encoders: set text_first, text_with_unet or both to true")
         self.configs = pocket.component_configs(config.size)
         self.modules: dict[str, Any] = {k: m.to(device) for k, m in pocket.build(self.configs).items()}
         self.never = frozenset(row["prompt"] for row in gate_prompts())
         self._latents: tuple[list[Attributes], Tensor] | None = None
+        self._there: set[str] = set()  # stages whose outcome the modules hold: they aren't loaded over a later one's
 
     def _load_stage(self, name: str, parts: tuple[str, ...]) -> bool:
+        if name in self._there:
+            return True
         path = self.folder / f"{name}.safetensors"
         if not path.exists():
             return False
+        self._there.add(name)
         state = load_file(path)
         for part in parts:
             prefix = part + "."
@@ -121,6 +147,7 @@ class PocketRun:
     def _save_stage(self, name: str, parts: tuple[str, ...]) -> None:
         tensors = {f"{part}.{k}": v for part in parts for k, v in _state(self.modules[part]).items()}
         save_tensors(self.folder / f"{name}.safetensors", tensors, {"format": "pt"})
+        self._there.add(name)
 
     def vae(self) -> None:
         """Stage 1: the VAE, normalised."""
@@ -128,23 +155,42 @@ class PocketRun:
             return
         c = self.config
         _, pictures = picture_list(c.vae_pictures, c.seed + 1, c.size, self.folder)
-        train_vae(self.modules["vae"], pictures, self.folder / "vae", c.vae, c.vae_batch, self.device, self.callback)
+        train_vae(
+            self.modules["vae"], pictures, self.folder / "vae", c.vae, c.vae_polish, c.vae_batch, self.device,
+            self.callback,
+        )  # fmt: skip
         normalise(self.modules["vae"], pictures[:4000], self.device)
         self._save_stage("vae", ("vae",))
 
     def latents(self) -> tuple[list[Attributes], Tensor]:
         """The training pictures' attributes and scaled latents [n, 4, 16, 16], encoded once."""
         if self._latents is None:
+            self.vae()
             c = self.config
             path = self.folder / f"latents-{c.pictures}-{c.size}.safetensors"
             attributes, pictures = picture_list(c.pictures, c.seed + 1, c.size, self.folder)
             if not path.exists():
-                save_tensors(path, {"latents": encode(self.modules["vae"], pictures, self.device)}, {})
+                with torch.autocast(self.device.split(":")[0], torch.bfloat16):
+                    save_tensors(path, {"latents": encode(self.modules["vae"], pictures, self.device)}, {})
             self._latents = attributes, load_file(path)["latents"]
         return self._latents
 
+    def vae_decoder(self) -> None:
+        """Stage 2: the decoder goes on alone, on the latents as they are."""
+        self.vae()
+        if self._load_stage("vae_decoder", ("vae",)):
+            return
+        _, latents = self.latents()
+        c = self.config
+        _, pictures = picture_list(c.pictures, c.seed + 1, c.size, self.folder)
+        train_decoder(
+            self.modules["vae"], pictures, latents, self.folder / "vae_decoder", c.vae_decoder, c.vae_batch,
+            self.device, self.callback,
+        )  # fmt: skip
+        self._save_stage("vae_decoder", ("vae",))
+
     def text(self) -> None:
-        """Stage 2: both text encoders, contrastively; skipped unless `text_first`."""
+        """Stage 3: both text encoders, contrastively; skipped unless `text_first`."""
         if not self.config.text_first or self._load_stage("text", ("text_encoder", "text_encoder_2")):
             return
         m, c = self.modules, self.config
@@ -156,29 +202,47 @@ class PocketRun:
         self._save_stage("text", ("text_encoder", "text_encoder_2"))
 
     def unet(self) -> None:
-        """Stage 3: the U-Net, and the text encoders with it."""
+        """Stage 4: the U-Net, and the text encoders with it when `text_with_unet`."""
         parts = ("unet", "text_encoder", "text_encoder_2")
         if self._load_stage("unet", parts):
             return
         attributes, latents = self.latents()
-        self._train_unet("unet", latents, attributes, self.config.unet)
+        self.text()
+        c = self.config
+        self._train_unet("unet", latents, attributes, c.unet, c.unet_loss, c.text_with_unet, c.compiled)
         self._save_stage("unet", parts)
 
-    def _train_unet(self, name: str, latents: Tensor, attributes: list[Attributes], settings: LoopSettings) -> None:
+    def unet_polish(self) -> None:
+        """Stage 5: the U-Net goes on with `polish_loss`."""
+        parts = ("unet", "text_encoder", "text_encoder_2")
+        if self._load_stage("unet_polish", parts):
+            return
+        self.unet()
+        attributes, latents = self.latents()
+        c = self.config
+        self._train_unet(
+            "unet_polish", latents, attributes, c.unet_polish, c.polish_loss, c.text_with_unet, c.compiled
+        )  # fmt: skip
+        self._save_stage("unet_polish", parts)
+
+    def _train_unet(
+        self, name: str, latents: Tensor, attributes: list[Attributes], settings: LoopSettings, loss: UnetLoss,
+        train_text: bool, compiled: bool,
+    ) -> None:  # fmt: skip
         train_unet(
             name, self.modules, pocket.tokenizer(), self.configs["scheduler"], latents, attributes, self.config.size,
-            self.folder / name, settings, self.config.unet_batch, never=self.never, device=self.device,
-            callback=self.callback,
+            self.folder / name, settings, self.config.unet_batch, train_text, compiled, loss,
+            never=self.never, device=self.device, callback=self.callback,
         )  # fmt: skip
 
     def base(self) -> Path:
         """All stages of `pocket`; returns the single file."""
         out = self.folder / "pocket.safetensors"
-        self.vae()
+        self.vae_decoder()
         self.text()
-        self.unet()
+        self.unet_polish()
         if not out.exists():
-            self._write("pocket", ("vae", "text", "unet"))
+            self._write("pocket", ("vae", "vae_decoder", "text", "unet", "unet_polish"))
         return out
 
     def finetune(self, name: str) -> Path:
@@ -201,13 +265,13 @@ class PocketRun:
                 a["style"] = kind.style
             a["saturation"] = kind.least_saturation + (1 - kind.least_saturation) * a["saturation"]
         latents = encode(self.modules["vae"], draw_pictures(attributes, c.size, kind.look), self.device)
-        self._train_unet(name, latents, attributes, c.finetune)
+        self._train_unet(name, latents, attributes, c.finetune, c.polish_loss, train_text=True, compiled=False)
         self._write(name, (name,))
         return out
 
     def readers(self, names: tuple[str, ...] = ("reader", "judge")) -> list[Path]:
         """Both readers, on different picture lists: drawings, their VAE round trips, and the fine-tunes' looks."""
-        self.vae()
+        self.vae_decoder()
         paths, c = [], self.config
         for k, name in enumerate(names):
             out = self.folder / f"{name}.safetensors"
@@ -241,10 +305,9 @@ class PocketRun:
         notes.txt, for a run that was steered by hand."""
         notes = self.folder / "notes.txt"
         logs = {}
-        for stage in stages:
-            path = self.folder / stage / f"{stage}.jsonl"
-            rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-            logs[stage] = [*rows[:: max(1, len(rows) // 12)], *rows[-1:]]
+        for path in (p for stage in stages for p in sorted((self.folder / stage).glob("*.jsonl"))):
+            rows = [json.loads(line) for line in path.read_text().splitlines()]
+            logs[path.stem] = [*rows[:: max(1, len(rows) // 12)], *rows[-1:]]
         hashes = {p.stem: sha256_tensors(p) for s in stages if (p := self.folder / f"{s}.safetensors").exists()}
         told = {"notes": notes.read_text(encoding="utf-8").strip()} if notes.exists() else {}
         return json.dumps({"config": asdict(self.config), "logs": logs, "sha256_tensors": hashes, **told})

@@ -1,6 +1,8 @@
 """Stage 2 of the pocket: its two text encoders, trained contrastively against what the pictures show.
 
-The loss is CLIP's (arXiv:2103.00020, figure 3).
+The loss is CLIP's (arXiv:2103.00020, figure 3), and beside it a reading loss: from the pooled embedding alone, a linear
+head says what the caption asks for. Telling 256 pictures apart needs only a few attributes of a caption; reading needs
+all of them, and the U-Net gets them all.
 """
 
 from __future__ import annotations
@@ -15,24 +17,25 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dodgeburn.pocket.attributes import CATEGORICAL, CONTINUOUS, Attributes
-from dodgeburn.pocket.captions import caption
+from dodgeburn.pocket.captions import LEVELS, Asked, caption
 from dodgeburn.training.loop import LoopSettings, train
 
 
 def captions_of(
     attributes: list[Attributes], index: Tensor, generator: torch.Generator, empty: float, never: frozenset[str]
-) -> list[str]:
-    """Fresh captions of the pictures in `index`, naming 10 to 70 % of the attributes; a share `empty` of them is "",
-    and none is in `never`."""
+) -> tuple[list[str], list[Asked]]:
+    """Fresh captions of the pictures in `index`, naming 10 to 70 % of the attributes, and what each asks for; a share
+    `empty` of them is "", and none is in `never`."""
     seed = int(torch.randint(2**31, (1,), generator=generator))
     rng = np.random.default_rng(seed)
-    texts = []
+    texts, wishes = [], []
     for i in index.tolist():
-        text = "" if rng.random() < empty else caption(attributes[i], rng, rng.uniform(0.1, 0.7))[0]
+        text, asked = ("", {}) if rng.random() < empty else caption(attributes[i], rng, rng.uniform(0.1, 0.7))
         while text in never:
-            text = caption(attributes[i], rng)[0]
+            text, asked = caption(attributes[i], rng)
         texts.append(text)
-    return texts
+        wishes.append(asked)
+    return texts, wishes
 
 
 def tokens_of(tokenizer: Any, texts: list[str]) -> Tensor:
@@ -62,8 +65,35 @@ def truth_vectors(attributes: list[Attributes]) -> Tensor:
     return torch.cat([bumps, *hot], dim=1)
 
 
+READ_SIZES = [len(LEVELS) + 1] * len(CONTINUOUS) + [len(v) + 1 for v in CATEGORICAL.values()]
+"""Per attribute: its levels or values, and "not named"."""
+
+
+def reading_targets(wishes: list[Asked]) -> Tensor:
+    """What captions ask for as probabilities [n, sum(READ_SIZES)], one block an attribute: the named value or level
+    (equal shares of the levels that a loose word covers), or the last entry where the caption is silent."""
+    out = torch.zeros(len(wishes), sum(READ_SIZES))
+    for row, asked in zip(out, wishes, strict=True):
+        for block, name in zip(row.split(READ_SIZES), (*CONTINUOUS, *CATEGORICAL), strict=True):
+            value = asked.get(name)
+            if value is None:
+                block[-1] = 1
+            elif isinstance(value, str):
+                block[CATEGORICAL[name].index(value)] = 1
+            else:
+                inside = [k for k, (low, high) in enumerate(LEVELS) if value[0] <= low and high <= value[1]]
+                block[inside] = 1 / len(inside)
+    return out
+
+
+def reading_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of every attribute's block, averaged over attributes and captions."""
+    blocks = zip(logits.float().split(READ_SIZES, 1), targets.split(READ_SIZES, 1), strict=True)
+    return torch.stack([F.cross_entropy(x, y) for x, y in blocks]).mean()
+
+
 class ContrastiveHeads(nn.Module):
-    """The tower of the other side, a projection for the encoder that has none, and the learned temperature.
+    """The tower of the other side, a projection for the encoder that has none, the learned temperature, the readers.
 
     The other side is the picture's true attributes, which the world knows, not its pixels: a picture tower would
     spend the whole stage on learning to see. The tower only serves this stage and is thrown away.
@@ -74,6 +104,8 @@ class ContrastiveHeads(nn.Module):
         self.tower = nn.Sequential(nn.Linear(features, 384), nn.SiLU(), nn.Linear(384, width_2))
         self.project_1 = nn.Linear(width_1, width_2, bias=False)
         self.log_scale = nn.Parameter(torch.tensor(2.6))
+        self.read_1 = nn.Linear(width_1, sum(READ_SIZES))
+        self.read_2 = nn.Linear(width_2, sum(READ_SIZES))
 
 
 def contrast(pictures: Tensor, texts: Tensor, log_scale: Tensor) -> Tensor:
@@ -96,23 +128,25 @@ def train_text(
     device: str = "cpu",
     callback: Callable[[int, dict[str, float]], None] | None = None,
 ) -> None:
-    """Train both encoders in place to tell, among `batch` pictures, which one a caption was written for."""
+    """Train both encoders in place to tell, among `batch` pictures, which one a caption was written for, and to keep
+    all that it says in the pooled embedding."""
     truth = truth_vectors(attributes)
     heads = ContrastiveHeads(truth.shape[1], encoder_1.config.hidden_size, encoder_2.config.projection_dim)
 
-    def make(step: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def make(step: int, generator: torch.Generator) -> tuple[Tensor, ...]:
         index = torch.randint(len(truth), (batch,), generator=generator)
-        texts = captions_of(attributes, index, generator, 0.0, never)
-        return truth[index].to(device), tokens_of(tokenizer, texts).to(device)
+        texts, wishes = captions_of(attributes, index, generator, 0.02, never)
+        return tuple(x.to(device) for x in (truth[index], tokens_of(tokenizer, texts), reading_targets(wishes)))
 
-    def losses(made: tuple[Tensor, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        shown, tokens = made
+    def losses(made: tuple[Tensor, ...], generator: torch.Generator) -> dict[str, Tensor]:
+        shown, tokens, asked = made
         pictures = heads.tower(shown)
-        first = heads.project_1(encoder_1(tokens).pooler_output)
-        second = encoder_2(tokens).text_embeds
+        first, second = encoder_1(tokens).pooler_output, encoder_2(tokens).text_embeds
         return {
-            "first": contrast(pictures, first, heads.log_scale),
+            "first": contrast(pictures, heads.project_1(first), heads.log_scale),
             "second": contrast(pictures, second, heads.log_scale),
+            "read_1": 4 * reading_loss(heads.read_1(first), asked),
+            "read_2": 4 * reading_loss(heads.read_2(second), asked),
         }
 
     modules = {"text_encoder": encoder_1, "text_encoder_2": encoder_2, "heads": heads}

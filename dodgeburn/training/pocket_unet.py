@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +22,40 @@ def alphas_cumprod(scheduler: dict[str, Any]) -> Tensor:
     return (1 - betas).cumprod(0).float()
 
 
-def loss_weights(alpha_bar: Tensor, gamma: float = 5.0) -> Tensor:
-    """Loss weights for epsilon prediction: min(SNR, gamma) / SNR (arXiv:2303.09556, eq. 7) over sqrt(alpha_bar).
+FACE = (slice(4, 12), slice(3, 12))  # rows and columns of the 16 x 16 latents that the face fills, at any zoom
+
+
+@dataclass
+class UnetLoss:
+    """What the U-Net's loss weighs more than plain epsilon error does."""
+
+    noise_power: float = 0.25  # weights over alpha_bar to this power: higher lifts the noisiest steps
+    face: float = 1.0  # weight of the face's cells against the others'
+    noise_offset: float = 0.0  # standard deviation of a constant added to each channel of a picture's noise
+
+
+def loss_weights(alpha_bar: Tensor, noise_power: float = 0.25, gamma: float = 5.0) -> Tensor:
+    """Loss weights for epsilon prediction: min(SNR, gamma) / SNR (arXiv:2303.09556, eq. 7) over alpha_bar^noise_power.
 
     The second factor lifts the noisiest steps, where a prompt decides colours and composition but where the error of
-    epsilon is smallest. It makes every noise level's part of the loss about equal, as EDM2's learned weighting does
-    (arXiv:2312.02696, eq. 22).
+    epsilon is smallest. With 0 colours follow the prompt late; with 0.5 every noise level's part of the loss is about
+    equal (as EDM2's learned weighting makes it, arXiv:2312.02696, eq. 22), and the small parts of a face come late.
     """
     snr = alpha_bar / (1 - alpha_bar)
-    return snr.clamp(max=gamma) / snr / alpha_bar.sqrt()
+    return snr.clamp(max=gamma) / snr / alpha_bar**noise_power
 
 
-def draw_timesteps(count: int, batch: int, generator: torch.Generator) -> Tensor:
-    """Timesteps [batch] with a density rising as t^0.43: more of the noisy ones, where prompts are learned."""
-    u = torch.rand(batch, generator=generator)
-    return (count * u**0.7).long().clamp(max=count - 1)
+def face_weights(face: float, size: int = 16) -> Tensor:
+    """Weights of the latent cells, [1, 1, size, size], mean 1: `face` inside the face's window, 1 outside, scaled."""
+    weights = torch.ones(size, size)
+    weights[FACE] = face
+    return (weights / weights.mean())[None, None]
+
+
+def spread_timesteps(count: int, batch: int, generator: torch.Generator) -> Tensor:
+    """Timesteps [batch], uniform over 0..count-1 and evenly spread within a batch, so that batches differ less (the
+    low-discrepancy sampler of arXiv:2107.00630, appendix I.1)."""
+    return ((torch.arange(batch) + torch.rand((), generator=generator)) * (count / batch)).long()
 
 
 def train_unet(
@@ -49,7 +69,9 @@ def train_unet(
     folder: Path,
     settings: LoopSettings,
     batch: int,
-    train_text: bool = True,
+    train_text: bool,
+    compiled: bool = False,
+    loss: UnetLoss | None = None,
     empty: float = 0.1,
     never: frozenset[str] = frozenset(),
     device: str = "cpu",
@@ -58,18 +80,22 @@ def train_unet(
     """Train `unet` (and the text encoders, when `train_text`) in place on scaled latents [n, 4, 16, 16].
 
     empty: share of empty captions, which classifier-free guidance needs. never: captions kept out (held-out ones).
+    compiled: let torch.compile join the U-Net's small operations; pays off in long runs, and needs a C++ compiler.
     """
     unet, encoder_1, encoder_2 = modules["unet"], modules["text_encoder"], modules["text_encoder_2"]
+    loss = loss or UnetLoss()
     alpha_bar = alphas_cumprod(scheduler)
-    weights = loss_weights(alpha_bar)
+    weights, cells = loss_weights(alpha_bar, loss.noise_power), face_weights(loss.face, latents.shape[-1]).to(device)
     ids = torch.tensor([[picture_size, picture_size, 0, 0, picture_size, picture_size]], dtype=torch.float32)
 
     def make(step: int, generator: torch.Generator) -> tuple[Tensor, ...]:
         index = torch.randint(len(latents), (batch,), generator=generator)
-        tokens = tokens_of(tokenizer, captions_of(attributes, index, generator, empty, never))
-        t = draw_timesteps(len(alpha_bar), batch, generator)
+        tokens = tokens_of(tokenizer, captions_of(attributes, index, generator, empty, never)[0])
+        t = spread_timesteps(len(alpha_bar), batch, generator)
         z = latents[index].float()
         noise = torch.randn(z.shape, generator=generator)
+        if loss.noise_offset:
+            noise += loss.noise_offset * torch.randn(*z.shape[:2], 1, 1, generator=generator)
         a = alpha_bar[t].view(-1, 1, 1, 1)
         noisy = a.sqrt() * z + (1 - a).sqrt() * noise
         return tuple(x.to(device) for x in (noisy, t, tokens, noise, weights[t]))
@@ -79,10 +105,14 @@ def train_unet(
         with torch.set_grad_enabled(train_text):
             states, pooled = encode_text(encoder_1, encoder_2, tokens)
         added = {"text_embeds": pooled, "time_ids": ids.to(device).expand(len(noisy), -1)}
-        eps = unet(noisy, t, states, added_cond_kwargs=added).sample.float()
-        return {"eps": (weight * (eps - noise).square().mean(dim=(1, 2, 3))).mean()}
+        eps = predict(noisy, t, states, added_cond_kwargs=added).sample.float()
+        return {"eps": (weight * (cells * (eps - noise).square()).mean(dim=(1, 2, 3))).mean()}
 
+    predict = torch.compile(unet) if compiled else unet
+    for encoder in (encoder_1, encoder_2):
+        encoder.requires_grad_(train_text)
     trained = {"unet": unet}
     if train_text:
         trained |= {"text_encoder": encoder_1, "text_encoder_2": encoder_2}
+    settings = replace(settings, settings={**settings.settings, "loss": asdict(loss)})
     train(name, trained, make, losses, folder, settings, callback, device)
