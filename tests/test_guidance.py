@@ -18,6 +18,8 @@ from dodgeburn.images.png import read_png
 from dodgeburn.models.loading import assemble
 from dodgeburn.models.model import Model
 from dodgeburn.models.saving import save_single_file
+from dodgeburn.sampling.clip_skip import names_elsewhere
+from dodgeburn.sampling.guidance import classifier_free, rescaled
 from dodgeburn.sampling.loop import GenerateSettings, generate
 from dodgeburn.sampling.prompts import encode, token_chunks
 from dodgeburn.sampling.schedules import schedule
@@ -84,6 +86,43 @@ def test_clip_skip_1_of_sdxl_is_the_last_state_without_its_norm() -> None:
         out = encoder(ids, output_hidden_states=True)
         assert torch.allclose(part, out.hidden_states[-1][0], atol=1e-5)
         assert not torch.allclose(part, out.last_hidden_state[0], atol=1e-2)
+
+
+@pytest.mark.parametrize("layout", ["sd15", "sdxl"])
+def test_clip_skip_means_the_same_in_other_programs(layout: str) -> None:
+    """Each program's own rule (ComfyUI's and diffusers', with their numbers) finds the state that ours finds."""
+    model = deep(layout)
+    for skip in (1, 2, 3, 4):
+        names = names_elsewhere(skip, layout == "sdxl")
+        assert names["a1111"] == skip and names["comfyui"] == -skip
+        parts = []
+        for tokenizer, encoder in zip(model.tokenizers, model.text_encoders, strict=True):
+            ids = torch.tensor(token_chunks(tokenizer, "a hat"))
+            out = encoder(ids, output_hidden_states=True)
+            norm = next(m for n, m in encoder.named_modules() if n.endswith("final_layer_norm"))
+            comfy = out.hidden_states[-skip][0]
+            comfy = norm(comfy) if layout == "sd15" else comfy
+            if "diffusers" in names:
+                k = names["diffusers"] or 0
+                theirs = norm(out.hidden_states[-(k + 1)]) if layout == "sd15" else out.hidden_states[-(k + 2)]
+                assert torch.allclose(theirs[0], comfy, atol=1e-6)
+            parts.append(comfy)
+        got = encode(model, ["a hat"], skip)["a hat"].embeds
+        assert torch.allclose(got, torch.cat(parts, dim=-1), atol=1e-5)
+    assert ("diffusers" in names_elsewhere(1, True)) is False and names_elsewhere(1, False)["diffusers"] is None
+    assert names_elsewhere(2, True)["diffusers"] is None and names_elsewhere(3, True)["diffusers"] == 1
+
+
+@pytest.mark.parametrize("layout", ["sd15", "sdxl"])
+def test_inspect_gives_the_clip_skip_table(layout: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_single_file(deep(layout), tmp_path / "m.safetensors")
+    assert main(["inspect", str(tmp_path / "m.safetensors"), "--json"]) == 0
+    out = capsys.readouterr().out
+    found = json.loads(out.splitlines()[-1])["clip_skip"]
+    sdxl = layout == "sdxl"
+    assert (found["default"], found["most"], found["final_norm"]) == ((2, 4, False) if sdxl else (1, 4, True))
+    assert f"3: A1111 3, ComfyUI -3, diffusers clip_skip {1 if sdxl else 2}" in out
+    assert ("1: A1111 1, ComfyUI -1, diffusers clip_skip cannot" in out) is sdxl
 
 
 def test_clip_skip_reaches_both_prompts() -> None:
@@ -153,6 +192,15 @@ def test_cfg_rescale_as_diffusers(sdxl: Model) -> None:
     theirs = diffusers_pictures(sdxl, asked, PROMPTS, SEEDS, guidance_rescale=0.7)
     assert np.abs(got - theirs).max() <= 1
     assert np.abs(got - pixels(generate(sdxl, PROMPTS, SEEDS, GenerateSettings(steps=4, guidance=8.0)))).max() > 1
+
+
+def test_guidance_and_rescale_as_diffusers_guider() -> None:
+    from diffusers.guiders import ClassifierFreeGuidance
+
+    negative, positive = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    guider = ClassifierFreeGuidance(guidance_scale=7.5, guidance_rescale=0.7)
+    wanted = guider.forward(pred_cond=positive, pred_uncond=negative).pred
+    assert torch.allclose(rescaled(classifier_free(negative, positive, 7.5), positive, 0.7), wanted, atol=1e-5)
 
 
 def rows_of(model: Model, asked: GenerateSettings) -> list[int]:
@@ -226,6 +274,15 @@ def test_zero_terminal_snr_of_an_eps_model_is_said(sdxl: Model) -> None:
     with pytest.warns(DodgeburnWarning, match="meant for v-prediction"):
         made = generate(sdxl, ["a"], [0], GenerateSettings(steps=3, zero_snr=True, sampler="dpmpp_3m_sde"))
     assert len(made) == 1
+
+
+def test_zero_terminal_snr_without_effect_is_said() -> None:
+    model = tiny_model("sdxl", prediction_type="v_prediction")
+    with pytest.warns(DodgeburnWarning, match="leading spacing: it does not visit the last time step"):
+        generate(model, ["a"], [0], GenerateSettings(steps=3, zero_snr=True, spacing="leading"))
+    model.scheduler_config["rescale_betas_zero_snr"] = True
+    with pytest.warns(DodgeburnWarning, match="has it already"):
+        generate(model, ["a"], [0], GenerateSettings(steps=3, zero_snr=True))
 
 
 # ---------------------------------------------------------------------------------------------- command line

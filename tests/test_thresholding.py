@@ -146,6 +146,8 @@ def test_the_cards_recipe_is_plain_guidance_and_says_so() -> None:
         ({"mimic_scale_min": 3}, 20, "the mimic scale's minimum 3 has no effect with mode Constant"),
         ({"cfg_scale_min": 3}, 20, "the CFG scale's minimum 3 has no effect"),
         ({"mimic_scale": 20, "variability_measure": "STD"}, 20, "are the same, 20 throughout"),
+        ({"mimic_scale": 20, "scaling_startpoint": "ZERO"}, 20, "are the same, 20 throughout"),
+        ({"mimic_scale": 20, "scaling_startpoint": "ZERO", "threshold_percentile": 0.9}, 20, None),
         ({}, 7, "MEAN with AD"),
         ({"mimic_scale": 7, "cfg_mode": "Sawtooth"}, 20, None),
         ({"mimic_scale": 7}, 20, None),

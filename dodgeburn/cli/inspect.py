@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 import tyro
 
-from dodgeburn.checkpoint.layout import detect_layout
+from dodgeburn.checkpoint.layout import Layout, detect_layout
 from dodgeburn.checkpoint.metadata import CONFIGS, RECIPE, recipe_of
 from dodgeburn.checkpoint.naming import find_checkpoint
 from dodgeburn.checkpoint.tensorfile import read_header
 from dodgeburn.errors import UserError
+from dodgeburn.sampling.clip_skip import default_clip_skip, names_elsewhere
 
 HELP = "show what a checkpoint is: layout, components, types, metadata, recipe"
 EXAMPLE = "dodgeburn inspect model.safetensors"
+_LAYER = re.compile(r"\.(?:layers|resblocks)\.(\d+)\.")  # of a text encoder, in CLIP's and in OpenCLIP's names
 _WIDTH = 100  # characters of a metadata value that are shown
 
 
@@ -62,8 +66,29 @@ def inspect_file(name: str) -> dict[str, Any]:
         "values": sum(values.values()),
         "dtypes": dict(values),
         "components": components,
+        "clip_skip": _clip_skip(layout, header.tensors) if layout else None,
         "metadata": header.metadata,
         "recipe": recipe_of(header.metadata),
+    }
+
+
+def _clip_skip(layout: Layout, keys: Iterable[str]) -> dict[str, Any] | None:
+    """CLIP skip as this model takes it: default, range, and other programs' numbers for 1 to 3; None for a file
+    without text encoders.
+    """
+    layers: dict[str, set[int]] = {}
+    for key in keys:
+        match = _LAYER.search(key)
+        if match and layout.is_text(key):
+            layers.setdefault(layout.component(key), set()).add(int(match[1]))
+    if not layers:
+        return None
+    sdxl, most = layout.name == "sdxl", min(len(found) for found in layers.values())
+    return {
+        "default": default_clip_skip(sdxl),
+        "most": most,
+        "final_norm": not sdxl,
+        "elsewhere": {str(n): names_elsewhere(n, sdxl) for n in range(1, min(most, 3) + 1)},
     }
 
 
@@ -75,9 +100,9 @@ def _text(found: dict[str, Any]) -> str:
     lines.append(f"{'component':<16}{'tensors':>8}{'values':>16}{'MB':>12}  types")
     for name, part in found["components"].items():
         types = ", ".join(f"{dtype} x {n}" for dtype, n in sorted(part["dtypes"].items()))
-        lines.append(
-            f"{name:<16}{part['tensors']:>8}{part['values']:>16,}{part['bytes'] / 1e6:>12,.2f}  {types}"
-        )
+        lines.append(f"{name:<16}{part['tensors']:>8}{part['values']:>16,}{part['bytes'] / 1e6:>12,.2f}  {types}")
+    if found["clip_skip"]:
+        lines += _clip_skip_lines(found["clip_skip"])
     lines.append(f"metadata: {len(found['metadata'])} keys" if found["metadata"] else "metadata: none")
     for key, value in found["metadata"].items():
         if key in (RECIPE, CONFIGS):
@@ -90,20 +115,27 @@ def _text(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _clip_skip_lines(found: dict[str, Any]) -> list[str]:
+    norm = "with" if found["final_norm"] else "without"
+    lines = [
+        f"CLIP skip: 1 to {found['most']}, {found['default']} if not asked for; {norm} the final norm; the same in"
+    ]
+    for n, names in found["elsewhere"].items():
+        diffusers = names["diffusers"] if "diffusers" in names else "cannot"
+        lines.append(f"  {n}: A1111 {names['a1111']}, ComfyUI {names['comfyui']}, diffusers clip_skip {diffusers}")
+    return lines
+
+
 def _recipe_lines(recipe: dict[str, Any], indent: str) -> list[str]:
     """A merge recipe as a tree of parents; other recipes as their plain values."""
     if recipe.get("kind") != "merge":
-        return [
-            f"{indent}{key}: {value}" for key, value in recipe.items() if not isinstance(value, (dict, list))
-        ]
+        return [f"{indent}{key}: {value}" for key, value in recipe.items() if not isinstance(value, (dict, list))]
     preset = recipe.get("preset") or "no preset"
     keep = ", ".join(recipe.get("keep") or []) or "nothing"
     lines = [f"{indent}{recipe.get('method')}: {preset}, base {recipe.get('base')}, kept of A: {keep}"]
     for name in ("a", "b"):
         parent = recipe.get(name) or {}
-        lines.append(
-            f"{indent}{name.upper()} = {parent.get('file')} (sha256 {str(parent.get('sha256'))[:10]})"
-        )
+        lines.append(f"{indent}{name.upper()} = {parent.get('file')} (sha256 {str(parent.get('sha256'))[:10]})")
         if isinstance(parent.get("recipe"), dict):
             lines += _recipe_lines(parent["recipe"], indent + "    ")
     return lines

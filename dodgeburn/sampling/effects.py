@@ -42,6 +42,13 @@ def _of_model(model: Model, settings: GenerateSettings, plan: Schedule) -> Itera
         negatives = [name for name in sizes if name.startswith("negative_")]
         if negatives:
             yield f"{', '.join(negatives).replace('_', ' ')}: no effect at guidance 1"
+    if settings.zero_snr and model.scheduler_config.get("rescale_betas_zero_snr"):
+        yield "zero terminal SNR has no effect: this model's noise schedule has it already"
+    if settings.zero_snr and plan.sigmas[0] < plan.table[-1] * 0.999:
+        yield (
+            f"zero terminal SNR with {settings.spacing} spacing: it does not visit the last time step, so nothing "
+            "starts from pure noise; take trailing"
+        )
     if settings.zero_snr and plan.prediction_type == "epsilon":
         yield (
             "zero terminal SNR with a model that predicts eps: in pure noise its answer says nothing of the picture, "

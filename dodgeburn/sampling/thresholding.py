@@ -201,7 +201,9 @@ def explain(settings: Thresholding, guidance: float, steps: int, timesteps: tupl
                 f"the mimic scale, but CFG is {_curve(cfg)} and the mimic scale {_curve(mimic)} over the steps. What "
                 f"you get is close to plain CFG, {_curve(cfg)}"
             )
-    elif settings.variability_measure == "STD" and all(c == m for m, c in pairs):
+    elif all(c == m for m, c in pairs) and (
+        settings.variability_measure == "STD" or settings.threshold_percentile == 1
+    ):
         says.append(f"dynamic thresholding has no effect: CFG and mimic scale are the same, {_curve(cfg)}")
     for name, scale, mode, least in (
         ("mimic", settings.mimic_scale, settings.mimic_mode, settings.mimic_scale_min),
