@@ -85,7 +85,7 @@ class PocketTraining:
         default_factory=lambda: LoopSettings(steps=2000, lr=2e-3, warmup=100, constant=0.3, final=0.01, ema=0.995)
     )
     reader_polish: LoopSettings = field(
-        default_factory=lambda: LoopSettings(steps=3000, lr=1e-3, warmup=50, constant=0.2, final=0.01, ema=0.995)
+        default_factory=lambda: LoopSettings(steps=6000, lr=1e-3, warmup=50, constant=0.2, final=0.01, ema=0.995)
     )
     reader_batch: int = 64
     reader_pictures: int = 30_000
