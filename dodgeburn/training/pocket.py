@@ -72,10 +72,10 @@ class PocketTraining:
     unet: LoopSettings = field(default_factory=lambda: LoopSettings(steps=6500, lr=1.5e-3, constant=0.45, ema=0.998))
     unet_loss: UnetLoss = field(default_factory=UnetLoss)
     unet_polish: LoopSettings = field(
-        default_factory=lambda: LoopSettings(steps=6000, lr=1.2e-3, warmup=100, constant=0.3, ema=0.998)
+        default_factory=lambda: LoopSettings(steps=5000, lr=1.2e-3, warmup=100, constant=0.3, ema=0.998)
     )
-    polish_loss: UnetLoss = field(  # faces and the noisiest steps: what the first stage learns last
-        default_factory=lambda: UnetLoss(noise_power=0.4, face=3.0, noise_offset=0.1)
+    polish_loss: UnetLoss = field(  # faces, and every noise level about equally: what the first stage learns last
+        default_factory=lambda: UnetLoss(gamma=10.0, noise_power=0.4, face=3.0)
     )
     finetune: LoopSettings = field(
         default_factory=lambda: LoopSettings(steps=320, lr=5e-4, warmup=40, constant=0.4, ema=0.99)
@@ -85,7 +85,7 @@ class PocketTraining:
         default_factory=lambda: LoopSettings(steps=2000, lr=2e-3, warmup=100, constant=0.3, final=0.01, ema=0.995)
     )
     reader_polish: LoopSettings = field(
-        default_factory=lambda: LoopSettings(steps=5000, lr=1e-3, warmup=50, constant=0.2, final=0.01, ema=0.995)
+        default_factory=lambda: LoopSettings(steps=6000, lr=1e-3, warmup=50, constant=0.2, final=0.01, ema=0.995)
     )
     reader_batch: int = 64
     reader_pictures: int = 30_000
