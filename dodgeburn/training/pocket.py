@@ -25,6 +25,7 @@ from dodgeburn.models.model import Model
 from dodgeburn.models.saving import save_diffusers_folder, save_single_file
 from dodgeburn.pocket import model as pocket
 from dodgeburn.pocket.attributes import Attributes
+from dodgeburn.pocket.captions import caption
 from dodgeburn.pocket.pictures import attributes_of, draw_pictures, picture_list
 from dodgeburn.pocket.world import Look
 from dodgeburn.training.loop import LoopSettings
@@ -34,7 +35,7 @@ from dodgeburn.training.pocket_unet import UnetLoss, train_unet
 from dodgeburn.training.pocket_vae import decode, encode, normalise, train_decoder, train_vae
 
 Callback = Callable[[int, dict[str, float]], None]
-HELD_OUT_LIST = 99  # the picture lists from here on are never trained on: gate prompts and grading
+DEVELOPMENT_LIST = 97  # a picture list for choices on the way; never trained on, and no part of the gate
 
 
 @dataclass
@@ -110,6 +111,15 @@ FINETUNES: dict[str, Finetune] = {
 def gate_prompts() -> list[dict[str, Any]]:
     """The held-out prompts and seeds of the gate: [{"prompt": ..., "seed": ...}], 1 024 of them."""
     return json.loads((Path(pocket.__file__).parent / "gate_prompts.json").read_text(encoding="utf-8"))
+
+
+def development_prompts(n: int) -> list[dict[str, Any]]:
+    """Prompts and seeds like the gate's but none of them, for choosing settings: [{"prompt": ..., "seed": ...}]."""
+    return [
+        {"prompt": caption(attributes_of(i, DEVELOPMENT_LIST), np.random.default_rng([DEVELOPMENT_LIST, i]))[0],
+         "seed": 5000 + i}
+        for i in range(n)
+    ]  # fmt: skip
 
 
 def _state(module: nn.Module) -> dict[str, Tensor]:
