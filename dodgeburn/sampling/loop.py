@@ -39,6 +39,7 @@ class Generated:
     seed: int
     settings: GenerateSettings  # with width and height filled in
     index: int  # position in the `prompts` and `seeds` given
+    batch: tuple[int, int] = (0, 1)  # (row, pictures) of the batch it began in: what the last bit depends on
 
 
 @dataclass(frozen=True)
@@ -193,6 +194,7 @@ class _Batch:
         self.plan = plan
         self.shape = shape
         self.indices = indices
+        self.rows = {index: (row, len(indices)) for row, index in enumerate(indices)}
         self.number = number
         self.batches = batches
         self.noises: list[Noise] = []  # one a picture
@@ -237,7 +239,7 @@ class _Batch:
             )
         pixels = decode_pictures(self.model.vae, x).numpy()
         return [
-            Generated(Image.fromarray(picture), prompts[i], seeds[i], self.settings, i)
+            Generated(Image.fromarray(picture), prompts[i], seeds[i], self.settings, i, self.rows[i])
             for i, picture in zip(self.indices, pixels, strict=True)
         ], False
 
