@@ -56,7 +56,7 @@ def test_clip_skip_of_sd15_is_an_encoder_with_fewer_layers(skip: int) -> None:
     shorter = CLIPTextModel(config).eval()
     state = {k: v for k, v in model.text_encoders[0].state_dict().items() if k in shorter.state_dict()}
     shorter.load_state_dict(state)
-    wanted = shorter(torch.tensor(token_chunks(model.tokenizers[0], "a hat"))).last_hidden_state[0]
+    wanted = shorter(torch.tensor([token_chunks(model.tokenizers[0], "a hat")[0].ids])).last_hidden_state[0]
     got = encode(model, ["a hat"], skip)["a hat"].embeds
     assert torch.allclose(got, wanted, atol=1e-5)
     assert torch.equal(got, encode(model, ["a hat"], -skip)["a hat"].embeds)
@@ -79,7 +79,7 @@ def test_clip_skip_of_sdxl_as_diffusers(skip: int) -> None:
 def test_clip_skip_1_of_sdxl_is_the_last_state_without_its_norm() -> None:
     model = deep("sdxl")
     got = encode(model, ["a hat"], 1)["a hat"].embeds
-    ids = torch.tensor(token_chunks(model.tokenizers[0], "a hat"))
+    ids = torch.tensor([token_chunks(model.tokenizers[0], "a hat")[0].ids])
     for encoder, part in zip(model.text_encoders, got.split([16, 24], dim=-1), strict=True):
         out = encoder(ids, output_hidden_states=True)
         assert torch.allclose(part, out.hidden_states[-1][0], atol=1e-5)

@@ -52,6 +52,8 @@ class Generate:
     """Folder for the pictures; made if it is not there."""
     negative: str = ""
     """What to keep away from."""
+    prompt_syntax: str = "a1111"
+    """How weights are read: a1111 ((x:1.2) multiplies, [x], BREAK), comfy ((x:1.2) replaces) or plain (no weights)."""
     steps: int = 20
     """Denoising steps."""
     guidance: float = 4.0
@@ -180,7 +182,8 @@ def _settings(options: Generate) -> GenerateSettings:
     sizes: dict[str, Any] = {name: _pair(name, getattr(options, name)) for name in SIZE_FIELDS[1:]}
     return GenerateSettings(
         steps=options.steps, guidance=options.guidance, sampler=options.sampler, spacing=options.spacing,
-        width=options.width, height=options.height, negative=options.negative, noise=options.noise,
+        width=options.width, height=options.height, negative=options.negative,
+        prompt_syntax=options.prompt_syntax, noise=options.noise,
         zero_snr=options.zero_snr, clip_skip=options.clip_skip, cfg_rescale=options.cfg_rescale,
         cfg_start=options.cfg_start, cfg_end=options.cfg_end, thresholding=_thresholding(options),
         size_scale=options.size_scale, **sizes,

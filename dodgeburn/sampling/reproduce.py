@@ -190,6 +190,6 @@ def _comfy(graph: ComfyRequest) -> Request:
         sizes |= {prefix + names[key]: value for key, value in told.items()}
     settings = GenerateSettings(
         steps=graph.steps, guidance=graph.guidance, sampler=sampler, spacing=spacing, width=graph.width or None,
-        height=graph.height or None, negative=graph.negative, clip_skip=graph.clip_stop, **sizes,
+        height=graph.height or None, negative=graph.negative, prompt_syntax="comfy", clip_skip=graph.clip_stop, **sizes,
     )  # fmt: skip
     return Request("ComfyUI", graph.prompt, [graph.seed], settings, graph.checkpoint, not_honoured=missed)
