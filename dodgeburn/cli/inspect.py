@@ -62,9 +62,21 @@ def inspect_file(name: str) -> dict[str, Any]:
         "values": sum(values.values()),
         "dtypes": dict(values),
         "components": components,
+        "clip_skip": _clip_skips(layout.name) if layout else {},
         "metadata": header.metadata,
         "recipe": recipe_of(header.metadata),
     }
+
+
+def _clip_skips(layout: str) -> dict[int, str]:
+    """What the usual CLIP skips are called elsewhere, the trained one first (sampling/clip_skip.py has the rule)."""
+    trained = 2 if layout == "sdxl" else 1
+    shown = (trained, *(n for n in (1, 2, 3) if n != trained))
+    return {n: f"ComfyUI {-n}, diffusers {_of_diffusers(n - trained)}" for n in shown}
+
+
+def _of_diffusers(count: int) -> str:
+    return "none" if count == 0 else f"clip_skip={count}" if count > 0 else "has no number for it"
 
 
 def _text(found: dict[str, Any]) -> str:
@@ -72,6 +84,9 @@ def _text(found: dict[str, Any]) -> str:
     if found["blocks"]:
         ins = sum(block.startswith("IN") for block in found["blocks"])
         lines.append(f"blocks: {ins} IN + M00 + {len(found['blocks']) - ins - 1} OUT")
+    if found["clip_skip"]:
+        lines.append("CLIP skip (as A1111 counts; the first as trained):")
+        lines += [f"  {n} = {row}" for n, row in found["clip_skip"].items()]
     lines.append(f"{'component':<16}{'tensors':>8}{'values':>16}{'MB':>12}  types")
     for name, part in found["components"].items():
         types = ", ".join(f"{dtype} x {n}" for dtype, n in sorted(part["dtypes"].items()))

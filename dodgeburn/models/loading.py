@@ -131,7 +131,7 @@ def _build(part: str, config: dict[str, Any], state: dict[str, torch.Tensor], pa
     from accelerate import init_empty_weights
 
     with init_empty_weights(include_buffers=False):
-        module = _empty(part, config)
+        module = empty_component(part, config)
     wanted = module.state_dict()
     state = {key: value for key, value in fit_names(state, wanted).items() if key in wanted}
     for key, value in wanted.items():
@@ -146,7 +146,8 @@ def _build(part: str, config: dict[str, Any], state: dict[str, torch.Tensor], pa
     return module
 
 
-def _empty(part: str, config: dict[str, Any]) -> Any:
+def empty_component(part: str, config: dict[str, Any]) -> Any:
+    """A component of a config, with whatever weights the caller's context gives it."""
     if part in _CLASSES:
         with _quiet():  # unknown keys of a foreign config are ignored
             return _CLASSES[part].from_config(config)
