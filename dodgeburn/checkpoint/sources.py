@@ -124,8 +124,9 @@ class ShardedFile:
                     position += info.nbytes
             missing = [name for name in places if name not in infos]
             if missing:
+                first = missing[0]
                 raise UserError(
-                    f"{index}: {len(missing)} tensors are not in their shards, first {missing[0]} in {places[missing[0]]}"
+                    f"{index}: {len(missing)} tensors are not in their shards, first {first} in {places[first]}"
                 )
         except BaseException:
             self.close()
