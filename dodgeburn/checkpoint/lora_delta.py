@@ -44,15 +44,15 @@ def weight_delta(adapter: Adapter, module: AdapterModule, shape: Sequence[int]) 
 
 
 def bias_delta(adapter: Adapter, module: AdapterModule, shape: Sequence[int]) -> torch.Tensor | None:
-    """The change of the module's bias at strength 1, float32; None if there is none (only full differences have one)."""
+    """The change of the module's bias at strength 1, float32; None unless it is a full difference of a bias."""
     key = module.keys.get("diff_b")
     if key is None:
         return None
     made = adapter.source.tensor(key).float()
     if tuple(made.reshape(-1).shape) != tuple(shape):
         raise UserError(
-            f"{adapter.name} changes the bias of {module.name} by {made.numel()} values, the model's has {list(shape)}: "
-            "the adapter is for another model"
+            f"{adapter.name} changes the bias of {module.name} by {made.numel()} values, the model's has "
+            f"{list(shape)}: the adapter is for another model"
         )
     return _checked(made.reshape(tuple(shape)), adapter, module)
 

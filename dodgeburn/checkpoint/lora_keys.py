@@ -40,7 +40,8 @@ _MAGNITUDE = re.compile(r"\.lora_magnitude_vector(?:\.[^.]+)?(?:\.weight)?$")
 # Algorithms whose effect is not a sum on the weights, or that no file of SD uses often enough to test against.
 _UNKNOWN_ALGORITHMS = {
     ".oft_blocks": "OFT", ".oft_diag": "OFT", ".oft_R": "OFT", ".boft_R": "BOFT", ".on_input": "IA3",
-    ".a1.weight": "GLoRA", ".a2.weight": "GLoRA", ".b1.weight": "GLoRA", ".b2.weight": "GLoRA", ".vera_lambda_b": "VeRA",
+    ".a1.weight": "GLoRA", ".a2.weight": "GLoRA", ".b1.weight": "GLoRA", ".b2.weight": "GLoRA",
+    ".vera_lambda_b": "VeRA",
 }  # fmt: skip
 
 _FLAT = {"lora_unet_": "unet", "lycoris_": "unet", "lora_te_": "te", "lora_te1_": "te", "lora_te2_": "te2"}

@@ -36,8 +36,8 @@ def rewrite_adapter(adapter: Adapter, out: str | Path, spelling: str = "kohya") 
     """
     if adapter.unmatched:
         raise UserError(
-            f"{adapter.name} has {len(adapter.unmatched)} keys that are no module's of SD1.5 or SDXL and would be lost, "
-            f"first {adapter.unmatched[0]}"
+            f"{adapter.name} has {len(adapter.unmatched)} keys that are no module's of SD1.5 or SDXL and would "
+            f"be lost, first {adapter.unmatched[0]}"
         )
     layout = layout_of(adapter)
     pieces: dict[str, Piece] = {}
@@ -80,7 +80,8 @@ def _key(file: str, module: AdapterModule, role: str, spelling: str, layout: str
         if spelling == "sgm":
             raise UserError(f"{file}: {module.name} has no sgm name in {layout}") from None
         raise UserError(
-            f"{file}: {module.name} has {role} ({module.kind}), for which {spelling} has no key: write kohya or sgm keys"
+            f"{file}: {module.name} has {role} ({module.kind}), for which {spelling} has no key: "
+            "write kohya or sgm keys"
         ) from None
 
 
