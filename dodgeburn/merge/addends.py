@@ -1,4 +1,4 @@
-"""What is added to a model's tensors: an adapter's changes, or a full delta, matched to the tensors that they change."""
+"""What is added to a model's tensors: an adapter's changes, or a full delta, matched to the tensors they change."""
 
 from __future__ import annotations
 
@@ -161,8 +161,8 @@ def block_weights(layout: Layout, texts: Sequence[str]) -> dict[str, float]:
         blocks = [block for block in layout.all_blocks if fnmatchcase(block, name.strip().upper())]
         if not blocks:
             raise UserError(
-                f"{layout.title} has no block {name.strip()!r}: expected BASE, {layout.blocks[0]} … {layout.blocks[-1]}, "
-                "VAE, or a pattern such as IN*"
+                f"{layout.title} has no block {name.strip()!r}: expected BASE, {layout.blocks[0]} … "
+                f"{layout.blocks[-1]}, VAE, or a pattern such as IN*"
             )
         try:
             weight = float(number)
