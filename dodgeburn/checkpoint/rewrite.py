@@ -121,7 +121,7 @@ def cast_to(tensor: torch.Tensor, dtype: str, name: str, file: str) -> torch.Ten
     if not is_finite(out):
         if not is_finite(tensor):
             raise UserError(f"tensor {name} of {file} has NaN or infinite values: repair the file, or keep its types")
-        raise UserError(f"tensor {name} of {file} is too large for {dtype}: choose a wider --dtype")
+        raise UserError(f"tensor {name} of {file} is too large for {dtype}: a wider type is needed")
     return out
 
 

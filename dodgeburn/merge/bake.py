@@ -1,7 +1,7 @@
 """Adapters and deltas added to a checkpoint, streamed: W + strength * block weight * change, for every tensor.
 
-One tensor is in memory at a time, as float32; what nothing changes is copied as bytes. The result is rounded once to the
-model's own type. Files are written as merges are: exact header first, complete or not at all, never over an input.
+One tensor is in memory at a time, as float32; what nothing changes is copied as bytes. The result is rounded once to
+the model's own type. Files are written as merges are: exact header first, complete or not at all, never over an input.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from dodgeburn.checkpoint.rewrite import PIECE, cast_to, is_finite
 from dodgeburn.checkpoint.sources import Tensors, files_of, open_tensors, sha256_source
 from dodgeburn.checkpoint.tensorfile import TensorWriter, byte_view, check_output
 from dodgeburn.errors import DodgeburnWarning, UserError
-from dodgeburn.merge.addends import Addend, block_weights, open_addend
+from dodgeburn.merge.addends import Addend, open_addend
+from dodgeburn.merge.addends import block_weights as weights_of
 from dodgeburn.merge.recipe import Parent, tool_version
 
 
@@ -101,7 +102,7 @@ def bake(
     with ExitStack() as stack:
         source = stack.enter_context(open_tensors(find_checkpoint(model)))
         layout = _layout(source)
-        weights = _weights(layout, block_weights)
+        weights = weights_of(layout, block_weights)
         name = source.path.name
         addends = [stack.enter_context(open_addend(path, layout, source.header, name)) for path, _ in adapters]
         strengths = [float(strength) for _, strength in adapters]
@@ -140,10 +141,6 @@ def bake(
                 one.check_unchanged()
         changed = sum(bool(strength) for strength in work.values())
         return BakeResult(Path(out), digest, recipe_with(hashes), changed, len(infos), time.perf_counter() - started)
-
-
-def _weights(layout: Layout, texts: Sequence[str]) -> dict[str, float]:
-    return block_weights(layout, texts)
 
 
 def _layout(source: Tensors) -> Layout:
