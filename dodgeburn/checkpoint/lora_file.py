@@ -86,12 +86,22 @@ def open_adapter(path: str | Path) -> Iterator[Adapter]:
         yield _read(source, config)
 
 
+_FOLDER_NAMES = (
+    "adapter_model.safetensors", "pytorch_lora_weights.safetensors", "adapter_model.bin", "pytorch_lora_weights.bin",
+)  # fmt: skip
+
+
+def adapter_file(folder: Path) -> Path:
+    """The adapter in a folder of PEFT or diffusers; UserError if there is none."""
+    found = [folder / name for name in _FOLDER_NAMES if (folder / name).is_file()]
+    if not found:
+        raise UserError(f"{folder} holds no adapter: expected {' or '.join(_FOLDER_NAMES[:2])} in it")
+    return found[0]
+
+
 def _find(path: Path) -> tuple[Path, dict[str, Any] | None]:
     if path.is_dir():
-        found = [path / name for name in _FOLDER_NAMES if (path / name).is_file()]
-        if not found:
-            raise UserError(f"{path} holds no adapter: expected {' or '.join(_FOLDER_NAMES[:2])} in it")
-        path = found[0]
+        path = adapter_file(path)
     config = path.parent / "adapter_config.json"
     if not path.name.startswith("adapter_model") or not config.is_file():
         return path, None
@@ -102,11 +112,6 @@ def _find(path: Path) -> tuple[Path, dict[str, Any] | None]:
     if not isinstance(said, dict):
         raise UserError(f"{config} cannot be read: expected a JSON object")
     return path, said
-
-
-_FOLDER_NAMES = (
-    "adapter_model.safetensors", "pytorch_lora_weights.safetensors", "adapter_model.bin", "pytorch_lora_weights.bin",
-)  # fmt: skip
 
 
 def is_adapter(keys: Mapping[str, object]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections import Counter
 from dataclasses import dataclass
@@ -10,31 +11,38 @@ from typing import Annotated, Any
 import tyro
 
 from dodgeburn.checkpoint.layout import detect_layout
+from dodgeburn.checkpoint.lora_file import adapter_file
+from dodgeburn.checkpoint.lora_inspect import adapter_lines, inspect_adapter
 from dodgeburn.checkpoint.metadata import CONFIGS, RECIPE, recipe_of
 from dodgeburn.checkpoint.naming import find_checkpoint
 from dodgeburn.checkpoint.tensorfile import read_header
 from dodgeburn.errors import UserError
 
-HELP = "show what a checkpoint is: layout, components, types, metadata, recipe"
+HELP = "show what a checkpoint or a LoRA is: layout, components, types, metadata, recipe"
 EXAMPLE = "dodgeburn inspect model.safetensors"
 _WIDTH = 100  # characters of a metadata value that are shown
 
 
 @dataclass
 class Inspect:
-    """Show a checkpoint's layout, components, types, metadata and recipe. Reads only its header."""
+    """Show a checkpoint's layout, components, types, metadata and recipe; of a LoRA also its spelling, ranks and hashes.
+
+    Of a checkpoint only the header is read.
+    """
 
     file: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
-    """A .safetensors file, or a packaged model such as pocket."""
+    """A .safetensors file (checkpoint or adapter), a PEFT folder, or a packaged model such as pocket."""
     json: bool = False
     """Print one JSON object as the last line, with all metadata in full."""
 
 
 def inspect_file(name: str) -> dict[str, Any]:
     """Everything the header says, as plain values; UserError for a file that is not a sound safetensors
-    file.
+    file. Of an adapter (a file, or a folder of PEFT's) also its kind, spelling, ranks, modules and hashes.
     """
     path = find_checkpoint(name)
+    if path.is_dir():
+        path = adapter_file(path)
     header = read_header(path)
     values: Counter[str] = Counter()
     components: dict[str, dict[str, Any]] = {}
@@ -62,13 +70,18 @@ def inspect_file(name: str) -> dict[str, Any]:
         "values": sum(values.values()),
         "dtypes": dict(values),
         "components": components,
+        "adapter": inspect_adapter(path) if layout is None else None,
         "metadata": header.metadata,
         "recipe": recipe_of(header.metadata),
     }
 
 
 def _text(found: dict[str, Any]) -> str:
-    lines = [f"{found['file']}: {found['layout_title']}, {found['bytes'] / 1e6:,.2f} MB"]
+    adapter = found["adapter"]
+    title = f"{adapter['kind']} file" if adapter else found["layout_title"]
+    lines = [f"{found['file']}: {title}, {found['bytes'] / 1e6:,.2f} MB"]
+    if adapter:
+        lines += adapter_lines(adapter)
     if found["blocks"]:
         ins = sum(block.startswith("IN") for block in found["blocks"])
         lines.append(f"blocks: {ins} IN + M00 + {len(found['blocks']) - ins - 1} OUT")
@@ -115,7 +128,7 @@ def main(args: list[str]) -> int:
         Inspect,
         args=args,
         prog="dodgeburn inspect",
-        description=f"{Inspect.__doc__}\n\nexample: {EXAMPLE}",
+        description=f"{inspect.cleandoc(Inspect.__doc__ or '')}\n\nexample: {EXAMPLE}",
         config=(tyro.conf.FlagCreatePairsOff,),
     )
     found = inspect_file(settings.file)

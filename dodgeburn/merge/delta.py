@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from dodgeburn.checkpoint.header import FLOAT_DTYPES, dtype_name
 from dodgeburn.checkpoint.layout import BASE, Layout, detect_layout
 from dodgeburn.checkpoint.lora_keys import write_key
 from dodgeburn.checkpoint.metadata import NO_HASH, RECIPE, SPEC_HASH, recipe_of, to_json
@@ -231,6 +232,7 @@ def rounding_energy(values: torch.Tensor, dtype: str) -> float:
 
     _, exponent = torch.frexp(values)  # |x| = m 2^e with m in [0.5, 1)
     spacing = torch.exp2((exponent - 1 - _MANTISSA[dtype]).double()).clamp_(min=_SMALLEST.get(dtype, 0.0))
+    spacing = torch.where(values == 0, 0.0, spacing)  # zero is exact
     return float(spacing.square().sum()) / 12
 
 
@@ -331,19 +333,14 @@ def _metadata(report: DeltaReport, recipe: Mapping[str, Any], digest: str = NO_H
 
 def _warn(pairs: _Pairs, report: DeltaReport) -> None:
     lines = []
-    if pairs.only_tuned:
-        lines.append(
-            f"{len(pairs.only_tuned)} tensors only in {pairs.tuned.path.name} are left out, first {pairs.only_tuned[0]}"
-        )
-    if pairs.only_base:
-        lines.append(
-            f"{len(pairs.only_base)} tensors only in {pairs.base.path.name} are left out, first {pairs.only_base[0]}"
-        )
+    for source, only in ((pairs.tuned, pairs.only_tuned), (pairs.base, pairs.only_base)):
+        if only:
+            lines.append(f"{len(only)} tensors only in {source.path.name} are left out, first {only[0]}")
     if report.left:
         share = sum(report.left.values()) / report.total.change
         lines.append(
-            f"{len(report.left)} changed tensors (norms, biases, embeddings, VAE) have no place in a LoRA and are left out: "
-            f"{share:.1%} of the change's energy; --as full keeps them"
+            f"{len(report.left)} changed tensors (norms, biases, embeddings, VAE) have no place in a LoRA and are left "
+            f"out: {share:.1%} of the change's energy; --as full keeps them"
         )
     total = report.total
     if total.floor >= total.change:
