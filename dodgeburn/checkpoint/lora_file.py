@@ -23,7 +23,7 @@ from typing import Any, Literal
 from dodgeburn.checkpoint.lora_keys import parse_key
 from dodgeburn.checkpoint.metadata import json_of
 from dodgeburn.checkpoint.modules import ARCHITECTURES, guess_architecture
-from dodgeburn.checkpoint.sources import Tensors, open_tensors
+from dodgeburn.checkpoint.sources import Tensors, is_index, open_tensors
 from dodgeburn.errors import UserError
 
 Kind = Literal["lora", "loha", "lokr", "full"]
@@ -117,6 +117,20 @@ def _find(path: Path) -> tuple[Path, dict[str, Any] | None]:
 def is_adapter(keys: Mapping[str, object]) -> bool:
     """Whether tensors of these names are an adapter's: most of them are spelled as one's."""
     return bool(keys) and 2 * sum(parse_key(key) is not None for key in keys) > len(keys)
+
+
+def names_adapter(name: str | Path) -> bool:
+    """Whether a path is an adapter's: a folder with one (and no model), or a file most of whose keys are one's.
+
+    False for anything that is no readable file. Pickles are opened, safely; raises UserError if one is hostile.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return not (path / "model_index.json").exists() and any((path / one).is_file() for one in _FOLDER_NAMES)
+    if not path.is_file() or is_index(path):
+        return False
+    with open_tensors(path) as source:
+        return is_adapter(source.header.tensors)
 
 
 def _read(source: Tensors, config: dict[str, Any] | None) -> Adapter:

@@ -25,7 +25,7 @@ _WIDTH = 100  # characters of a metadata value that are shown
 
 @dataclass
 class Inspect:
-    """Show a checkpoint's layout, components, types, metadata and recipe; of a LoRA also its spelling, ranks and hashes.
+    """Show a checkpoint's layout, components, types, metadata and recipe; of a LoRA its spelling, ranks and hashes too.
 
     Of a checkpoint only the header is read.
     """
