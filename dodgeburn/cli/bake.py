@@ -84,9 +84,9 @@ def main(args: list[str]) -> int:
 
 def print_warnings(caught: list[warnings.WarningMessage]) -> None:
     """Our own warnings, a line each, on stderr."""
-    for warning in caught:
-        if issubclass(warning.category, DodgeburnWarning):
-            print(f"warning: {warning.message}", file=sys.stderr)
+    lines = [str(warning.message) for warning in caught if issubclass(warning.category, DodgeburnWarning)]
+    for line in dict.fromkeys(lines):
+        print(f"warning: {line}", file=sys.stderr)
 
 
 def report(result: BakeResult, as_json: bool) -> None:

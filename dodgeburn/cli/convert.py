@@ -27,13 +27,13 @@ class Convert:
     """
 
     src: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
-    """A packaged model (pocket), a .safetensors file, an index of shards, a .ckpt, .pt or .bin, a diffusers folder, a hub
-    id, or a LoRA (file or PEFT folder).
+    """A packaged model (pocket), a .safetensors file, an index of shards, a .ckpt, .pt or .bin, a diffusers folder, a
+    hub id, or a LoRA (file or PEFT folder).
     """
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], metavar="OUT")] = None
     """The .safetensors file or the new folder to write."""
     dtype: Literal["stored", "fp32", "fp16", "bf16", "fp8_e4m3fn"] = "stored"
-    """Type of the weights; stored: each tensor as it is in SRC. fp8: matrices of U-Net and text encoders, the rest fp16."""
+    """Type of the weights; stored: each tensor's own. fp8: matrices of U-Net and text encoders, the rest fp16."""
     prune_ema: bool = False
     """Leave out EMA copies (model_ema.…), as half of a training checkpoint is."""
     vae: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
