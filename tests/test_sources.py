@@ -74,7 +74,7 @@ def test_indexes_that_do_not_fit(tmp_path: Path) -> None:
     )
     refused(json.dumps({"weight_map": good | {"layer.9": good["layer.0"]}}), "layer.9")
     refused(json.dumps({"weight_map": good | {"layer.0": good["layer.5"]}}), "layer.0")
-    refused(json.dumps({"weight_map": good | {"layer.0": "none.safetensors"}}), "none.safetensors does not exist")
+    refused(json.dumps({"weight_map": {"layer.0": "none.safetensors"}}), "none.safetensors does not exist")
     refused("[]", "no weight_map")
     refused("{", "not valid JSON")
     refused("[" * 100_000, "not valid JSON")
@@ -116,7 +116,9 @@ def test_a_pickle_with_code_is_refused_and_does_not_run(tmp_path: Path, way: str
         path.write_bytes(pickle.dumps(content))
     else:
         torch.save(content, path, _use_new_zipfile_serialization=way == "torch zip")
-    with pytest.raises(UserError, match="could run code.*system.*refused") as caught:
+    # A pickle of newer protocol is refused at its first instruction, before it names what it wants to run.
+    what = "" if way == "plain pickle" else "system.*"
+    with pytest.raises(UserError, match=f"could run code.*{what}refused") as caught:
         open_tensors(path)
     assert "\n" not in str(caught.value) and not mark.exists()
 

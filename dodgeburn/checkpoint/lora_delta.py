@@ -93,7 +93,7 @@ def _lokr(parts: dict[str, torch.Tensor]) -> torch.Tensor:
         two = parts["lokr_w2_a"] @ parts["lokr_w2_b"].flatten(1)
     if two.ndim > 2 and one.ndim == 2:
         one = one.reshape(*one.shape, *[1] * (two.ndim - 2))
-    return torch.kron(one, two)
+    return torch.kron(one.contiguous(), two.contiguous())
 
 
 def _tucker(core: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -267,8 +267,10 @@ def _load_pickle(path: Path) -> Any:
     with open(path, "rb") as file:
         zipped = file.read(4) == b"PK\x03\x04"
     try:
-        # Mapping keeps a 7 GB checkpoint out of memory; only the zip form, in use since torch 1.6, can be mapped.
-        return torch.load(str(path), map_location="cpu", weights_only=True, mmap=True if zipped else None)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of pickle protocols: what cannot be read is refused anyway
+            # Mapping keeps a 7 GB checkpoint out of memory; only the zip form, in use since torch 1.6, can be mapped.
+            return torch.load(str(path), map_location="cpu", weights_only=True, mmap=True if zipped else None)
     except pickle.UnpicklingError as error:
         found = _REFUSED.search(str(error))
         what = f"it asks for {found.group(1)}" if found else "it holds more than tensors"
