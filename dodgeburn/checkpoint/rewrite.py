@@ -5,6 +5,7 @@ Bytes that stay as they are are copied in pieces; only a transposed or cast tens
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,11 +115,15 @@ def _copied(source: Tensors, move: Move) -> Iterator[memoryview]:
 
 def cast_to(tensor: torch.Tensor, dtype: str, name: str, file: str) -> torch.Tensor:
     """The tensor in a safetensors float dtype, rounded once; UserError if a finite value does not fit into it."""
+    import torch
+
     kind = torch_dtype(dtype)
     if tensor.dtype == kind:
         return tensor
     out = tensor.to(kind)
-    if not is_finite(out):
+    # fp8 has no infinity: torch takes the largest value instead of what is larger.
+    limit = torch.finfo(kind).max if kind.itemsize == 1 else math.inf
+    if not is_finite(out) or (tensor.numel() and float(tensor.abs().max()) > limit):
         if not is_finite(tensor):
             raise UserError(f"tensor {name} of {file} has NaN or infinite values: repair the file, or keep its types")
         raise UserError(f"tensor {name} of {file} is too large for {dtype}: a wider type is needed")

@@ -37,7 +37,7 @@ class Addend(Protocol):
     unmatched: Sequence[str]  # those that are not
 
     def add(self, key: str, wide: torch.Tensor, strength: float) -> None:
-        """Add strength times the change of tensor `key` to `wide` (float32, in place)."""
+        """Add strength times the change of tensor `key` to `wide` (float32 of its shape, in place)."""
 
 
 @contextmanager
