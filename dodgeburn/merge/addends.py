@@ -106,7 +106,7 @@ class AdapterAddend:
             make = bias_delta if key.endswith("bias") else weight_delta
             delta = make(self.adapter, self.adapter.modules[name], tuple(part.shape))
             if delta is not None:
-                part.add_(delta, alpha=strength)
+                part.add_(delta.mul_(strength))  # rounded before it is added: opposite strengths cancel
 
 
 class DeltaAddend:
@@ -138,7 +138,7 @@ class DeltaAddend:
         delta = self.source.tensor(DELTA + key).float()
         if not is_finite(delta):
             raise UserError(f"{self.source.path.name} has NaN or infinite values in {DELTA}{key}: the file is damaged")
-        wide.add_(delta, alpha=strength)
+        wide.add_(delta.mul_(strength))
 
 
 def block_weights(layout: Layout, texts: Sequence[str]) -> dict[str, float]:

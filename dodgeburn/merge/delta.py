@@ -267,6 +267,7 @@ def _lora(
     import torch
 
     places = _places(pairs.layout.name)
+    alpha = float(RANK if rank is None else rank)
     tensors: dict[str, torch.Tensor] = {}
     for name, delta in pairs.changed(report):
         found = places.get(name)
@@ -280,15 +281,16 @@ def _lora(
                 continue
             factors = low_rank(part.flatten(1), rank, energy)
             r = factors.down.shape[0]
-            kernel = part.shape[2:]
-            down = factors.down.reshape(r, *part.shape[1:])
-            up = factors.up.reshape(part.shape[0], r, *[1] * len(kernel))
-            stored = {"down": down, "up": up, "alpha": torch.tensor(float(r))}
+            # One alpha for all modules, whatever their ranks: diffusers 0.42 mixes up alphas that differ.
+            even = math.sqrt(r / alpha)
+            down = factors.down.reshape(r, *part.shape[1:]) * even
+            up = factors.up.reshape(part.shape[0], r, *[1] * (part.ndim - 2)) * even
+            stored = {"down": down, "up": up, "alpha": torch.tensor(alpha)}
             kept = {
                 role: tensor if role == "alpha" else cast_to(tensor, dtype, f"{module} {role}", "the LoRA")
                 for role, tensor in stored.items()
             }
-            again = (kept["up"].float().flatten(1) @ kept["down"].float().flatten(1)).reshape(part.shape)
+            again = (kept["up"].float().flatten(1) @ kept["down"].float().flatten(1)).reshape(part.shape) * (alpha / r)
             report.blocks[pairs.block(name)].kept += _energy(part) - _energy(part - again)
             report.ranks[module] = r
             for role, tensor in kept.items():
@@ -326,8 +328,8 @@ def _metadata(report: DeltaReport, recipe: Mapping[str, Any], digest: str = NO_H
         ranks = set(report.ranks.values())
         out["modelspec.architecture"] = _SPEC[report.layout.name]
         out["ss_network_module"] = "networks.lora"
-        if len(ranks) == 1:
-            out["ss_network_dim"] = out["ss_network_alpha"] = str(ranks.pop())
+        out["ss_network_alpha"] = str(float(recipe["rank"] or RANK))
+        out["ss_network_dim"] = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
     return out | {SPEC_HASH: "0x" + digest}
 
 
