@@ -112,7 +112,7 @@ def test_block_weights(place: Path, tmp_path: Path) -> None:
             assert torch.equal(half[key], before[key]), key
 
 
-def test_what_the_file_says_of_itself(place: Path, tmp_path: Path) -> None:
+def test_what_the_file_says_of_itself(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, lora = place / "sdxl-0-16.safetensors", place / "sdxl-lora.safetensors"
     first = bake(model, [(lora, 0.5)], tmp_path / "first.safetensors", ["IN04=0.25"])
     metadata = read_header(first.path).metadata
@@ -126,6 +126,9 @@ def test_what_the_file_says_of_itself(place: Path, tmp_path: Path) -> None:
     assert again.sha256_tensors == first.sha256_tensors
     second = bake(first.path, [(lora, 1.0)], tmp_path / "second.safetensors")
     assert second.recipe.model.recipe == recipe, "the tree goes on"
+    assert main(["inspect", str(second.path)]) == 0
+    text = capsys.readouterr().out
+    assert "+ 1.0 x sdxl-lora.safetensors (LoRA, sha256" in text and "    bake: IN04 x 0.25" in text
 
 
 def test_what_is_refused(place: Path, tmp_path: Path) -> None:
@@ -314,7 +317,7 @@ def test_deltas_that_cannot_be(place: Path, tmp_path: Path) -> None:
     extract(one, two, out)
     with pytest.raises(UserError, match="delta of sdxl models"):
         bake(place / "sd15-0-16.safetensors", [(out, 1.0)], tmp_path / "x.safetensors")
-    with pytest.raises(UserError, match="not a Stable Diffusion single-file"):
+    with pytest.raises(UserError, match="it is a delta, which `dodgeburn delta apply` adds to a model"):
         bake(out, [(out, 1.0)], tmp_path / "x.safetensors")
     fewer = {k: v for k, v in load_tensors(two).items() if k != KEY}
     save_tensors(tmp_path / "fewer.safetensors", fewer, {})

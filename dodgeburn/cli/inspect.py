@@ -15,6 +15,7 @@ from dodgeburn.checkpoint.lora_file import adapter_file
 from dodgeburn.checkpoint.lora_inspect import adapter_lines, inspect_adapter
 from dodgeburn.checkpoint.metadata import CONFIGS, RECIPE, recipe_of
 from dodgeburn.checkpoint.naming import find_checkpoint
+from dodgeburn.checkpoint.sources import is_index, open_tensors
 from dodgeburn.checkpoint.tensorfile import read_header
 from dodgeburn.errors import UserError
 
@@ -43,7 +44,11 @@ def inspect_file(name: str) -> dict[str, Any]:
     path = find_checkpoint(name)
     if path.is_dir():
         path = adapter_file(path)
-    header = read_header(path)
+    if is_index(path):
+        with open_tensors(path) as source:
+            header = source.header
+    else:
+        header = read_header(path)
     values: Counter[str] = Counter()
     components: dict[str, dict[str, Any]] = {}
     layout, why = None, ""
@@ -70,7 +75,7 @@ def inspect_file(name: str) -> dict[str, Any]:
         "values": sum(values.values()),
         "dtypes": dict(values),
         "components": components,
-        "adapter": inspect_adapter(path) if layout is None else None,
+        "adapter": inspect_adapter(path) if layout is None and not is_index(path) else None,
         "metadata": header.metadata,
         "recipe": recipe_of(header.metadata),
     }
@@ -104,7 +109,9 @@ def _text(found: dict[str, Any]) -> str:
 
 
 def _recipe_lines(recipe: dict[str, Any], indent: str) -> list[str]:
-    """A merge recipe as a tree of parents; other recipes as their plain values."""
+    """A recipe of ours as a tree of parents; other recipes as their plain values."""
+    if recipe.get("kind") in ("bake", "delta_apply") and isinstance(recipe.get("added"), list):
+        return _added_lines(recipe, indent)
     if recipe.get("kind") != "merge":
         return [
             f"{indent}{key}: {value}" for key, value in recipe.items() if not isinstance(value, (dict, list))
@@ -119,6 +126,19 @@ def _recipe_lines(recipe: dict[str, Any], indent: str) -> list[str]:
         )
         if isinstance(parent.get("recipe"), dict):
             lines += _recipe_lines(parent["recipe"], indent + "    ")
+    return lines
+
+
+def _added_lines(recipe: dict[str, Any], indent: str) -> list[str]:
+    weights = [f"{name} x {w:g}" for name, w in (recipe.get("blocks") or {}).items() if w != 1.0]
+    lines = [f"{indent}{recipe['kind']}: {', '.join(weights) or 'all blocks x 1'}"]
+    model = recipe.get("model") or {}
+    lines.append(f"{indent}model = {model.get('file')} (sha256 {str(model.get('sha256'))[:10]})")
+    if isinstance(model.get("recipe"), dict):
+        lines += _recipe_lines(model["recipe"], indent + "    ")
+    for one in recipe["added"]:
+        strength, title, file = one.get("strength"), one.get("title"), one.get("file")
+        lines.append(f"{indent}+ {strength} x {file} ({title}, sha256 {str(one.get('sha256'))[:10]})")
     return lines
 
 
