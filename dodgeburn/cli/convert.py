@@ -8,7 +8,7 @@ import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -84,7 +84,7 @@ _COUNTS = {
 }
 
 
-def _model(options: Convert) -> dict[str, object]:
+def _model(options: Convert) -> dict[str, Any]:
     from dodgeburn.models.convert import ConvertSettings, convert
 
     if options.lora is not None:
@@ -103,7 +103,7 @@ def _model(options: Convert) -> dict[str, object]:
     }
 
 
-def _adapter(options: Convert) -> dict[str, object]:
+def _adapter(options: Convert) -> dict[str, Any]:
     from dodgeburn.checkpoint.lora_file import architecture_title, open_adapter
     from dodgeburn.checkpoint.lora_write import rewrite_adapter
 

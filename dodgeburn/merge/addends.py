@@ -32,9 +32,15 @@ class Addend(Protocol):
 
     source: Tensors
     title: str  # "LoRA", "full delta", ...
-    targets: Mapping[str, object]  # tensors of the model that it changes
     matched: int  # modules or tensors that are in the model
-    unmatched: Sequence[str]  # those that are not
+
+    @property
+    def unmatched(self) -> Sequence[str]:
+        """Modules, tensors or keys that are not in the model."""
+
+    @property
+    def targets(self) -> Mapping[str, object]:
+        """Tensors of the model that it changes."""
 
     def add(self, key: str, wide: torch.Tensor, strength: float) -> None:
         """Add strength times the change of tensor `key` to `wide` (float32 of its shape, in place)."""
