@@ -268,6 +268,28 @@ def test_values_that_cannot_be_added(tmp_path: Path) -> None:
         delta_of(tmp_path, parts, (8, 4, 3, 3))
 
 
+def test_small_files_cannot_ask_for_huge_products(tmp_path: Path) -> None:
+    cases = [
+        {"lora_down.weight": torch.ones(1, 10**6), "lora_up.weight": torch.ones(10**6, 1)},
+        {"lokr_w1": torch.ones(1000, 1000), "lokr_w2": torch.ones(1000, 1000)},
+        {"hada_w1_a": torch.ones(10**6, 1), "hada_w1_b": torch.ones(1, 10**6)}
+        | {"hada_w2_a": torch.ones(10**6, 1), "hada_w2_b": torch.ones(1, 10**6)},
+    ]
+    for parts in cases:  # a product of 10^12 values would not fit into any memory
+        with pytest.raises(UserError, match="1,000,000,000,000 values.*for another model"):
+            delta_of(tmp_path, parts, (8, 4, 3, 3))
+
+
+def test_factors_that_torch_would_stumble_over(tmp_path: Path) -> None:
+    one = {"lora_down.weight": draw(2, 4, 3, 3), "lora_up.weight": draw(8, 2, 3, 3)}
+    two = {"hada_w1_a": draw(6, 2), "hada_w1_b": draw(2, 36), "hada_w2_a": draw(6, 2), "hada_w2_b": draw(2, 9)}
+    three = {"lokr_w1_a": draw(6, 2, 1), "lokr_w1_b": draw(2, 36), "lokr_w2": draw(2, 2)}
+    four = {"lora_down.weight": draw(2, 4, 3, 3), "lora_up.weight": draw(8, 2), "lora_mid.weight": draw(2, 2, 3, 3)}
+    for parts in (one, two, three, four):
+        with pytest.raises(UserError, match="do not fit each other"):
+            delta_of(tmp_path, parts, (8, 4, 3, 3))
+
+
 def test_writing_refuses_what_would_be_lost(tmp_path: Path) -> None:
     save_file(
         {"lora_unet_conv_in.lokr_w1": draw(2, 2), "lora_unet_conv_in.lokr_w2": draw(4, 2, 3, 3)},

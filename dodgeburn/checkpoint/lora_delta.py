@@ -11,6 +11,7 @@ With W the weight [out, in] or [out, in, k, k] (Hu et al. 2021, arXiv 2106.09685
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -30,16 +31,12 @@ def weight_delta(adapter: Adapter, module: AdapterModule, shape: Sequence[int]) 
     """
     if module.kind == "full" and "diff" not in module.keys:
         return None
+    if module.size != math.prod(shape):
+        raise _another(adapter, module, f"{module.size:,} values", shape)
     parts = {role: adapter.source.tensor(key).float() for role, key in module.keys.items() if role != "diff_b"}
     made = {"lora": _lora, "loha": _loha, "lokr": _lokr, "full": _full}[module.kind](parts)
-    size = 1
-    for n in shape:
-        size *= n
-    if made.numel() != size or made.shape[0] != shape[0]:
-        raise UserError(
-            f"{adapter.name} changes {module.name} by a {list(made.shape)} tensor, but the model's is {list(shape)}: "
-            "the adapter is for another model"
-        )
+    if made.shape[0] != shape[0]:
+        raise _another(adapter, module, f"a {list(made.shape)} tensor", shape)
     return _checked(made.reshape(tuple(shape)).mul_(module.scale), adapter, module)
 
 
@@ -55,6 +52,13 @@ def bias_delta(adapter: Adapter, module: AdapterModule, shape: Sequence[int]) ->
             f"{list(shape)}: the adapter is for another model"
         )
     return _checked(made.reshape(tuple(shape)), adapter, module)
+
+
+def _another(adapter: Adapter, module: AdapterModule, what: str, shape: Sequence[int]) -> UserError:
+    return UserError(
+        f"{adapter.name} changes {module.name} by {what}, but the model's is {list(shape)}: "
+        "the adapter is for another model"
+    )
 
 
 def _checked(made: torch.Tensor, adapter: Adapter, module: AdapterModule) -> torch.Tensor:
@@ -77,7 +81,7 @@ def _loha(parts: dict[str, torch.Tensor]) -> torch.Tensor:
     halves = []
     for i in (1, 2):
         a, b, core = parts[f"hada_w{i}_a"], parts[f"hada_w{i}_b"], parts.get(f"hada_t{i}")
-        halves.append(a @ b if core is None else _tucker(core, a, b))
+        halves.append(a @ b if core is None else _tucker(core, a, b).flatten(1))
     return halves[0] * halves[1]
 
 

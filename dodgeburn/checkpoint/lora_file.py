@@ -41,6 +41,7 @@ class AdapterModule:
     keys: Mapping[str, str]
     rank: int | None
     alpha: float | None  # as the file (or its config) says it; None if it does not
+    size: int  # values in the weight that the factors make
 
     @property
     def scale(self) -> float:
@@ -193,14 +194,15 @@ def _module(source: Tensors, name: str, roles: Mapping[str, str], alphas: _Alpha
         if 0 in shape or len(shape) > 5 or (role not in ("diff", "diff_b") and len(shape) < 2):
             raise wrong(f"has {role} of shape {list(shape)}")
     rank = _rank(kind, shapes)
-    if rank is not None and not _fits(kind, shapes, rank):
+    if not _fits(kind, shapes, rank):
         raise wrong(f"has factors that do not fit each other: {', '.join(f'{r} {list(s)}' for r, s in shapes.items())}")
     alpha = _alpha(source, roles["alpha"]) if "alpha" in roles else None
     if alpha is None and rank is not None:
         alpha = alphas.of(name, rank)
     if alpha is not None and not math.isfinite(alpha):
         raise wrong(f"has the alpha {alpha}")
-    return AdapterModule(name, kind, {r: k for r, k in roles.items() if r != "alpha"}, rank, alpha)
+    keys = {role: key for role, key in roles.items() if role != "alpha"}
+    return AdapterModule(name, kind, keys, rank, alpha, _size(kind, shapes))
 
 
 def _kind(roles: Mapping[str, object]) -> Kind | None:
@@ -210,8 +212,8 @@ def _kind(roles: Mapping[str, object]) -> Kind | None:
     if {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"} <= has and (("hada_t1" in has) == ("hada_t2" in has)):
         return "loha" if all(role.startswith("hada_") for role in has) else None
     if has and all(role.startswith("lokr_") for role in has):
-        one = {"lokr_w1"} <= has or {"lokr_w1_a", "lokr_w1_b"} <= has
-        two = {"lokr_w2"} <= has or {"lokr_w2_a", "lokr_w2_b"} <= has
+        one = ("lokr_w1" in has) != ({"lokr_w1_a", "lokr_w1_b"} <= has)
+        two = ("lokr_w2" in has) != ({"lokr_w2_a", "lokr_w2_b"} <= has)
         return "lokr" if one and two else None
     return "full" if has and has <= {"diff", "diff_b"} else None
 
@@ -228,22 +230,56 @@ def _rank(kind: Kind, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
     return None
 
 
-def _fits(kind: Kind, shapes: Mapping[str, tuple[int, ...]], rank: int) -> bool:
+_Shapes = Mapping[str, tuple[int, ...]]
+_PAIRS: dict[Kind, list[tuple[str, str, str]]] = {
+    "loha": [("hada_w1_a", "hada_w1_b", "hada_t1"), ("hada_w2_a", "hada_w2_b", "hada_t2")],
+    "lokr": [("lokr_w1_a", "lokr_w1_b", ""), ("lokr_w2_a", "lokr_w2_b", "lokr_t2")],
+}
+
+
+def _fits(kind: Kind, shapes: _Shapes, rank: int | None) -> bool:
+    """Whether the factors can be multiplied as lora_delta.py does, so that no file makes torch stumble."""
     if kind == "lora":
-        mid = shapes.get("mid")
-        return shapes["up"][1] == rank and (mid is None or (len(mid) > 2 and mid[:2] == (rank, rank)))
-    pairs = [("hada_w1_a", "hada_w1_b", "hada_t1"), ("hada_w2_a", "hada_w2_b", "hada_t2")]
-    if kind == "lokr":
-        pairs = [("lokr_w1_a", "lokr_w1_b", ""), ("lokr_w2_a", "lokr_w2_b", "lokr_t2")]
-    for a, b, core in pairs:
+        down, up, mid = shapes["down"], shapes["up"], shapes.get("mid")
+        if up[1] != rank or math.prod(up[2:]) != 1:
+            return False
+        return mid is None or (len(mid) > 2 and mid[:2] == (rank, rank) and math.prod(down[2:]) == 1)
+    for a, b, core in _PAIRS.get(kind, []):
         if a not in shapes:
             continue
+        if len(shapes[a]) != 2 or (len(shapes[b]) != 2 and kind == "loha"):
+            return False
         if core in shapes:
-            if len(shapes[core]) < 3 or shapes[core][:2] != (shapes[a][0], shapes[b][0]):
+            if len(shapes[core]) < 3 or len(shapes[b]) != 2 or shapes[core][:2] != (shapes[a][0], shapes[b][0]):
                 return False
         elif shapes[a][1] != shapes[b][0]:
             return False
-    return True
+    sizes = _halves(kind, shapes)
+    return kind != "loha" or sizes[0] == sizes[1]
+
+
+def _halves(kind: Kind, shapes: _Shapes) -> list[tuple[int, int]]:
+    """Rows and values a row of the two factors of LoHa and LoKr."""
+    out = []
+    for a, b, core in _PAIRS.get(kind, []):
+        if a not in shapes:
+            whole = shapes[a.removesuffix("_a")]
+            out.append((whole[0], math.prod(whole[1:])))
+        elif core in shapes:
+            out.append((shapes[a][1], shapes[b][1] * math.prod(shapes[core][2:])))
+        else:
+            out.append((shapes[a][0], math.prod(shapes[b][1:])))
+    return out
+
+
+def _size(kind: Kind, shapes: _Shapes) -> int:
+    """Values in the product: known before it is made, for a small file can ask for a product of any size."""
+    if kind == "lora":
+        return shapes["up"][0] * math.prod(shapes["down"][1:]) * math.prod(shapes.get("mid", (1, 1))[2:])
+    if kind == "full":
+        return math.prod(shapes["diff"]) if "diff" in shapes else 0
+    (rows, columns), (more_rows, more_columns) = _halves(kind, shapes)
+    return rows * columns if kind == "loha" else rows * more_rows * columns * more_columns
 
 
 # -------------------- alphas

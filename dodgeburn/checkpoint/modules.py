@@ -8,7 +8,6 @@ pocket and anything between; a checkpoint's own header says which of the modules
 
 from __future__ import annotations
 
-import re
 from functools import cache
 from typing import Any
 
@@ -110,9 +109,9 @@ def guess_architecture(names: set[str], text_width: int | None = None) -> str | 
     """ "sd15", "sdxl" or "sd2" from the modules that an adapter has (and the width of the text its cross-attention
     reads, where known); None if they would fit more than one.
     """
-    if text_width in (768, 1024, 2048):
-        return {768: "sd15", 1024: "sd2", 2048: "sdxl"}[text_width]
     only_sdxl, only_sd15 = names - modules("sd15"), names - modules("sdxl")
-    if any(re.search(r"transformer_blocks\.[1-9]", name) for name in names) or (only_sdxl and not only_sd15):
+    if only_sdxl and not only_sd15:
         return "sdxl"
-    return "sd15" if only_sd15 and not only_sdxl else None
+    if only_sd15 and not only_sdxl:
+        return "sd2" if text_width == 1024 else "sd15"
+    return {768: "sd15", 1024: "sd2", 2048: "sdxl"}.get(text_width or 0)
