@@ -146,6 +146,10 @@ def test_what_is_refused(place: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no adapter for SD1.5 or SDXL"):
         bake(model, [(place / "sd15-1-16.safetensors", 1.0)], out)
     name = kohya_name("text_encoder.text_model.encoder.layers.11.mlp.fc1", "sd15")
+    broken = load_tensors(model) | {KEY.replace("to_q", "to_k"): torch.full((32, 32), float("nan")).half()}
+    save_tensors(tmp_path / "broken.safetensors", broken, {})
+    with pytest.raises(UserError, match="to_k.weight of broken.safetensors has NaN"):
+        bake(tmp_path / "broken.safetensors", [(place / "sd15-lora.safetensors", 1.0)], out)
     deep = {f"{name}.lora_{x}.weight": torch.ones(2, 2) for x in ("down", "up")}
     save_tensors(tmp_path / "deep.safetensors", deep, {})
     with pytest.raises(UserError, match="changes nothing in sd15-0-16.safetensors"):

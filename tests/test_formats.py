@@ -242,6 +242,24 @@ def test_inpainting_models_convert_and_are_named(layout: str, place: Path, tmp_p
     assert same(tmp_path / "inpaint.safetensors", tmp_path / "again.safetensors")
 
 
+def test_the_pocket_converts_exactly_and_its_modules_have_names(tmp_path: Path) -> None:
+    from dodgeburn.checkpoint.metadata import configs_of
+    from dodgeburn.checkpoint.modules import modules
+    from dodgeburn.models.loading import empty_module
+    from dodgeburn.pocket.model import weights_path
+
+    convert("pocket", tmp_path / "folder")
+    convert(tmp_path / "folder", tmp_path / "again.safetensors")
+    assert same(weights_path("pocket"), tmp_path / "again.safetensors")
+    configs = configs_of(read_header(weights_path("pocket")).metadata)
+    assert configs is not None
+    for part in ("unet", "text_encoder", "text_encoder_2"):
+        for name, module in empty_module(part, configs[part]).named_modules():
+            if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
+                tail = name if part == "unet" or name.startswith("text_") else f"text_model.{name}"
+                assert f"{part}.{tail}" in modules("sdxl"), name
+
+
 def test_files_of_other_kinds_are_only_rewritten(place: Path, tmp_path: Path) -> None:
     torch.save({"encoder.conv_in.weight": torch.ones(2, 2)}, tmp_path / "vae.pt")
     done = convert(tmp_path / "vae.pt", tmp_path / "vae.safetensors")

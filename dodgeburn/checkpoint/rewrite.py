@@ -5,7 +5,6 @@ Bytes that stay as they are are copied in pieces; only a transposed or cast tens
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,8 +121,8 @@ def cast_to(tensor: torch.Tensor, dtype: str, name: str, file: str) -> torch.Ten
         return tensor
     out = tensor.to(kind)
     # fp8 has no infinity: torch takes the largest value instead of what is larger.
-    limit = torch.finfo(kind).max if kind.itemsize == 1 else math.inf
-    if not is_finite(out) or (tensor.numel() and float(tensor.abs().max()) > limit):
+    cut = kind.itemsize == 1 and tensor.numel() > 0 and float(tensor.abs().max()) > torch.finfo(kind).max
+    if cut or not is_finite(out):
         if not is_finite(tensor):
             raise UserError(f"tensor {name} of {file} has NaN or infinite values: repair the file, or keep its types")
         raise UserError(f"tensor {name} of {file} is too large for {dtype}: a wider type is needed")

@@ -238,13 +238,13 @@ def _add(
 
     stored = source.tensor(key)
     wide = stored.to(torch.float64 if stored.dtype == torch.float64 else torch.float32)
-    if not is_finite(wide):
-        raise UserError(f"tensor {key} of {source.path.name} has NaN or infinite values: repair the file")
     total = torch.zeros_like(wide)  # summed apart, so that changes of opposite strength cancel exactly
     for number, strength in found:
         addends[number].add(key, total, strength)
     wide.add_(total)
     if not is_finite(wide):
+        if not is_finite(stored):
+            raise UserError(f"tensor {key} of {source.path.name} has NaN or infinite values: repair the file")
         raise UserError(f"tensor {key} becomes infinite: choose a smaller strength")
     rounded = cast_to(wide, info.dtype, key, "the result").contiguous().reshape(-1)
     writer.write(key, 0, byte_view(rounded))
