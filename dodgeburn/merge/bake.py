@@ -243,7 +243,7 @@ def _add(
         addends[number].add(key, total, strength)
     wide.add_(total)
     if not is_finite(wide):
-        if not is_finite(stored):
+        if not is_finite(source.tensor(key)):  # read again: `wide` may be the same memory as `stored`
             raise UserError(f"tensor {key} of {source.path.name} has NaN or infinite values: repair the file")
         raise UserError(f"tensor {key} becomes infinite: choose a smaller strength")
     rounded = cast_to(wide, info.dtype, key, "the result").contiguous().reshape(-1)
