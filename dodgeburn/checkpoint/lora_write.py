@@ -25,7 +25,8 @@ from dodgeburn.errors import UserError
 
 # True of the old file's bytes or keys only.
 _STALE = ("format", "sshs_model_hash", "sshs_legacy_hash", SPEC_HASH, DIFFUSERS_ALPHAS)
-_SPEC = {"sdxl": "stable-diffusion-xl-v1-base/lora", "sd15": "stable-diffusion-v1/lora"}
+# ModelSpec's architecture of an adapter.
+ADAPTER_SPEC = {"sdxl": "stable-diffusion-xl-v1-base/lora", "sd15": "stable-diffusion-v1/lora"}
 
 
 def rewrite_adapter(adapter: Adapter, out: str | Path, spelling: str = "kohya") -> None:
@@ -50,8 +51,8 @@ def rewrite_adapter(adapter: Adapter, out: str | Path, spelling: str = "kohya") 
     kept = {key: value for key, value in adapter.metadata.items() if key not in _STALE}
     if spelling == "peft":
         kept[DIFFUSERS_ALPHAS] = to_json(peft_config(adapter.modules.values()))
-    if adapter.architecture in _SPEC:
-        kept.setdefault("modelspec.architecture", _SPEC[adapter.architecture])
+    if adapter.architecture in ADAPTER_SPEC:
+        kept.setdefault("modelspec.architecture", ADAPTER_SPEC[adapter.architecture])
     write_pieces(out, pieces, kept, files_of(adapter.source))
 
 

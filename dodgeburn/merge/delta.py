@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from dodgeburn.checkpoint.header import FLOAT_DTYPES, dtype_name
 from dodgeburn.checkpoint.layout import BASE, Layout, detect_layout
 from dodgeburn.checkpoint.lora_keys import write_key
+from dodgeburn.checkpoint.lora_write import ADAPTER_SPEC
 from dodgeburn.checkpoint.metadata import NO_HASH, RECIPE, SPEC_HASH, recipe_of, to_json
 from dodgeburn.checkpoint.modules import modules, tensor_moves
 from dodgeburn.checkpoint.naming import find_checkpoint
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
 RANK = 32  # of a LoRA, unless a rank or an energy is asked for
 _MANTISSA = {"F64": 52, "F32": 23, "F16": 10, "BF16": 7, "F8_E4M3": 3, "F8_E5M2": 2}
 _SMALLEST = {"F16": 2.0**-24, "F8_E4M3": 2.0**-9, "F8_E5M2": 2.0**-16}  # spacing of the subnormal values
-_SPEC = {"sdxl": "stable-diffusion-xl-v1-base/lora", "sd15": "stable-diffusion-v1/lora"}
 
 
 @dataclass
@@ -326,7 +326,7 @@ def _metadata(report: DeltaReport, recipe: Mapping[str, Any], digest: str = NO_H
         out[DELTA_INFO] = to_json({"layout": report.layout.name, "of": recipe["tuned"]["file"]})
     else:
         ranks = set(report.ranks.values())
-        out["modelspec.architecture"] = _SPEC[report.layout.name]
+        out["modelspec.architecture"] = ADAPTER_SPEC[report.layout.name]
         out["ss_network_module"] = "networks.lora"
         out["ss_network_alpha"] = str(float(recipe["rank"] or RANK))
         out["ss_network_dim"] = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
