@@ -18,12 +18,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import init_empty_weights
 
 from dodgeburn.checkpoint.convert import diffusers_to_single_file
 from dodgeburn.checkpoint.tensorfile import save_tensors
 from dodgeburn.measure.machine import machine
-from dodgeburn.models.loading import empty_component, known_configs, load_model
+from dodgeburn.models.loading import empty_module, known_configs, load_model
 from dodgeburn.pocket.model import TOKENIZER
 from dodgeburn.sampling.loop import GenerateSettings, Step, generate
 
@@ -32,8 +31,7 @@ def write_random(path: Path, layout: str) -> int:
     """A single file of this layout with random fp16 weights; returns its bytes."""
     configs = known_configs(layout)
     generator = torch.Generator().manual_seed(0)
-    with init_empty_weights(include_buffers=False):
-        modules = {part: empty_component(part, config) for part, config in configs.items() if part != "scheduler"}
+    modules = {part: empty_module(part, config) for part, config in configs.items() if part != "scheduler"}
     states = {}
     for part, module in modules.items():
         states[part] = {

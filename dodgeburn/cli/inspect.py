@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections import Counter
 from dataclasses import dataclass
@@ -10,32 +11,44 @@ from typing import Annotated, Any
 import tyro
 
 from dodgeburn.checkpoint.layout import detect_layout
+from dodgeburn.checkpoint.lora_file import adapter_file
+from dodgeburn.checkpoint.lora_inspect import adapter_lines, inspect_adapter
 from dodgeburn.checkpoint.metadata import CONFIGS, RECIPE, recipe_of
 from dodgeburn.checkpoint.naming import find_checkpoint
+from dodgeburn.checkpoint.sources import is_index, open_tensors
 from dodgeburn.checkpoint.tensorfile import read_header
 from dodgeburn.errors import UserError
 
-HELP = "show what a checkpoint is: layout, components, types, metadata, recipe"
+HELP = "show what a checkpoint or a LoRA is: layout, components, types, metadata, recipe"
 EXAMPLE = "dodgeburn inspect model.safetensors"
 _WIDTH = 100  # characters of a metadata value that are shown
 
 
 @dataclass
 class Inspect:
-    """Show a checkpoint's layout, components, types, metadata and recipe. Reads only its header."""
+    """Show a checkpoint's layout, components, types, metadata and recipe; of a LoRA its spelling, ranks and hashes too.
+
+    Of a checkpoint only the header is read.
+    """
 
     file: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
-    """A .safetensors file, or a packaged model such as pocket."""
+    """A .safetensors file (checkpoint or adapter), a PEFT folder, or a packaged model such as pocket."""
     json: bool = False
     """Print one JSON object as the last line, with all metadata in full."""
 
 
 def inspect_file(name: str) -> dict[str, Any]:
     """Everything the header says, as plain values; UserError for a file that is not a sound safetensors
-    file.
+    file. Of an adapter (a file, or a folder of PEFT's) also its kind, spelling, ranks, modules and hashes.
     """
     path = find_checkpoint(name)
-    header = read_header(path)
+    if path.is_dir():
+        path = adapter_file(path)
+    if is_index(path):
+        with open_tensors(path) as source:
+            header = source.header
+    else:
+        header = read_header(path)
     values: Counter[str] = Counter()
     components: dict[str, dict[str, Any]] = {}
     layout, why = None, ""
@@ -63,6 +76,7 @@ def inspect_file(name: str) -> dict[str, Any]:
         "dtypes": dict(values),
         "components": components,
         "clip_skip": _clip_skips(layout.name) if layout else {},
+        "adapter": inspect_adapter(path) if layout is None and not is_index(path) else None,
         "metadata": header.metadata,
         "recipe": recipe_of(header.metadata),
     }
@@ -80,7 +94,11 @@ def _of_diffusers(count: int) -> str:
 
 
 def _text(found: dict[str, Any]) -> str:
-    lines = [f"{found['file']}: {found['layout_title']}, {found['bytes'] / 1e6:,.2f} MB"]
+    adapter = found["adapter"]
+    title = f"{adapter['kind']} file" if adapter else found["layout_title"]
+    lines = [f"{found['file']}: {title}, {found['bytes'] / 1e6:,.2f} MB"]
+    if adapter:
+        lines += adapter_lines(adapter)
     if found["blocks"]:
         ins = sum(block.startswith("IN") for block in found["blocks"])
         lines.append(f"blocks: {ins} IN + M00 + {len(found['blocks']) - ins - 1} OUT")
@@ -106,7 +124,9 @@ def _text(found: dict[str, Any]) -> str:
 
 
 def _recipe_lines(recipe: dict[str, Any], indent: str) -> list[str]:
-    """A merge recipe as a tree of parents; other recipes as their plain values."""
+    """A recipe of ours as a tree of parents; other recipes as their plain values."""
+    if recipe.get("kind") in ("bake", "delta_apply") and isinstance(recipe.get("added"), list):
+        return _added_lines(recipe, indent)
     if recipe.get("kind") != "merge":
         return [
             f"{indent}{key}: {value}" for key, value in recipe.items() if not isinstance(value, (dict, list))
@@ -124,13 +144,26 @@ def _recipe_lines(recipe: dict[str, Any], indent: str) -> list[str]:
     return lines
 
 
+def _added_lines(recipe: dict[str, Any], indent: str) -> list[str]:
+    weights = [f"{name} x {w:g}" for name, w in (recipe.get("blocks") or {}).items() if w != 1.0]
+    lines = [f"{indent}{recipe['kind']}: {', '.join(weights) or 'all blocks x 1'}"]
+    model = recipe.get("model") or {}
+    lines.append(f"{indent}model = {model.get('file')} (sha256 {str(model.get('sha256'))[:10]})")
+    if isinstance(model.get("recipe"), dict):
+        lines += _recipe_lines(model["recipe"], indent + "    ")
+    for one in recipe["added"]:
+        strength, title, file = one.get("strength"), one.get("title"), one.get("file")
+        lines.append(f"{indent}+ {strength} x {file} ({title}, sha256 {str(one.get('sha256'))[:10]})")
+    return lines
+
+
 def main(args: list[str]) -> int:
     """Run `dodgeburn inspect`; raises UserError for bad input."""
     settings = tyro.cli(
         Inspect,
         args=args,
         prog="dodgeburn inspect",
-        description=f"{Inspect.__doc__}\n\nexample: {EXAMPLE}",
+        description=f"{inspect.cleandoc(Inspect.__doc__ or '')}\n\nexample: {EXAMPLE}",
         config=(tyro.conf.FlagCreatePairsOff,),
     )
     found = inspect_file(settings.file)
