@@ -56,8 +56,8 @@ def calls_of(sampler: str, steps: int) -> int:
 
 
 def fidelity_of(samplers: list[str], prompts: int, steps: int, spacing: str, device: str) -> dict[str, dict[str, Any]]:
-    """Mean prompt fidelity of each sampler on the pocket, by the reader, on held-out prompts and seeds; with the 95 %
-    interval over prompts, seconds, and model calls a picture.
+    """Mean prompt fidelity of each sampler on the pocket, by the reader, on prompts and seeds that are not the gate's
+    (a default is chosen by them); with the 95 % interval over prompts, seconds, and model calls a picture.
     """
     import time
 
@@ -68,10 +68,10 @@ def fidelity_of(samplers: list[str], prompts: int, steps: int, spacing: str, dev
     from dodgeburn.pocket.reader import Reader
     from dodgeburn.sampling.loop import GenerateSettings, generate
     from dodgeburn.sampling.prompts import encode
-    from dodgeburn.training.pocket import gate_prompts
+    from dodgeburn.training.pocket import development_prompts
 
     model, reader = load_model("pocket", device), Reader.load("reader")
-    rows = gate_prompts()[:prompts]
+    rows = development_prompts(prompts)
     texts, seeds = [row["prompt"] for row in rows], [row["seed"] for row in rows]
     asked, encoded = [parse(text) for text in texts], encode(model, [*texts, ""])
     out: dict[str, dict[str, Any]] = {}
@@ -173,7 +173,7 @@ def text(found: dict[str, Any]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=256, help="held-out prompts for the fidelity")
+    parser.add_argument("--prompts", type=int, default=256, help="prompts for the fidelity")
     parser.add_argument("--steps", type=int, default=20, help="steps for the fidelity")
     parser.add_argument("--spacing", default="trailing", help="spacing for the fidelity")
     parser.add_argument("--samplers", help="samplers for the fidelity, with commas; all by default")

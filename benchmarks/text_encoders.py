@@ -15,30 +15,25 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from dodgeburn.measure.fidelity import fidelity, graded_spearman
 from dodgeburn.measure.intervals import bootstrap_mean
 from dodgeburn.measure.machine import machine
-from dodgeburn.pocket.captions import caption, parse
-from dodgeburn.pocket.pictures import attributes_of
+from dodgeburn.pocket.captions import parse
 from dodgeburn.pocket.reader import Reader
 from dodgeburn.sampling.loop import GenerateSettings, generate
-from dodgeburn.training.pocket import PocketRun, PocketTraining
+from dodgeburn.training.pocket import PocketRun, PocketTraining, development_prompts
 
-PROMPT_LIST = 97  # a picture list that training never touches; not the gate's
 WAYS = {"with the U-Net": (False, True), "contrastively first": (True, False), "first, then with it": (True, True)}
 
 
-def prompts(n: int) -> list[str]:
-    """Captions of held-out pictures, each naming 10 to 50 % of the attributes."""
-    return [caption(attributes_of(i, PROMPT_LIST), np.random.default_rng([PROMPT_LIST, i]))[0] for i in range(n)]
-
-
-def measure(run: PocketRun, texts: list[str]) -> dict[str, object]:
-    """Fidelity and mean Spearman of a run's model on prompts, one seed each, 20 steps, guidance 4."""
-    pictures = generate(run.model(), texts, list(range(len(texts))), GenerateSettings())
+def measure(run: PocketRun, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Fidelity and mean Spearman of a run's model on prompt rows, 20 steps, guidance 4."""
+    texts = [row["prompt"] for row in rows]
+    pictures = generate(run.model(), texts, [row["seed"] for row in rows], GenerateSettings())
     readings = Reader.load("reader").read(np.stack([np.asarray(p.image) for p in pictures]))
     asked = [parse(t) for t in texts]
     interval = bootstrap_mean(fidelity(asked, readings)[:, None])
@@ -56,7 +51,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     settings = parser.parse_args()
     steps, n = (60, 32) if settings.quick else (settings.steps, settings.n)
-    default, texts, rows = PocketTraining(), prompts(n), {}
+    default, asked, ways = PocketTraining(), development_prompts(n), {}
     for way, (first, joint) in WAYS.items():
         with tempfile.TemporaryDirectory() as folder:
             parts = (
@@ -74,10 +69,10 @@ def main() -> None:
             run.vae()
             run.text()
             run.unet()
-            rows[way] = {**measure(run, texts), "seconds": round(time.perf_counter() - start)}
-        print(f"{way:<22} {rows[way]}")
+            ways[way] = {**measure(run, asked), "seconds": round(time.perf_counter() - start)}
+        print(f"{way:<22} {ways[way]}")
     if settings.json:
-        print(json.dumps({"steps": steps, "prompts": n, "ways": rows, "machine": machine()}))
+        print(json.dumps({"steps": steps, "prompts": n, "ways": ways, "machine": machine()}))
 
 
 if __name__ == "__main__":

@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from dodgeburn.merge.bake import bake
     from dodgeburn.merge.compare import compare
+    from dodgeburn.merge.delta import extract as extract_delta
     from dodgeburn.merge.run import merge
     from dodgeburn.models.loading import load_model as load
     from dodgeburn.sampling.loop import GenerateSettings, generate
 
-__all__ = ["GenerateSettings", "compare", "generate", "load", "merge"]
+__all__ = ["GenerateSettings", "bake", "compare", "extract_delta", "generate", "load", "merge"]
 
 _HOMES = {
     "load": ("dodgeburn.models.loading", "load_model"),
@@ -25,6 +27,8 @@ _HOMES = {
     "GenerateSettings": ("dodgeburn.sampling.settings", "GenerateSettings"),
     "compare": ("dodgeburn.merge.compare", "compare"),
     "merge": ("dodgeburn.merge.run", "merge"),
+    "bake": ("dodgeburn.merge.bake", "bake"),
+    "extract_delta": ("dodgeburn.merge.delta", "extract"),
 }
 
 

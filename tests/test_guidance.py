@@ -18,7 +18,6 @@ from dodgeburn.images.png import read_png
 from dodgeburn.models.loading import assemble
 from dodgeburn.models.model import Model
 from dodgeburn.models.saving import save_single_file
-from dodgeburn.sampling.clip_skip import names_elsewhere
 from dodgeburn.sampling.guidance import classifier_free, rescaled
 from dodgeburn.sampling.loop import GenerateSettings, generate
 from dodgeburn.sampling.prompts import encode, token_chunks
@@ -58,7 +57,7 @@ def test_clip_skip_of_sd15_is_an_encoder_with_fewer_layers(skip: int) -> None:
     shorter = CLIPTextModel(config).eval()
     state = {k: v for k, v in model.text_encoders[0].state_dict().items() if k in shorter.state_dict()}
     shorter.load_state_dict(state)
-    wanted = shorter(torch.tensor(token_chunks(model.tokenizers[0], "a hat"))).last_hidden_state[0]
+    wanted = shorter(torch.tensor([token_chunks(model.tokenizers[0], "a hat")[0].ids])).last_hidden_state[0]
     got = encode(model, ["a hat"], skip)["a hat"].embeds
     assert torch.allclose(got, wanted, atol=1e-5)
     assert torch.equal(got, encode(model, ["a hat"], -skip)["a hat"].embeds)
@@ -81,48 +80,35 @@ def test_clip_skip_of_sdxl_as_diffusers(skip: int) -> None:
 def test_clip_skip_1_of_sdxl_is_the_last_state_without_its_norm() -> None:
     model = deep("sdxl")
     got = encode(model, ["a hat"], 1)["a hat"].embeds
-    ids = torch.tensor(token_chunks(model.tokenizers[0], "a hat"))
+    ids = torch.tensor([token_chunks(model.tokenizers[0], "a hat")[0].ids])
     for encoder, part in zip(model.text_encoders, got.split([16, 24], dim=-1), strict=True):
         out = encoder(ids, output_hidden_states=True)
         assert torch.allclose(part, out.hidden_states[-1][0], atol=1e-5)
         assert not torch.allclose(part, out.last_hidden_state[0], atol=1e-2)
 
 
+# diffusers' clip_skip of CLIP skip 1, 2, 3, 4 (docs/generate.md); 0 is None, "none" where it has no number
+DIFFUSERS = {"sd15": [0, 1, 2, 3], "sdxl": ["none", 0, 1, 2]}
+
+
 @pytest.mark.parametrize("layout", ["sd15", "sdxl"])
-def test_clip_skip_means_the_same_in_other_programs(layout: str) -> None:
-    """Each program's own rule (ComfyUI's and diffusers', with their numbers) finds the state that ours finds."""
+@pytest.mark.parametrize("skip", [1, 2, 3, 4])
+def test_clip_skip_means_the_same_in_other_programs(layout: str, skip: int) -> None:
+    """ComfyUI's and diffusers' own rules, with the numbers of the table, find the state that ours finds."""
     model = deep(layout)
-    for skip in (1, 2, 3, 4):
-        names = names_elsewhere(skip, layout == "sdxl")
-        assert names["a1111"] == skip and names["comfyui"] == -skip
-        parts = []
-        for tokenizer, encoder in zip(model.tokenizers, model.text_encoders, strict=True):
-            ids = torch.tensor(token_chunks(tokenizer, "a hat"))
-            out = encoder(ids, output_hidden_states=True)
-            norm = next(m for n, m in encoder.named_modules() if n.endswith("final_layer_norm"))
-            comfy = out.hidden_states[-skip][0]
-            comfy = norm(comfy) if layout == "sd15" else comfy
-            if "diffusers" in names:
-                k = names["diffusers"] or 0
-                theirs = norm(out.hidden_states[-(k + 1)]) if layout == "sd15" else out.hidden_states[-(k + 2)]
-                assert torch.allclose(theirs[0], comfy, atol=1e-6)
-            parts.append(comfy)
-        got = encode(model, ["a hat"], skip)["a hat"].embeds
-        assert torch.allclose(got, torch.cat(parts, dim=-1), atol=1e-5)
-    assert ("diffusers" in names_elsewhere(1, True)) is False and names_elsewhere(1, False)["diffusers"] is None
-    assert names_elsewhere(2, True)["diffusers"] is None and names_elsewhere(3, True)["diffusers"] == 1
-
-
-@pytest.mark.parametrize("layout", ["sd15", "sdxl"])
-def test_inspect_gives_the_clip_skip_table(layout: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    save_single_file(deep(layout), tmp_path / "m.safetensors")
-    assert main(["inspect", str(tmp_path / "m.safetensors"), "--json"]) == 0
-    out = capsys.readouterr().out
-    found = json.loads(out.splitlines()[-1])["clip_skip"]
-    sdxl = layout == "sdxl"
-    assert (found["default"], found["most"], found["final_norm"]) == ((2, 4, False) if sdxl else (1, 4, True))
-    assert f"3: A1111 3, ComfyUI -3, diffusers clip_skip {1 if sdxl else 2}" in out
-    assert ("1: A1111 1, ComfyUI -1, diffusers clip_skip cannot" in out) is sdxl
+    comfy, theirs = [], []
+    k = DIFFUSERS[layout][skip - 1]
+    for tokenizer, encoder in zip(model.tokenizers, model.text_encoders, strict=True):
+        out = encoder(torch.tensor(token_chunks(tokenizer, "a hat")), output_hidden_states=True)
+        norm = next(module for name, module in encoder.named_modules() if name.endswith("final_layer_norm"))
+        state = out.hidden_states[-skip][0]
+        comfy.append(norm(state) if layout == "sd15" else state)
+        if isinstance(k, int):
+            theirs.append(norm(out.hidden_states[-(k + 1)])[0] if layout == "sd15" else out.hidden_states[-(k + 2)][0])
+    got = encode(model, ["a hat"], skip)["a hat"].embeds
+    assert torch.allclose(got, torch.cat(comfy, dim=-1), atol=1e-5)
+    if theirs:
+        assert torch.allclose(got, torch.cat(theirs, dim=-1), atol=1e-5)
 
 
 def test_clip_skip_reaches_both_prompts() -> None:

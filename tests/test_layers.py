@@ -53,6 +53,7 @@ LIGHT = (
     "dodgeburn", "dodgeburn.cli.main", "dodgeburn.cli.inspect", "dodgeburn.cli.generate", "dodgeburn.cli.merge",
     "dodgeburn.cli.compare", "dodgeburn.cli.pocket", "dodgeburn.cli.tour", "dodgeburn.images.png",
     "dodgeburn.merge.presets", "dodgeburn.merge.blocks", "dodgeburn.checkpoint.layout", "dodgeburn.pocket.captions",
+    "dodgeburn.cli.bake", "dodgeburn.cli.delta", "dodgeburn.cli.convert", "dodgeburn.checkpoint.lora_inspect",
 )  # fmt: skip
 
 

@@ -1,6 +1,5 @@
 """Infotext as A1111 writes and reads it, ComfyUI graphs, and PNG files."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -13,15 +12,16 @@ from PIL import Image
 from dodgeburn.errors import UserError
 from dodgeburn.images.png import (
     Infotext,
-    comfy_graph,
     png_bytes,
     quote,
     read_infotext,
     read_png,
     unquote,
     write_infotext,
-    write_png,
+    write_picture,
 )
+
+pytestmark = pytest.mark.metadata
 
 # A picture's text as A1111 1.10 saves it, with a quoted value and a two-line prompt.
 REAL = (
@@ -112,22 +112,11 @@ def test_same_bytes_and_file(tmp_path: Path) -> None:
     image = Image.new("RGB", (8, 8), (200, 10, 10))
     info = Infotext("é ü 漢字", "", {"Steps": "1", "Seed": "2", "Size": "8x8"})
     assert png_bytes(image, info) == png_bytes(image, info)
-    write_png(tmp_path / "a.png", image, info, {"seed": 2})
+    write_picture(tmp_path / "a.png", image, info, {"seed": 2})
     assert read_png(tmp_path / "a.png").infotext == info
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
     with Image.open(tmp_path / "a.png") as again:
         assert again.getpixel((0, 0)) == (200, 10, 10)
-
-
-def test_comfy_graph_is_connected() -> None:
-    graph = comfy_graph("m.safetensors", "p", "n", 5, 20, 4.0, "dpmpp_2m", "karras", 512, 768)
-    links = [(node, v) for node in graph.values() for v in node["inputs"].values() if isinstance(v, list)]
-    assert len(links) == 9 and all(target in graph for _, (target, _output) in links)
-    sampler = graph["3"]["inputs"]
-    assert graph[sampler["positive"][0]]["inputs"]["text"] == "p"
-    assert graph[sampler["negative"][0]]["inputs"]["text"] == "n"
-    assert graph[sampler["latent_image"][0]]["inputs"] == {"width": 512, "height": 768, "batch_size": 1}
-    assert json.loads(json.dumps(graph)) == graph
 
 
 def test_bad_files(tmp_path: Path) -> None:
@@ -141,7 +130,7 @@ def test_bad_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read"):
         read_png(tmp_path / "cut.png")
     with pytest.raises(UserError):
-        write_png(tmp_path / "no-folder" / "a.png", Image.new("RGB", (1, 1)))
+        write_picture(tmp_path / "no-folder" / "a.png", Image.new("RGB", (1, 1)))
 
 
 def test_foreign_chunks_do_no_harm(tmp_path: Path) -> None:

@@ -24,14 +24,8 @@ def test_reads_fresh_drawings(name: str, drawings: np.ndarray) -> None:
     result = grade(Reader.load(name).read(drawings), ATTRIBUTES)
     assert result["categorical_accuracy"] > 0.98
     assert result["finger_accuracy"] > 0.93
-    assert max(v for k, v in result["rmse"].items() if k != "sharpness") < 0.09
+    assert result["rmse_worst"] < 0.09
     assert result["unreadable"] < 0.02
-
-
-@pytest.mark.xfail(strict=True, reason="0.13: half of its range hardly changes a 64-pixel drawing, see docs/notes")
-@pytest.mark.parametrize("name", READERS)
-def test_reads_sharpness_as_well_as_the_rest(name: str, drawings: np.ndarray) -> None:
-    assert grade(Reader.load(name).read(drawings), ATTRIBUTES)["rmse"]["sharpness"] < 0.09
 
 
 @pytest.mark.parametrize("name", READERS)

@@ -281,22 +281,26 @@ def test_initial_noise_is_of_the_seed_alone() -> None:
 
 def test_split_tokens() -> None:
     comma = 9
-    assert split_tokens([], 5, comma) == [[]]
-    assert split_tokens([1] * 5, 5, comma) == [[1] * 5]
-    assert split_tokens([1] * 6, 5, comma) == [[1] * 5, [1]]
-    assert split_tokens([1, 9, 2, 3, 4, 5], 5, comma) == [[1, 9], [2, 3, 4, 5]]
+
+    def split(ids: list[int], length: int) -> list[list[int]]:
+        return [[i for i, _ in chunk] for chunk in split_tokens([(i, 1.0) for i in ids], length, comma)]
+
+    assert split([], 5) == [[]]
+    assert split([1] * 5, 5) == [[1] * 5]
+    assert split([1] * 6, 5) == [[1] * 5, [1]]
+    assert split([1, 9, 2, 3, 4, 5], 5) == [[1, 9], [2, 3, 4, 5]]
     far = [9] + [1] * 80
-    assert split_tokens(far, 75, comma)[0] == far[:75]
+    assert split(far, 75)[0] == far[:75]
     near = [1] * (75 - COMMA_BACKTRACK) + [9] + [1] * 40
-    assert split_tokens(near, 75, comma)[0] == near[: 75 - COMMA_BACKTRACK + 1]
+    assert split(near, 75)[0] == near[: 75 - COMMA_BACKTRACK + 1]
     for length in range(1, 200, 7):
         ids = [comma if i % 11 == 0 else i for i in range(length)]
-        assert [i for chunk in split_tokens(ids, 75, comma) for i in chunk] == ids
+        assert [i for chunk in split(ids, 75) for i in chunk] == ids
 
 
 def test_chunks_are_encoded_each_on_its_own(sdxl: Model) -> None:
     text = "b" * 60 + "c" * 60
-    rows = token_chunks(sdxl.tokenizers[0], text)
+    rows = [chunk.ids for chunk in token_chunks(sdxl.tokenizers[0], text)]
     assert [len(r) for r in rows] == [77, 77] and rows[1][0] == 0 and rows[0][-1] == 1
     whole = encode(sdxl, [text, "b", ""])
     assert whole[text].embeds.shape == (154, 40) and whole[text].chunks == 2
@@ -308,7 +312,7 @@ def test_chunks_are_encoded_each_on_its_own(sdxl: Model) -> None:
 
 
 def test_sd15_uses_the_last_state_after_its_norm(sd15: Model) -> None:
-    ids = torch.tensor(token_chunks(sd15.tokenizers[0], "a hat"))
+    ids = torch.tensor([token_chunks(sd15.tokenizers[0], "a hat")[0].ids])
     wanted = sd15.text_encoders[0](ids).last_hidden_state[0]
     got = encode(sd15, ["a hat"])["a hat"]
     assert torch.allclose(got.embeds, wanted, atol=1e-6) and got.pooled is None

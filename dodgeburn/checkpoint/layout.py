@@ -155,6 +155,8 @@ def _what_else(names: set[str]) -> str:
     def any_has(*parts: str) -> bool:
         return any(part in name for name in names for part in parts)
 
+    if any(name.startswith("delta.") for name in names):
+        return "it is a delta, which `dodgeburn delta apply` adds to a model"
     if any_has("lora_down", "lora_up", "lora_A", "lora_B", "lora.down", "lora.up", "hada_w1", "lokr_w1"):
         return "it is a LoRA"
     if any_has("down_blocks.", "mid_block."):

@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from dodgeburn.errors import DodgeburnWarning, UserError
+from dodgeburn.images.png import KINDS
 
 if TYPE_CHECKING:
     from dodgeburn.models.model import Model
     from dodgeburn.sampling.loop import Generated, GenerateSettings, Step
+    from dodgeburn.sampling.reproduce import Request
     from dodgeburn.sampling.settings import Thresholding
 
 HELP = "make pictures from a prompt, with their settings inside the PNGs"
@@ -30,15 +32,18 @@ OPTIONS = {"fraction": "threshold_fraction"}
 
 @dataclass
 class Generate:
-    """Make pictures from a prompt: one PNG a seed, with all settings in its metadata, and a contact sheet.
+    """Make pictures from a prompt: one file a seed, with all settings in its metadata, and a contact sheet.
 
-    The same prompt, seed and settings give the same picture, whatever the batch size.
+    The same prompt, seed and settings give the same picture, whatever the batch size. With --from they are read from a
+    picture: one of dodgeburn's is made again bit for bit; A1111's and ComfyUI's settings are taken as far as they go.
     """
 
-    prompt: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT")]
+    prompt: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT")] = None
     """What to draw. Over 75 tokens it is encoded in chunks of 75, as A1111 does."""
-    model: str = "pocket"
-    """A packaged model (pocket, pocket-style, pocket-bold), a .safetensors file, a folder or a hub id."""
+    source: Annotated[Path | None, tyro.conf.arg(name="from", metavar="PICTURE")] = None
+    """PNG, JPEG or WebP to take prompt, seed, model and settings from; options given besides win."""
+    model: str | None = None
+    """A packaged model (pocket, pocket-style, pocket-bold), a .safetensors file, a folder or a hub id; none: pocket."""
     seed: int = 0
     """Seed of the first picture; the next ones count up from it."""
     n: Annotated[int, tyro.conf.arg(aliases=["-n"], metavar="COUNT")] = 1
@@ -47,6 +52,8 @@ class Generate:
     """Folder for the pictures; made if it is not there."""
     negative: str = ""
     """What to keep away from."""
+    prompt_syntax: str = "a1111"
+    """How weights are read: a1111 ((x:1.2) multiplies, [x], BREAK), comfy ((x:1.2) replaces) or plain (no weights)."""
     steps: int = 20
     """Denoising steps."""
     guidance: float = 4.0
@@ -119,6 +126,8 @@ class Generate:
     """fp32, fp16 or bf16; none: fp16 on cuda, else fp32."""
     tokenizer: Path | None = None
     """Folder with a CLIP tokenizer, for a single file of real Stable Diffusion."""
+    format: str = "png"
+    """png, jpg (quality 95) or webp (lossless); all carry the settings."""
     sheet: bool = True
     """Write a contact sheet too, if there are two pictures or more."""
     json: bool = False
@@ -136,28 +145,103 @@ def main(args: list[str]) -> int:
     )
     if not 1 <= options.n <= 100_000:
         raise UserError(f"-n is {options.n}: give a number of pictures from 1 to 100000")
-    from dodgeburn.sampling.settings import GenerateSettings
-    from dodgeburn.sampling.sizes import SIZE_FIELDS
-
-    sizes: dict[str, Any] = {name: _pair(name, getattr(options, name)) for name in SIZE_FIELDS[1:]}
-    settings = GenerateSettings(
-        steps=options.steps, guidance=options.guidance, sampler=options.sampler, spacing=options.spacing,
-        width=options.width, height=options.height, negative=options.negative, noise=options.noise,
-        zero_snr=options.zero_snr, clip_skip=options.clip_skip, cfg_rescale=options.cfg_rescale,
-        cfg_start=options.cfg_start, cfg_end=options.cfg_end, thresholding=_thresholding(options),
-        size_scale=options.size_scale, **sizes,
-    )  # fmt: skip
+    if f".{options.format}" not in KINDS:
+        raise UserError(f"--format is {options.format!r}: expected {', '.join(k[1:] for k in KINDS)}")
+    plan = _plan(options)
     writable_folder(options.out)
     with warnings.catch_warnings():
         warnings.simplefilter("always", DodgeburnWarning)
         warnings.showwarning = _say  # at once: a setting without effect is worth knowing before an hour's work
-        found = _run(options, settings)
+        found = _run(options, plan)
     print(f"wrote {len(found['pictures'])} pictures to {options.out} in {found['seconds']} s")
     if found["sheet"]:
         print(f"sheet: {found['sheet']}")
     if options.json:
         print(json.dumps(found))
     return 0
+
+
+@dataclass
+class _Plan:
+    """What to make: the pictures' prompt and seeds, and where they came from."""
+
+    prompt: str
+    seeds: list[int]
+    settings: GenerateSettings
+    model: str
+    batch_size: int | None
+    dtype: str | None
+    source: Request | None = None
+    row: int | None = None  # only this row of the batch is kept: the picture that is made again
+
+
+def _settings(options: Generate) -> GenerateSettings:
+    from dodgeburn.sampling.settings import GenerateSettings
+    from dodgeburn.sampling.sizes import SIZE_FIELDS
+
+    sizes: dict[str, Any] = {name: _pair(name, getattr(options, name)) for name in SIZE_FIELDS[1:]}
+    return GenerateSettings(
+        steps=options.steps, guidance=options.guidance, sampler=options.sampler, spacing=options.spacing,
+        width=options.width, height=options.height, negative=options.negative,
+        prompt_syntax=options.prompt_syntax, noise=options.noise,
+        zero_snr=options.zero_snr, clip_skip=options.clip_skip, cfg_rescale=options.cfg_rescale,
+        cfg_start=options.cfg_start, cfg_end=options.cfg_end, thresholding=_thresholding(options),
+        size_scale=options.size_scale, **sizes,
+    )  # fmt: skip
+
+
+def _plan(options: Generate) -> _Plan:
+    """The generation as asked for; with --from, the picture's settings under those given as options."""
+    settings = _settings(options)
+    if options.source is None:
+        if options.prompt is None:
+            raise UserError("no prompt: give one, or a picture to take it from with --from PICTURE")
+        seeds = [options.seed + i for i in range(options.n)]
+        model = options.model or "pocket"
+        return _Plan(options.prompt, seeds, settings, model, options.batch_size, options.dtype)
+    from dodgeburn.pocket.model import NAMES
+    from dodgeburn.sampling.reproduce import request_of
+    from dodgeburn.sampling.settings import GenerateSettings
+
+    asked = request_of(options.source)
+    default = _settings(Generate())
+    given = {k: v for k in GenerateSettings.model_fields if (v := getattr(settings, k)) != getattr(default, k)}
+    if options.model is None and asked.model not in NAMES:
+        name, short = asked.model or "a model without a name", asked.model_hash[:10] or "not known"
+        raise UserError(f"{options.source} was made with {name} (hash {short}): give its file with --model")
+    plan = _Plan(
+        prompt=asked.prompt if options.prompt is None else options.prompt,
+        seeds=asked.seeds, settings=GenerateSettings(**{**asked.settings.model_dump(), **given}),
+        model=options.model or asked.model, batch_size=options.batch_size, dtype=options.dtype or asked.dtype,
+        source=asked,
+    )  # fmt: skip
+    if options.seed or options.n > 1:
+        first = options.seed or asked.seeds[0]
+        plan.seeds = [first + i for i in range(options.n)]
+    elif len(plan.seeds) == 1 and plan.batch_size is None:
+        # The last bit of a picture depends on its batch's size and its row there: it is made in the same place.
+        plan.row, plan.batch_size = asked.batch
+        plan.seeds = plan.seeds * plan.batch_size
+    return plan
+
+
+def _tell_source(plan: _Plan, model: Model) -> None:
+    """Warn of what a picture's settings say that isn't followed."""
+    asked = plan.source
+    if asked is None:
+        return
+    if asked.model_hash and not model.sha256.startswith(asked.model_hash):
+        warnings.warn(
+            f"the picture was made with another model: {asked.model or 'hash'} {asked.model_hash[:10]}, this one is "
+            f"{model.name} {model.sha256[:10]}", DodgeburnWarning, stacklevel=2,
+        )  # fmt: skip
+    if asked.device and asked.device != model.device.type:
+        warnings.warn(
+            f"the picture was made on {asked.device}, this is {model.device.type}: expect small differences",
+            DodgeburnWarning, stacklevel=2,
+        )  # fmt: skip
+    for line in asked.not_honoured:
+        warnings.warn(f"not honoured from {asked.kind}'s settings: {line}", DodgeburnWarning, stacklevel=2)
 
 
 def _say(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
@@ -202,35 +286,40 @@ def writable_folder(folder: Path) -> None:
         raise UserError(f"cannot write to folder {folder}: {error.strerror or error}") from error
 
 
-def _run(options: Generate, settings: GenerateSettings) -> dict[str, Any]:
+def _run(options: Generate, plan: _Plan) -> dict[str, Any]:
     from tqdm import tqdm
 
     from dodgeburn.models.loading import load_model
     from dodgeburn.sampling.loop import stream
     from dodgeburn.sampling.saving import record_of, save_picture
 
-    model = load_model(options.model, options.device, options.dtype, options.tokenizer)
-    prompts, seeds = [options.prompt] * options.n, [options.seed + i for i in range(options.n)]
+    model = load_model(plan.model, options.device, plan.dtype, options.tokenizer)
+    _tell_source(plan, model)
+    prompts = [plan.prompt] * len(plan.seeds)
     began = time.perf_counter()
     made: list[Generated] = []
     pictures = []
     # disable=None: a bar on a terminal only
-    with tqdm(total=options.n * settings.steps, unit="step", disable=None, file=sys.stderr, leave=False) as bar:
+    with tqdm(total=len(prompts) * plan.settings.steps, unit="step", disable=None, file=sys.stderr, leave=False) as bar:
 
         def progress(step: Step) -> None:
             bar.update(len(step.indices))
 
-        for picture in stream(model, prompts, seeds, settings, progress, options.batch_size):
-            path = _free_name(options.out, f"{slug(options.prompt)}-{picture.seed}", record_of(picture, model))
+        for picture in stream(model, prompts, plan.seeds, plan.settings, progress, plan.batch_size):
+            if plan.row is not None and picture.index != plan.row:
+                continue
+            stem = f"{slug(plan.prompt)}-{picture.seed}"
+            path = _free_name(options.out, stem, options.format, record_of(picture, model))
             save_picture(path, picture, model)
             pictures.append({"path": str(path), "seed": picture.seed, "settings": picture.settings.model_dump()})
             made.append(picture)
-    sheet = _write_sheet(options, made, model) if options.sheet and len(made) > 1 else None
+    sheet = _write_sheet(options, plan.prompt, made, model) if options.sheet and len(made) > 1 else None
     return {
         "pictures": pictures,
         "sheet": None if sheet is None else str(sheet),
         "model": model.name,
         "model_sha256": model.sha256,
+        "not_honoured": [] if plan.source is None else plan.source.not_honoured,
         "seconds": round(time.perf_counter() - began, 3),
     }
 
@@ -241,25 +330,27 @@ def slug(prompt: str) -> str:
     return words[:60].rstrip("-") or "picture"
 
 
-def _free_name(folder: Path, stem: str, record: dict[str, object]) -> Path:
+def _free_name(folder: Path, stem: str, ending: str, record: dict[str, object]) -> Path:
     """A file name that is free, or holds the same picture already: nothing else is overwritten."""
     from dodgeburn.images.png import read_png
 
     number = 1
     while True:
-        path = folder / (f"{stem}.png" if number == 1 else f"{stem}-{number}.png")
+        path = folder / (f"{stem}.{ending}" if number == 1 else f"{stem}-{number}.{ending}")
         if not path.exists():
             return path
         try:
-            if read_png(path).own == json.loads(json.dumps(record)):
+            there = read_png(path).own or {}
+            # the batch moves the last bit only
+            if {**there, "batch": None} == {**json.loads(json.dumps(record)), "batch": None}:
                 return path
         except UserError:
             pass  # something else under this name: leave it alone
         number += 1
 
 
-def _write_sheet(options: Generate, made: list[Generated], model: Model) -> Path:
-    from dodgeburn.images.png import write_png
+def _write_sheet(options: Generate, prompt: str, made: list[Generated], model: Model) -> Path:
+    from dodgeburn.images.png import write_picture
     from dodgeburn.images.sheet import contact_sheet
     from dodgeburn.sampling.saving import infotext_of, record_of
 
@@ -267,8 +358,8 @@ def _write_sheet(options: Generate, made: list[Generated], model: Model) -> Path
     shown = made[:64]  # a sheet is for looking at
     rows = [[m.image for m in shown[i : i + columns]] for i in range(0, len(shown), columns)]
     labels = [f"from seed {shown[i].seed}" for i in range(0, len(shown), columns)]
-    sheet = contact_sheet(rows, row_labels=labels if len(labels) > 1 else None, title=options.prompt)
+    sheet = contact_sheet(rows, row_labels=labels if len(labels) > 1 else None, title=prompt)
     record = {**record_of(made[0], model), "seeds": [m.seed for m in shown]}
-    path = _free_name(options.out, f"{slug(options.prompt)}-sheet", record)
-    write_png(path, sheet, infotext_of(made[0], model), record)
+    path = _free_name(options.out, f"{slug(prompt)}-sheet", options.format, record)
+    write_picture(path, sheet, infotext_of(made[0], model), record)
     return path

@@ -2,44 +2,53 @@
 
 from __future__ import annotations
 
+import inspect
 import json
-import re
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 import tyro
 
-from dodgeburn.checkpoint.layout import Layout, detect_layout
+from dodgeburn.checkpoint.layout import detect_layout
+from dodgeburn.checkpoint.lora_file import adapter_file
+from dodgeburn.checkpoint.lora_inspect import adapter_lines, inspect_adapter
 from dodgeburn.checkpoint.metadata import CONFIGS, RECIPE, recipe_of
 from dodgeburn.checkpoint.naming import find_checkpoint
+from dodgeburn.checkpoint.sources import is_index, open_tensors
 from dodgeburn.checkpoint.tensorfile import read_header
 from dodgeburn.errors import UserError
-from dodgeburn.sampling.clip_skip import default_clip_skip, names_elsewhere
 
-HELP = "show what a checkpoint is: layout, components, types, metadata, recipe"
+HELP = "show what a checkpoint or a LoRA is: layout, components, types, metadata, recipe"
 EXAMPLE = "dodgeburn inspect model.safetensors"
-_LAYER = re.compile(r"\.(?:layers|resblocks)\.(\d+)\.")  # of a text encoder, in CLIP's and in OpenCLIP's names
 _WIDTH = 100  # characters of a metadata value that are shown
 
 
 @dataclass
 class Inspect:
-    """Show a checkpoint's layout, components, types, metadata and recipe. Reads only its header."""
+    """Show a checkpoint's layout, components, types, metadata and recipe; of a LoRA its spelling, ranks and hashes too.
+
+    Of a checkpoint only the header is read.
+    """
 
     file: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
-    """A .safetensors file, or a packaged model such as pocket."""
+    """A .safetensors file (checkpoint or adapter), a PEFT folder, or a packaged model such as pocket."""
     json: bool = False
     """Print one JSON object as the last line, with all metadata in full."""
 
 
 def inspect_file(name: str) -> dict[str, Any]:
     """Everything the header says, as plain values; UserError for a file that is not a sound safetensors
-    file.
+    file. Of an adapter (a file, or a folder of PEFT's) also its kind, spelling, ranks, modules and hashes.
     """
     path = find_checkpoint(name)
-    header = read_header(path)
+    if path.is_dir():
+        path = adapter_file(path)
+    if is_index(path):
+        with open_tensors(path) as source:
+            header = source.header
+    else:
+        header = read_header(path)
     values: Counter[str] = Counter()
     components: dict[str, dict[str, Any]] = {}
     layout, why = None, ""
@@ -66,43 +75,42 @@ def inspect_file(name: str) -> dict[str, Any]:
         "values": sum(values.values()),
         "dtypes": dict(values),
         "components": components,
-        "clip_skip": _clip_skip(layout, header.tensors) if layout else None,
+        "clip_skip": _clip_skips(layout.name) if layout else {},
+        "adapter": inspect_adapter(path) if layout is None and not is_index(path) else None,
         "metadata": header.metadata,
         "recipe": recipe_of(header.metadata),
     }
 
 
-def _clip_skip(layout: Layout, keys: Iterable[str]) -> dict[str, Any] | None:
-    """CLIP skip as this model takes it: default, range, and other programs' numbers for 1 to 3; None for a file
-    without text encoders.
-    """
-    layers: dict[str, set[int]] = {}
-    for key in keys:
-        match = _LAYER.search(key)
-        if match and layout.is_text(key):
-            layers.setdefault(layout.component(key), set()).add(int(match[1]))
-    if not layers:
-        return None
-    sdxl, most = layout.name == "sdxl", min(len(found) for found in layers.values())
-    return {
-        "default": default_clip_skip(sdxl),
-        "most": most,
-        "final_norm": not sdxl,
-        "elsewhere": {str(n): names_elsewhere(n, sdxl) for n in range(1, min(most, 3) + 1)},
-    }
+def _clip_skips(layout: str) -> dict[int, str]:
+    """What the usual CLIP skips are called elsewhere, the trained one first (sampling/clip_skip.py has the rule)."""
+    trained = 2 if layout == "sdxl" else 1
+    shown = (trained, *(n for n in (1, 2, 3) if n != trained))
+    return {n: f"ComfyUI {-n}, diffusers {_of_diffusers(n - trained)}" for n in shown}
+
+
+def _of_diffusers(count: int) -> str:
+    return "none" if count == 0 else f"clip_skip={count}" if count > 0 else "has no number for it"
 
 
 def _text(found: dict[str, Any]) -> str:
-    lines = [f"{found['file']}: {found['layout_title']}, {found['bytes'] / 1e6:,.2f} MB"]
+    adapter = found["adapter"]
+    title = f"{adapter['kind']} file" if adapter else found["layout_title"]
+    lines = [f"{found['file']}: {title}, {found['bytes'] / 1e6:,.2f} MB"]
+    if adapter:
+        lines += adapter_lines(adapter)
     if found["blocks"]:
         ins = sum(block.startswith("IN") for block in found["blocks"])
         lines.append(f"blocks: {ins} IN + M00 + {len(found['blocks']) - ins - 1} OUT")
+    if found["clip_skip"]:
+        lines.append("CLIP skip (as A1111 counts; the first as trained):")
+        lines += [f"  {n} = {row}" for n, row in found["clip_skip"].items()]
     lines.append(f"{'component':<16}{'tensors':>8}{'values':>16}{'MB':>12}  types")
     for name, part in found["components"].items():
         types = ", ".join(f"{dtype} x {n}" for dtype, n in sorted(part["dtypes"].items()))
-        lines.append(f"{name:<16}{part['tensors']:>8}{part['values']:>16,}{part['bytes'] / 1e6:>12,.2f}  {types}")
-    if found["clip_skip"]:
-        lines += _clip_skip_lines(found["clip_skip"])
+        lines.append(
+            f"{name:<16}{part['tensors']:>8}{part['values']:>16,}{part['bytes'] / 1e6:>12,.2f}  {types}"
+        )
     lines.append(f"metadata: {len(found['metadata'])} keys" if found["metadata"] else "metadata: none")
     for key, value in found["metadata"].items():
         if key in (RECIPE, CONFIGS):
@@ -115,29 +123,37 @@ def _text(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _clip_skip_lines(found: dict[str, Any]) -> list[str]:
-    norm = "with" if found["final_norm"] else "without"
-    lines = [
-        f"CLIP skip: 1 to {found['most']}, {found['default']} if not asked for; {norm} the final norm; the same in"
-    ]
-    for n, names in found["elsewhere"].items():
-        diffusers = names["diffusers"] if "diffusers" in names else "cannot"
-        lines.append(f"  {n}: A1111 {names['a1111']}, ComfyUI {names['comfyui']}, diffusers clip_skip {diffusers}")
-    return lines
-
-
 def _recipe_lines(recipe: dict[str, Any], indent: str) -> list[str]:
-    """A merge recipe as a tree of parents; other recipes as their plain values."""
+    """A recipe of ours as a tree of parents; other recipes as their plain values."""
+    if recipe.get("kind") in ("bake", "delta_apply") and isinstance(recipe.get("added"), list):
+        return _added_lines(recipe, indent)
     if recipe.get("kind") != "merge":
-        return [f"{indent}{key}: {value}" for key, value in recipe.items() if not isinstance(value, (dict, list))]
+        return [
+            f"{indent}{key}: {value}" for key, value in recipe.items() if not isinstance(value, (dict, list))
+        ]
     preset = recipe.get("preset") or "no preset"
     keep = ", ".join(recipe.get("keep") or []) or "nothing"
     lines = [f"{indent}{recipe.get('method')}: {preset}, base {recipe.get('base')}, kept of A: {keep}"]
     for name in ("a", "b"):
         parent = recipe.get(name) or {}
-        lines.append(f"{indent}{name.upper()} = {parent.get('file')} (sha256 {str(parent.get('sha256'))[:10]})")
+        lines.append(
+            f"{indent}{name.upper()} = {parent.get('file')} (sha256 {str(parent.get('sha256'))[:10]})"
+        )
         if isinstance(parent.get("recipe"), dict):
             lines += _recipe_lines(parent["recipe"], indent + "    ")
+    return lines
+
+
+def _added_lines(recipe: dict[str, Any], indent: str) -> list[str]:
+    weights = [f"{name} x {w:g}" for name, w in (recipe.get("blocks") or {}).items() if w != 1.0]
+    lines = [f"{indent}{recipe['kind']}: {', '.join(weights) or 'all blocks x 1'}"]
+    model = recipe.get("model") or {}
+    lines.append(f"{indent}model = {model.get('file')} (sha256 {str(model.get('sha256'))[:10]})")
+    if isinstance(model.get("recipe"), dict):
+        lines += _recipe_lines(model["recipe"], indent + "    ")
+    for one in recipe["added"]:
+        strength, title, file = one.get("strength"), one.get("title"), one.get("file")
+        lines.append(f"{indent}+ {strength} x {file} ({title}, sha256 {str(one.get('sha256'))[:10]})")
     return lines
 
 
@@ -147,7 +163,7 @@ def main(args: list[str]) -> int:
         Inspect,
         args=args,
         prog="dodgeburn inspect",
-        description=f"{Inspect.__doc__}\n\nexample: {EXAMPLE}",
+        description=f"{inspect.cleandoc(Inspect.__doc__ or '')}\n\nexample: {EXAMPLE}",
         config=(tyro.conf.FlagCreatePairsOff,),
     )
     found = inspect_file(settings.file)

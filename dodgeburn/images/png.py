@@ -1,7 +1,9 @@
-"""Generation settings inside PNG files: A1111's infotext, ComfyUI's API graph, and our own exact JSON.
+"""Generation settings inside PNG, JPEG and WebP files: A1111's infotext, ComfyUI's API graph, our own exact JSON.
 
-Text chunks written: `parameters` (A1111 infotext, always), `dodgeburn` (JSON of all settings, always),
-`prompt` (ComfyUI API graph, only for checkpoints that ComfyUI can load). Nothing here imports torch.
+PNG text chunks written: `parameters` (A1111 infotext, always), `dodgeburn` (JSON of all settings, always),
+`prompt` (ComfyUI API graph, only for checkpoints that ComfyUI can load). JPEG and WebP have the same in EXIF: the
+infotext as the user comment, as A1111 does; the graph as "prompt:{...}" in the tag Model, as ComfyUI does; our own as
+"dodgeburn:{...}" in the tag ImageDescription. Nothing here imports torch.
 
 Infotext, as A1111, Civitai and ComfyUI read it: the prompt's lines; lines from one that begins with
 "Negative prompt:" on are the negative prompt; the last line is `Key: value, Key: value, ...` if at least
@@ -25,8 +27,14 @@ from dodgeburn.errors import UserError
 
 NEGATIVE = "Negative prompt:"
 OWN_CHUNK = "dodgeburn"
-# A pair: a key of two or more word characters, spaces, - and /, then a JSON string or all up to a comma.
-_PAIR = re.compile(r'\s*(?P<key>\w[\w /-]+):\s*(?P<value>"(?:[^"\\]|\\.)+"|[^,]*)(?:,|$)')
+KINDS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}  # file endings and Pillow's names
+MOST_TEXT = 4_000_000  # characters; large ComfyUI workflows have some 100 000
+EXIF_IFD, USER_COMMENT, DESCRIPTION_TAG, MODEL_TAG = 0x8769, 0x9286, 0x010E, 0x0110
+UNICODE = b"UNICODE\0"  # says how the user comment is written
+OWN_MARK, GRAPH_MARK = "dodgeburn:", "prompt:"
+# A pair: a key of 2 to 101 word characters, spaces, - and / (the bound keeps hostile lines fast), then a JSON string
+# or all up to a comma.
+_PAIR = re.compile(r'\s*(?P<key>\w[\w /-]{1,100}):\s*(?P<value>"(?:[^"\\]|\\.)+"|[^,]*)(?:,|$)')
 _SIZE = re.compile(r"(\d+)x(\d+)")
 
 
@@ -109,45 +117,6 @@ def read_infotext(text: str) -> Infotext:
     return Infotext("\n".join(prompts[0]), "\n".join(prompts[1]), settings)
 
 
-# ---------------------------------------------------------------------------------------------------- ComfyUI
-
-
-def comfy_graph(
-    checkpoint: str,
-    prompt: str,
-    negative: str,
-    seed: int,
-    steps: int,
-    guidance: float,
-    sampler: str,
-    scheduler: str,
-    width: int,
-    height: int,
-) -> dict[str, Any]:
-    """ComfyUI API graph of a plain text-to-image generation: node id -> class_type and inputs; a link is
-    [id, output].
-
-    `checkpoint` is a file name in ComfyUI's checkpoints folder, `sampler` and `scheduler` are ComfyUI's
-    names.
-    """
-
-    def node(kind: str, **inputs: Any) -> dict[str, Any]:
-        return {"class_type": kind, "inputs": inputs}
-
-    return {
-        "3": node(
-            "KSampler", seed=seed, steps=steps, cfg=guidance, sampler_name=sampler, scheduler=scheduler,
-            denoise=1.0, model=["4", 0], positive=["6", 0], negative=["7", 0], latent_image=["5", 0],
-        ),
-        "4": node("CheckpointLoaderSimple", ckpt_name=checkpoint),
-        "5": node("EmptyLatentImage", width=width, height=height, batch_size=1),
-        "6": node("CLIPTextEncode", text=prompt, clip=["4", 1]),
-        "7": node("CLIPTextEncode", text=negative, clip=["4", 1]),
-        "8": node("VAEDecode", samples=["3", 0], vae=["4", 2]),
-        "9": node("SaveImage", filename_prefix="dodgeburn", images=["8", 0]),
-    }  # fmt: skip
-
-
 # ------------------------------------------------------------------------------------------------------ files
 
 
@@ -171,36 +140,74 @@ def png_bytes(
     return buffer.getvalue()
 
 
-def write_png(
+def exif_bytes(image: Image.Image, kind: str, infotext: Infotext | None, own: Mapping[str, Any] | None,
+               graph: Mapping[str, Any] | None) -> bytes:  # fmt: skip
+    """A JPEG or (lossless) WebP file with these settings in its EXIF. Raises UserError when they don't fit there."""
+    exif = Image.Exif()
+    if infotext is not None:
+        text = write_infotext(infotext).replace("\0", "")
+        exif.get_ifd(EXIF_IFD)[USER_COMMENT] = UNICODE + text.encode("utf-16-be", errors="surrogatepass")
+    if graph is not None:
+        exif[MODEL_TAG] = GRAPH_MARK + json.dumps(graph)
+    if own is not None:
+        exif[DESCRIPTION_TAG] = OWN_MARK + json.dumps(own, sort_keys=True)
+    buffer = BytesIO()
+    options = {"quality": 95, "subsampling": 0} if kind == "JPEG" else {"lossless": True}
+    try:
+        image.save(buffer, kind, exif=exif, **options)
+    except ValueError as error:  # a JPEG's EXIF segment has 64 KiB
+        raise UserError(f"the settings don't fit into a {kind} file ({error}): write PNG instead") from error
+    return buffer.getvalue()
+
+
+def write_picture(
     path: str | Path,
     image: Image.Image,
     infotext: Infotext | None = None,
     own: Mapping[str, Any] | None = None,
     graph: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a PNG with its settings, atomically. Raises UserError for an unwritable folder or a full disk."""
-    write_atomic(path, png_bytes(image, infotext, own, graph))
+    """Write a picture with its settings, atomically: PNG, JPEG (quality 95) or WebP (lossless) by the file's ending.
+
+    Raises UserError for another ending, an unwritable folder or a full disk.
+    """
+    kind = KINDS.get(Path(path).suffix.lower())
+    if kind is None:
+        raise UserError(f"{path}: pictures are written as {', '.join(KINDS)}")
+    if kind == "PNG":
+        write_atomic(path, png_bytes(image, infotext, own, graph))
+    else:
+        write_atomic(path, exif_bytes(image, kind, infotext, own, graph))
 
 
 def read_png(path: str | Path) -> PngText:
-    """What a picture file says about its making. Raises UserError for a missing file or one that is no
-    picture.
+    """What a picture file (PNG, JPEG, WebP) says about its making.
 
-    A1111 keeps the same infotext in the EXIF user comment of JPEG and WebP files; that is read too.
+    Raises UserError for a missing file, one that is no picture, one with more than `MOST_TEXT` characters of text, or
+    one whose pixels or texts unpack to more than a picture can need.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=list(KINDS.values())) as image:
             image.load()  # text chunks may come after the pixels
             chunks = {str(k): v for k, v in image.info.items() if isinstance(v, str)}
-            comment = image.getexif().get_ifd(0x8769).get(0x9286)  # EXIF IFD, UserComment
+            exif = image.getexif()
+            comment = exif.get_ifd(EXIF_IFD).get(USER_COMMENT)
+            tags = [exif.get(tag) for tag in (DESCRIPTION_TAG, MODEL_TAG)]
     except FileNotFoundError:
         raise UserError(f"no picture at {path}: the file does not exist") from None
     except UnidentifiedImageError:
         raise UserError(f"{path} is not a picture: expected a PNG, JPEG or WebP file") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
-    if "parameters" not in chunks and isinstance(comment, bytes) and comment[:8] == b"UNICODE\0":
+    if "parameters" not in chunks and isinstance(comment, bytes) and comment[:8] == UNICODE:
         chunks["parameters"] = comment[8:].decode("utf-16-be", errors="replace")
+    for text in tags:
+        for mark, name in ((OWN_MARK, OWN_CHUNK), (GRAPH_MARK, "prompt")):
+            if isinstance(text, str) and text.startswith(mark):
+                chunks.setdefault(name, text[len(mark) :])
+    if (length := sum(map(len, chunks.values()))) > MOST_TEXT:
+        raise UserError(f"{path} holds {length:,} characters of text: no settings of a picture are longer "
+                        f"than {MOST_TEXT:,}")  # fmt: skip
     parameters = chunks.get("parameters")
     return PngText(
         infotext=None if parameters is None else read_infotext(parameters),
@@ -215,6 +222,6 @@ def _json_object(text: str | None) -> dict[str, Any] | None:
         return None
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None

@@ -17,7 +17,7 @@ import torch
 
 from dodgeburn.checkpoint.convert import diffusers_to_single_file, fit_names, single_file_to_diffusers, unet_key_map
 from dodgeburn.checkpoint.header import Header, TensorInfo, dtype_name, tensor_bytes
-from dodgeburn.checkpoint.tensorfile import TensorFile
+from dodgeburn.checkpoint.sources import open_tensors
 from dodgeburn.errors import UserError
 from dodgeburn.merge.methods import Method, find_method, merge_tensors
 from dodgeburn.merge.plan import Plan, Work, make_plan
@@ -53,7 +53,7 @@ class HeldTensors:
 def stored_tensors(model: Model) -> Tensors:
     """The tensors a model was loaded from: its single file, opened, or a copy of what is in memory."""
     if model.source is not None and Path(model.source).is_file():
-        return TensorFile(model.source)
+        return open_tensors(model.source)
     return HeldTensors(model)
 
 

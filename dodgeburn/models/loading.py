@@ -1,9 +1,9 @@
-"""A model from its name: a packaged one, a .safetensors file, a diffusers folder or a hub id."""
+"""A model from its name: a packaged one, a single file (also shards, .ckpt), a diffusers folder or a hub id."""
 
 import json
 import re
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,12 @@ from diffusers.utils import logging as diffusers_logging
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from dodgeburn.checkpoint.convert import fit_names, single_file_to_diffusers, unet_key_map
-from dodgeburn.checkpoint.header import read_header
 from dodgeburn.checkpoint.layout import detect_layout
 from dodgeburn.checkpoint.metadata import CONFIGS
-from dodgeburn.checkpoint.tensorfile import TensorFile
-from dodgeburn.errors import UserError
+from dodgeburn.checkpoint.sources import open_tensors, weights_in
+from dodgeburn.checkpoint.unet_keys import UNET
+from dodgeburn.checkpoint.vae_keys import modern_vae_name
+from dodgeburn.errors import DodgeburnWarning, UserError
 from dodgeburn.models.model import Configs, Model, choose_device, choose_dtype
 from dodgeburn.models.tokenizers import find_tokenizers, load_tokenizer
 from dodgeburn.pocket.model import NAMES, weights_path
@@ -27,6 +28,10 @@ _CONFIGS = Path(__file__).parent / "configs"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 _CLASSES = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
+_PIPELINES = (
+    "StableDiffusionPipeline", "StableDiffusionXLPipeline",
+    "StableDiffusionInpaintPipeline", "StableDiffusionXLInpaintPipeline",
+)  # fmt: skip
 _TEXT_CLASSES = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
 
 
@@ -45,18 +50,32 @@ def load_model(
     """
     chosen = choose_device(device)
     kind = choose_dtype(dtype, chosen)
+    path = find_model(name_or_path)
+    name = str(name_or_path)
+    if path.is_dir():
+        shown = path.resolve().name if Path(name).is_dir() else name.rpartition("/")[2]
+        return _load_folder(path, shown, chosen, kind)
+    shown = name if name in NAMES else path.stem.partition(".safetensors")[0]
+    return _load_file(path, shown, chosen, kind, tokenizer)
+
+
+def find_model(name_or_path: str | Path) -> Path:
+    """The single file (or index of shards) or the folder that a model's name means; a hub id is downloaded.
+
+    Raises UserError for a name that means nothing.
+    """
     name = str(name_or_path)
     path = Path(name)
     if name in NAMES:
-        return _load_file(weights_path(name), name, chosen, kind, tokenizer)
-    if name and path.is_dir():
-        return _load_folder(path, path.resolve().name, chosen, kind)
-    if path.is_file():
-        return _load_file(path, path.stem, chosen, kind, tokenizer)
+        return weights_path(name)
+    if name and path.is_dir() or path.is_file():
+        return path
+    if path.name and path.with_name(f"{path.name}.index.json").is_file():
+        return path.with_name(f"{path.name}.index.json")
     if path.suffix == ".safetensors" or path.parent.is_dir() and path.parent != Path("."):
         raise UserError(f"no model at {name}: the file or folder does not exist")
     if _HUB_ID.fullmatch(name):
-        return _load_folder(_download(name), name.rpartition("/")[2], chosen, kind)
+        return _download(name)
     raise UserError(_unknown(name))
 
 
@@ -77,21 +96,49 @@ def _unknown(name: str) -> str:
 def _load_file(
     path: Path, name: str, device: torch.device, dtype: torch.dtype | None, tokenizer: str | Path | None
 ) -> Model:
-    with TensorFile(path) as file:
-        header = file.header
-        shapes = {key: info.shape for key, info in header.tensors.items()}
-        layout = detect_layout(shapes, shapes)
-        configs = _configs_in(header.metadata, path) or known_configs(layout.name)
-        if _predicts_v(header.metadata, shapes):
-            configs["scheduler"]["prediction_type"] = "v_prediction"
+    with open_tensors(path) as file:
+        metadata = dict(file.header.metadata)
+        configs = configs_of_file(metadata, {key: info.shape for key, info in file.header.tensors.items()}, path)
+        _check_inputs(int(configs["unet"].get("in_channels", 4)), path)
         tokenizers = find_tokenizers(configs, path, tokenizer)
-        tensors = {key: file.tensor(key) for key in header.tensors}
+        tensors = {key: _computable(file.tensor(key)) for key in file.keys()}
     states = single_file_to_diffusers(tensors, {k: v for k, v in configs.items() if k != "scheduler"})
     del tensors
     modules = {part: _build(part, configs[part], states.pop(part), path) for part in list(states)}
     model = assemble(name, path, configs, modules, tokenizers, device, dtype)
-    model.metadata = dict(header.metadata)
+    model.metadata = metadata
     return model
+
+
+def configs_of_file(metadata: Mapping[str, str], shapes: Mapping[str, Sequence[int]], path: Path) -> Configs:
+    """Component configs of a single file: those it carries, or those of the real model of its layout, with the number
+    of input channels and the kind of prediction that the file itself shows.
+    """
+    try:
+        layout = detect_layout(shapes, shapes)
+    except UserError as error:
+        raise UserError(f"{path.name}: {error}") from None
+    configs = _configs_in(metadata, path) or known_configs(layout.name)
+    first = shapes.get(f"{UNET}input_blocks.0.0.weight", ())
+    if len(first) == 4:
+        configs["unet"]["in_channels"] = first[1]
+    if _predicts_v(metadata, shapes):
+        configs["scheduler"]["prediction_type"] = "v_prediction"
+    return configs
+
+
+def _check_inputs(channels: int, path: Path) -> None:
+    kinds = {9: "an inpainting model", 8: "an instruct-pix2pix model", 5: "a depth model"}
+    if channels != 4:
+        raise UserError(
+            f"{path.name} is {kinds.get(channels, 'no text-to-image model')}: its U-Net takes {channels} input "
+            "channels, and pictures from a prompt alone need 4; it can be converted and merged, but not sampled"
+        )
+
+
+def _computable(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in a type that models compute in: fp8 becomes fp16, which holds every value of it."""
+    return tensor.half() if tensor.dtype.itemsize == 1 and tensor.is_floating_point() else tensor
 
 
 def _predicts_v(metadata: Mapping[str, str], keys: Iterable[str]) -> bool:
@@ -128,22 +175,42 @@ def is_stock(model: Model) -> bool:
 
 def _build(part: str, config: dict[str, Any], state: dict[str, torch.Tensor], path: Path) -> Any:
     """The component with these weights, without spending time on random ones first."""
+    module = empty_module(part, config)
+    wanted = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+    state = fit_names(state, wanted)
+    extra = [key for key in state if key not in wanted]
+    if extra:
+        warnings.warn(
+            f"{path}: {len(extra)} tensors are none of the {part}'s and are left out, first {extra[0]}",
+            DodgeburnWarning,
+            stacklevel=2,
+        )
+        state = {key: state[key] for key in wanted if key in state}
+    check_shapes(part, wanted, {key: tuple(value.shape) for key, value in state.items()}, path)
+    module.load_state_dict(state, strict=True, assign=True)
+    return module
+
+
+def empty_module(part: str, config: dict[str, Any]) -> Any:
+    """The component of this config without memory for its weights."""
     from accelerate import init_empty_weights
 
     with init_empty_weights(include_buffers=False):
-        module = _empty(part, config)
-    wanted = module.state_dict()
-    state = {key: value for key, value in fit_names(state, wanted).items() if key in wanted}
-    for key, value in wanted.items():
-        if key not in state:
+        return _empty(part, config)
+
+
+def check_shapes(
+    part: str, wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], path: Path
+) -> None:
+    """UserError unless every tensor that the component wants is there in its shape."""
+    for key, shape in wanted.items():
+        if key not in found:
             raise UserError(f"{path}: the {part} lacks {key}")
-        if tuple(state[key].shape) != tuple(value.shape):
+        if found[key] != shape:
             raise UserError(
-                f"{path}: {part} {key} is {list(state[key].shape)} but its config asks for "
-                f"{list(value.shape)}; is it an inpainting model or another variant?"
+                f"{path}: {part} {key} is {list(found[key])} but its config asks for {list(shape)}; "
+                "is it a model of other widths, or another variant?"
             )
-    module.load_state_dict(state, strict=True, assign=True)
-    return module
 
 
 def _empty(part: str, config: dict[str, Any]) -> Any:
@@ -157,64 +224,72 @@ def _empty(part: str, config: dict[str, Any]) -> Any:
 
 
 def _load_folder(folder: Path, name: str, device: torch.device, dtype: torch.dtype | None) -> Model:
+    kind, configs = folder_configs(folder)
+    _check_inputs(int(configs["unet"].get("in_channels", 4)), folder)
+    if kind not in _PIPELINES[:2]:
+        raise UserError(
+            f"{folder} holds a {kind}: only {' and '.join(_PIPELINES[:2])} make pictures from a prompt alone"
+        )
+    modules: dict[str, Any] = {}
+    metadata: dict[str, str] = {}
+    for part in _weighted(configs):
+        with open_tensors(weights_in(folder / part)) as source:
+            state = {key: _computable(source.tensor(key)) for key in source.keys()}
+            if part == "unet":
+                metadata = dict(source.header.metadata)
+        if part == "vae":
+            state = {modern_vae_name(key): value for key, value in state.items()}
+        modules[part] = _build(part, configs[part], state, folder / part)
+        del state
+    tokenizers = load_tokenizers(folder, configs)
+    model = assemble(name, folder, configs, modules, tokenizers, device, dtype)
+    model.metadata = metadata
+    return model
+
+
+def folder_configs(folder: Path) -> tuple[str, Configs]:
+    """The pipeline's class name, and the configs of all components and the scheduler, of a diffusers folder.
+
+    Raises UserError if it is none, is incomplete, or holds a pipeline that is not SD1.5's or SDXL's.
+    """
     index = folder / "model_index.json"
     if not index.is_file():
         raise UserError(f"{folder} is no diffusers model folder: it has no model_index.json")
-    try:
-        declared = json.loads(index.read_text())
-        kind = declared["_class_name"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{index} cannot be read: expected JSON with _class_name") from None
-    if kind not in ("StableDiffusionXLPipeline", "StableDiffusionPipeline"):
-        raise UserError(
-            f"{folder} holds a {kind}: only StableDiffusionXLPipeline and StableDiffusionPipeline are known"
-        )
-    parts = ["unet", "vae", "text_encoder"] + (["text_encoder_2"] if kind == "StableDiffusionXLPipeline" else [])
-    modules: dict[str, Any] = {}
+    kind = _json(index).get("_class_name")
+    if not isinstance(kind, str):
+        raise UserError(f"{index} cannot be read: expected JSON with _class_name")
+    if kind not in _PIPELINES:
+        raise UserError(f"{folder} holds a {kind}: only {', '.join(_PIPELINES)} are known")
+    parts = ["unet", "vae", "text_encoder"] + (["text_encoder_2"] if "XL" in kind else [])
     configs: Configs = {}
     for part in parts:
         if not (folder / part / "config.json").is_file():
             raise UserError(f"{folder} is incomplete: {part}/config.json is missing")
-        configs[part] = _plain_config(json.loads((folder / part / "config.json").read_text()))
-        loader: Any = _CLASSES.get(part) or _TEXT_CLASSES[part]
-        kind_key = "torch_dtype" if part in _CLASSES else "dtype"
-        with _quiet():
-            try:
-                modules[part] = loader.from_pretrained(
-                    str(folder), subfolder=part, local_files_only=True, use_safetensors=True,
-                    variant=_variant(folder / part), **{kind_key: _stored_dtype(folder / part)},
-                )  # fmt: skip
-            except (OSError, ValueError, RuntimeError) as error:
-                raise UserError(f"{folder / part} cannot be loaded: {str(error).splitlines()[0]}") from error
+        configs[part] = _plain_config(_json(folder / part / "config.json"))
     scheduler = folder / "scheduler" / "scheduler_config.json"
     if not scheduler.is_file():
         raise UserError(f"{folder} is incomplete: scheduler/scheduler_config.json is missing")
-    configs["scheduler"] = _plain_config(json.loads(scheduler.read_text()))
-    tokenizers = [load_tokenizer(folder / part.replace("text_encoder", "tokenizer")) for part in parts[2:]]
-    model = assemble(name, folder, configs, modules, tokenizers, device, dtype)
-    model.metadata = {k: v for path in _weights(folder / "unet")[:1] for k, v in read_header(path).metadata.items()}
-    return model
+    configs["scheduler"] = _plain_config(_json(scheduler))
+    return kind, configs
 
 
-def _weights(folder: Path) -> list[Path]:
-    """The weight files that are loaded: the plain ones (maybe several shards), else the fp16 variant."""
-    files = sorted(path for path in folder.glob("*.safetensors") if "non_ema" not in path.name)
-    return [path for path in files if ".fp16" not in path.name] or files
+def load_tokenizers(folder: Path, configs: Configs) -> list[Any]:
+    """A diffusers folder's tokenizers, one for each text encoder."""
+    return [load_tokenizer(folder / part.replace("text_encoder", "tokenizer")) for part in configs if "text" in part]
 
 
-def _variant(folder: Path) -> str | None:
-    files = _weights(folder)
-    return "fp16" if files and ".fp16" in files[0].name else None
+def _weighted(configs: Iterable[str]) -> list[str]:
+    return [part for part in configs if part != "scheduler"]
 
 
-def _stored_dtype(folder: Path) -> torch.dtype:
-    """The type that most of a component's floating point weights have in its files."""
-    counts: Counter[str] = Counter()
-    for path in _weights(folder):
-        for info in read_header(path).tensors.values():
-            counts[info.dtype] += info.numel
-    stored = {"F16": torch.float16, "BF16": torch.bfloat16}
-    return stored.get(counts.most_common(1)[0][0], torch.float32) if counts else torch.float32
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} cannot be read: expected a JSON object")
+    return found
 
 
 def _plain_config(config: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from dodgeburn.checkpoint.layout import Layout
+from dodgeburn.checkpoint.sources import is_index, open_tensors, sha256_source
 from dodgeburn.checkpoint.tensorfile import sha256_file
 from dodgeburn.errors import UserError
 
@@ -55,6 +56,9 @@ class Model:
         """
         if self.source is None:
             return ""
+        if is_index(self.source):
+            with open_tensors(self.source) as source:
+                return sha256_source(source)
         if self.source.is_file():
             return sha256_file(self.source)
         digest = hashlib.sha256()

@@ -10,33 +10,12 @@ SD1.5 passes the state through the encoder's final norm, whichever it is; SDXL t
 pooled embedding is always the last layer's. (A1111 ignores the setting for SDXL unless told otherwise, and takes 2.)
 """
 
-from __future__ import annotations
+from typing import Any
 
-from typing import TYPE_CHECKING, Any
+from torch import Tensor, nn
 
 from dodgeburn.errors import UserError
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from dodgeburn.models.model import Model
-
-
-def default_clip_skip(sdxl: bool) -> int:
-    """What the models were trained with: 2 for SDXL, 1 for SD1.5."""
-    return 2 if sdxl else 1
-
-
-def names_elsewhere(clip_skip: int, sdxl: bool) -> dict[str, int | None]:
-    """The same state in the counting of A1111, ComfyUI (`stop_at_clip_layer`) and diffusers (`clip_skip`).
-
-    diffusers' None is what it takes without the setting. It has no name for SDXL's last layer: then it is left out.
-    """
-    found: dict[str, int | None] = {"a1111": clip_skip, "comfyui": -clip_skip}
-    beyond = clip_skip - default_clip_skip(sdxl)
-    if beyond >= 0:
-        found["diffusers"] = beyond or None
-    return found
+from dodgeburn.models.model import Model
 
 
 def resolve_clip_skip(model: Model, clip_skip: int | None) -> int:
@@ -44,7 +23,7 @@ def resolve_clip_skip(model: Model, clip_skip: int | None) -> int:
 
     -N is N. Raises UserError for 0 and for more than the shallowest encoder has layers.
     """
-    chosen = abs(clip_skip) if clip_skip is not None else default_clip_skip(model.has_added_conditions)
+    chosen = abs(clip_skip) if clip_skip is not None else 2 if model.has_added_conditions else 1
     layers = min(int(encoder.config.num_hidden_layers) for encoder in model.text_encoders)
     if not 1 <= chosen <= layers:
         raise UserError(

@@ -39,6 +39,7 @@ class Generated:
     seed: int
     settings: GenerateSettings  # with width and height filled in
     index: int  # position in the `prompts` and `seeds` given
+    batch: tuple[int, int] = (0, 1)  # (row, pictures) of the batch it began in: what the last bit depends on
 
 
 @dataclass(frozen=True)
@@ -112,8 +113,9 @@ def stream(
         initial_noise(seed, (1, 1, 1))  # refuse a bad seed now, not after an hour
     texts = dict(encoded or {})
     skip = resolve_clip_skip(model, settings.clip_skip)
-    _check_encoded(texts, skip)
-    texts.update(encode(model, (t for t in [*prompts, settings.negative, ""] if t not in texts), skip))
+    _check_encoded(texts, skip, settings.prompt_syntax)
+    missing = (t for t in [*prompts, settings.negative, ""] if t not in texts)
+    texts.update(encode(model, missing, skip, settings.prompt_syntax))
     guides = settings.guidance != 1.0 or settings.thresholding is not None
     at_least = texts[settings.negative].chunks if guides else 1
     batches = _batches(prompts, texts, at_least, batch_size or default_batch_size(*shape[1:]))
@@ -133,8 +135,13 @@ def stream(
         warnings.warn(line, DodgeburnWarning, stacklevel=3)
 
 
-def _check_encoded(encoded: Mapping[str, EncodedPrompt], clip_skip: int) -> None:
+def _check_encoded(encoded: Mapping[str, EncodedPrompt], clip_skip: int, syntax: str) -> None:
     for text, prompt in encoded.items():
+        if prompt.syntax not in (None, syntax):
+            raise UserError(
+                f"the prompt {text[:60]!r} was encoded with prompt syntax {prompt.syntax}, but the settings ask for "
+                f"{syntax}: encode it with the same"
+            )
         if prompt.clip_skip not in (None, clip_skip):
             raise UserError(
                 f"the prompt {text[:60]!r} was encoded with CLIP skip {prompt.clip_skip}, but the settings ask for "
@@ -193,6 +200,7 @@ class _Batch:
         self.plan = plan
         self.shape = shape
         self.indices = indices
+        self.rows = {index: (row, len(indices)) for row, index in enumerate(indices)}
         self.number = number
         self.batches = batches
         self.noises: list[Noise] = []  # one a picture
@@ -237,7 +245,7 @@ class _Batch:
             )
         pixels = decode_pictures(self.model.vae, x).numpy()
         return [
-            Generated(Image.fromarray(picture), prompts[i], seeds[i], self.settings, i)
+            Generated(Image.fromarray(picture), prompts[i], seeds[i], self.settings, i, self.rows[i])
             for i, picture in zip(self.indices, pixels, strict=True)
         ], False
 

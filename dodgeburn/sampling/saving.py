@@ -1,21 +1,25 @@
-"""Generated pictures to PNG files that say how they were made."""
+"""Generated pictures to files that say how they were made."""
 
 from pathlib import Path
 from typing import Any
 
 from dodgeburn import __version__
-from dodgeburn.images.png import Infotext, comfy_graph, write_png
+from dodgeburn.images.comfy import ComfyRequest, write_graph
+from dodgeburn.images.png import Infotext, write_picture
 from dodgeburn.models.loading import is_stock
 from dodgeburn.models.model import Model
 from dodgeburn.sampling.loop import Generated
-from dodgeburn.sampling.settings import SAMPLERS, SPACINGS
+from dodgeburn.sampling.settings import SAMPLERS, SPACINGS, GenerateSettings
+from dodgeburn.sampling.sizes import SIZE_FIELDS, time_ids
+from dodgeburn.sampling.thresholding import SCHEDULER_VALUE, USES_VALUE
 
 
 def infotext_of(made: Generated, model: Model) -> Infotext:
-    """A1111's settings line for a picture, in A1111's names and order."""
+    """A1111's settings line for a picture, in A1111's names, order and counting."""
     settings = made.settings
     # A folder has no hash that other tools would know.
     is_file = model.source is not None and model.source.is_file()
+    skip = settings.clip_skip or 1
     return Infotext(
         prompt=made.prompt,
         negative=settings.negative,
@@ -28,9 +32,36 @@ def infotext_of(made: Generated, model: Model) -> Infotext:
             "Size": f"{settings.width}x{settings.height}",
             "Model hash": model.sha256[:10] if is_file else "",
             "Model": model.name,
+            "Clip skip": str(skip) if skip > 1 else "",
+            **_thresholding_pairs(settings),
+            "RNG": "CPU",  # where noise is drawn; A1111's own default is the GPU
             "Version": f"dodgeburn {__version__}",
         },
     )
+
+
+def _thresholding_pairs(settings: GenerateSettings) -> dict[str, str]:
+    """The keys of A1111's dynamic thresholding extension, which says modes only where one is not Constant."""
+    t = settings.thresholding
+    if t is None:
+        return {}
+    pairs = {
+        "Dynamic thresholding enabled": "True",
+        "Mimic scale": f"{t.mimic_scale:g}",
+        "Separate Feature Channels": str(t.separate_feature_channels),
+        "Scaling Startpoint": t.scaling_startpoint,
+        "Variability Measure": t.variability_measure,
+        "Interpolate Phi": f"{t.interpolate_phi:g}",
+        "Threshold percentile": f"{100 * t.threshold_percentile:g}",
+    }
+    if t.mimic_mode != "Constant":
+        pairs |= {"Mimic mode": t.mimic_mode, "Mimic scale minimum": f"{t.mimic_scale_min:g}"}
+    if t.cfg_mode != "Constant":
+        pairs |= {"CFG mode": t.cfg_mode, "CFG scale minimum": f"{t.cfg_scale_min:g}"}
+    if t.scheduler_value is not None or {t.mimic_mode, t.cfg_mode} & set(USES_VALUE):
+        value = SCHEDULER_VALUE if t.scheduler_value is None else t.scheduler_value
+        pairs["Scheduler value"] = f"{value:g}"
+    return pairs
 
 
 def record_of(made: Generated, model: Model) -> dict[str, Any]:
@@ -38,6 +69,7 @@ def record_of(made: Generated, model: Model) -> dict[str, Any]:
     return {
         "prompt": made.prompt,
         "seed": made.seed,
+        "batch": list(made.batch),
         **made.settings.model_dump(),
         "model": model.name,
         "model_sha256": model.sha256,
@@ -54,22 +86,24 @@ def graph_of(made: Generated, model: Model) -> dict[str, Any] | None:
     if not is_stock(model) or model.source is None or not model.source.is_file():
         return None
     assert settings.width is not None and settings.height is not None
-    return comfy_graph(
-        model.source.name,
-        made.prompt,
-        settings.negative,
-        made.seed,
-        settings.steps,
-        settings.guidance,
-        SAMPLERS[settings.sampler][1],
-        SPACINGS[settings.spacing][1],
-        settings.width,
-        settings.height,
-    )
+    sizes: list[dict[str, tuple[int, int]]] = [{}, {}]
+    if model.has_added_conditions and any(getattr(settings, name) is not None for name in SIZE_FIELDS):
+        rows = reversed(time_ids(settings))  # the prompt's, the negative prompt's
+        sizes = [{"original": (r[1], r[0]), "crop": (r[3], r[2]), "target": (r[5], r[4])} for r in rows]
+    return write_graph(
+        ComfyRequest(
+            checkpoint=model.source.name, prompt=made.prompt, negative=settings.negative, seed=made.seed,
+            steps=settings.steps, guidance=settings.guidance, sampler=SAMPLERS[settings.sampler][1],
+            scheduler=SPACINGS[settings.spacing][1], width=settings.width, height=settings.height,
+            clip_stop=None if settings.clip_skip is None else -settings.clip_skip,
+            sizes=sizes[0], negative_sizes=sizes[1],
+        )
+    )  # fmt: skip
 
 
 def save_picture(path: str | Path, made: Generated, model: Model) -> None:
-    """Write a picture with its settings as PNG, atomically. Raises UserError for an unwritable folder or
-    full disk.
+    """Write a picture with its settings as PNG, JPEG or WebP by the ending, atomically.
+
+    Raises UserError for an unwritable folder or full disk.
     """
-    write_png(path, made.image, infotext_of(made, model), record_of(made, model), graph_of(made, model))
+    write_picture(path, made.image, infotext_of(made, model), record_of(made, model), graph_of(made, model))

@@ -7,6 +7,7 @@ from typing import Self
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
 from dodgeburn.errors import UserError
+from dodgeburn.sampling.emphasis import SYNTAXES
 from dodgeburn.sampling.spelling import nearest, resolve
 from dodgeburn.sampling.thresholding import Thresholding
 
@@ -92,6 +93,7 @@ class GenerateSettings(BaseModel):
     width: int | None = None  # pixels; None = the size the model was trained at
     height: int | None = None  # pixels
     negative: str = ""  # negative prompt, encoded even if empty (as A1111 and ComfyUI do)
+    prompt_syntax: str = "a1111"  # how weights in the prompts are read: one of emphasis.SYNTAXES
     noise: str = "brownian"  # of stochastic samplers: one path a seed, or "fresh" draws each step as in diffusers
     zero_snr: bool = False  # rescale the noise schedule to a terminal signal-to-noise ratio of 0
     clip_skip: int | None = None  # A1111's counting, 1 = last layer; None = as trained (SD1.5: 1, SDXL: 2)
@@ -116,6 +118,11 @@ class GenerateSettings(BaseModel):
     @classmethod
     def _spacing(cls, value: str) -> str:
         return resolve("spacing", value, SPACINGS, ALIASES)
+
+    @field_validator("prompt_syntax")
+    @classmethod
+    def _prompt_syntax(cls, value: str) -> str:
+        return resolve("prompt syntax", value, SYNTAXES)
 
     @field_validator("noise")
     @classmethod

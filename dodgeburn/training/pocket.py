@@ -25,6 +25,7 @@ from dodgeburn.models.model import Model
 from dodgeburn.models.saving import save_diffusers_folder, save_single_file
 from dodgeburn.pocket import model as pocket
 from dodgeburn.pocket.attributes import Attributes
+from dodgeburn.pocket.captions import caption
 from dodgeburn.pocket.pictures import attributes_of, draw_pictures, picture_list
 from dodgeburn.pocket.world import Look
 from dodgeburn.training.loop import LoopSettings
@@ -34,7 +35,7 @@ from dodgeburn.training.pocket_unet import UnetLoss, train_unet
 from dodgeburn.training.pocket_vae import decode, encode, normalise, train_decoder, train_vae
 
 Callback = Callable[[int, dict[str, float]], None]
-HELD_OUT_LIST = 99  # the picture lists from here on are never trained on: gate prompts and grading
+DEVELOPMENT_LIST = 97  # a picture list for choices on the way; never trained on, and no part of the gate
 
 
 @dataclass
@@ -72,10 +73,10 @@ class PocketTraining:
     unet: LoopSettings = field(default_factory=lambda: LoopSettings(steps=6500, lr=1.5e-3, constant=0.45, ema=0.998))
     unet_loss: UnetLoss = field(default_factory=UnetLoss)
     unet_polish: LoopSettings = field(
-        default_factory=lambda: LoopSettings(steps=6000, lr=1.2e-3, warmup=100, constant=0.3, ema=0.998)
+        default_factory=lambda: LoopSettings(steps=5000, lr=1.2e-3, warmup=100, constant=0.3, ema=0.998)
     )
-    polish_loss: UnetLoss = field(  # faces and the noisiest steps: what the first stage learns last
-        default_factory=lambda: UnetLoss(noise_power=0.4, face=3.0, noise_offset=0.1)
+    polish_loss: UnetLoss = field(  # faces, and every noise level about equally: what the first stage learns last
+        default_factory=lambda: UnetLoss(gamma=10.0, noise_power=0.4, face=3.0)
     )
     finetune: LoopSettings = field(
         default_factory=lambda: LoopSettings(steps=320, lr=5e-4, warmup=40, constant=0.4, ema=0.99)
@@ -85,7 +86,7 @@ class PocketTraining:
         default_factory=lambda: LoopSettings(steps=2000, lr=2e-3, warmup=100, constant=0.3, final=0.01, ema=0.995)
     )
     reader_polish: LoopSettings = field(
-        default_factory=lambda: LoopSettings(steps=5000, lr=1e-3, warmup=50, constant=0.2, final=0.01, ema=0.995)
+        default_factory=lambda: LoopSettings(steps=6000, lr=1e-3, warmup=50, constant=0.2, final=0.01, ema=0.995)
     )
     reader_batch: int = 64
     reader_pictures: int = 30_000
@@ -110,6 +111,15 @@ FINETUNES: dict[str, Finetune] = {
 def gate_prompts() -> list[dict[str, Any]]:
     """The held-out prompts and seeds of the gate: [{"prompt": ..., "seed": ...}], 1 024 of them."""
     return json.loads((Path(pocket.__file__).parent / "gate_prompts.json").read_text(encoding="utf-8"))
+
+
+def development_prompts(n: int) -> list[dict[str, Any]]:
+    """Prompts and seeds like the gate's but none of them, for choosing settings: [{"prompt": ..., "seed": ...}]."""
+    return [
+        {"prompt": caption(attributes_of(i, DEVELOPMENT_LIST), np.random.default_rng([DEVELOPMENT_LIST, i]))[0],
+         "seed": 5000 + i}
+        for i in range(n)
+    ]  # fmt: skip
 
 
 def _state(module: nn.Module) -> dict[str, Tensor]:

@@ -29,12 +29,12 @@ FACE = (slice(4, 12), slice(3, 12))  # rows and columns of the 16 x 16 latents t
 class UnetLoss:
     """What the U-Net's loss weighs more than plain epsilon error does."""
 
+    gamma: float = 5.0  # above this signal-to-noise ratio weights fall: higher lifts the least noisy steps
     noise_power: float = 0.25  # weights over alpha_bar to this power: higher lifts the noisiest steps
     face: float = 1.0  # weight of the face's cells against the others'
-    noise_offset: float = 0.0  # standard deviation of a constant added to each channel of a picture's noise
 
 
-def loss_weights(alpha_bar: Tensor, noise_power: float = 0.25, gamma: float = 5.0) -> Tensor:
+def loss_weights(alpha_bar: Tensor, gamma: float = 5.0, noise_power: float = 0.25) -> Tensor:
     """Loss weights for epsilon prediction: min(SNR, gamma) / SNR (arXiv:2303.09556, eq. 7) over alpha_bar^noise_power.
 
     The second factor lifts the noisiest steps, where a prompt decides colours and composition but where the error of
@@ -85,7 +85,8 @@ def train_unet(
     unet, encoder_1, encoder_2 = modules["unet"], modules["text_encoder"], modules["text_encoder_2"]
     loss = loss or UnetLoss()
     alpha_bar = alphas_cumprod(scheduler)
-    weights, cells = loss_weights(alpha_bar, loss.noise_power), face_weights(loss.face, latents.shape[-1]).to(device)
+    weights = loss_weights(alpha_bar, loss.gamma, loss.noise_power)
+    cells = face_weights(loss.face, latents.shape[-1]).to(device)
     ids = torch.tensor([[picture_size, picture_size, 0, 0, picture_size, picture_size]], dtype=torch.float32)
 
     def make(step: int, generator: torch.Generator) -> tuple[Tensor, ...]:
@@ -94,8 +95,6 @@ def train_unet(
         t = spread_timesteps(len(alpha_bar), batch, generator)
         z = latents[index].float()
         noise = torch.randn(z.shape, generator=generator)
-        if loss.noise_offset:
-            noise += loss.noise_offset * torch.randn(*z.shape[:2], 1, 1, generator=generator)
         a = alpha_bar[t].view(-1, 1, 1, 1)
         noisy = a.sqrt() * z + (1 - a).sqrt() * noise
         return tuple(x.to(device) for x in (noisy, t, tokens, noise, weights[t]))
