@@ -105,7 +105,7 @@ def make_pictures(
             progress.begin(name)
             changed = live.apply(live.plan(shares, keep))
             if encoded is None or any(part.startswith("text_encoder") for part in changed):
-                encoded = encode(live.model, texts, settings.clip_skip)
+                encoded = encode(live.model, texts, settings.clip_skip, settings.prompt_syntax)
             start = time.perf_counter()
             made = generate(live.model, every_prompt, every_seed, settings, progress.step, encoded=encoded)
             pictures = np.stack([np.asarray(picture.image) for picture in made])

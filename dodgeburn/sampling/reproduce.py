@@ -76,6 +76,7 @@ def request_of(path: str | Path) -> Request:
 
 def _own(record: dict[str, Any]) -> Request:
     known = {name: record[name] for name in GenerateSettings.model_fields if name in record}
+    known.setdefault("prompt_syntax", "plain")  # pictures from before there were prompt weights
     try:
         settings = GenerateSettings(**known)
     except ValueError as error:  # pydantic's, of values of a wrong type
