@@ -154,7 +154,9 @@ def make_plan(
 
     The output has A's names and shapes, and A's types or, for floats, `dtype` (fp32, fp16, bf16, fp8_e4m3fn).
     `more` are names and headers of further models and the base. A tensor's share is that of the last rule that
-    matches it, or else its component's, or else its block's; what is kept is always A's. Raises UserError if tensors to be merged differ in shape,
+    matches it, or else its component's, or else its block's; what is kept is always A's.
+
+    Raises UserError if tensors to be merged differ in shape,
     are of a type that cannot be computed with, if the two files have no tensor in common, or for a rule that
     matches no tensor.
     """
@@ -303,6 +305,8 @@ def describe(
 
 def _note(block: str, plan: Plan) -> str:
     if block == VAE:
+        if "vae" in plan.components:
+            return f"component vae: {plan.components['vae']:g}"
         return "kept from A" if "vae" in plan.keep else "follows base"
     if block == "BASE":
         rest = "time embedding" + (", label embedding" if plan.layout.name == "sdxl" else "")
