@@ -113,8 +113,8 @@ def test_crossover_by_hand() -> None:
     close(merge_tensors([a, b], 0.4, "distribution_crossover", order), [1.0, -1.0, 1.0, -1.0])
 
 
-def test_ties_of_the_paper() -> None:
-    """Figure 1's three steps: trim, elect by the sum of values, mean of those that agree."""
+def test_ties_by_hand() -> None:
+    """Trim, elect by the sum of values, mean of those that agree."""
     base = torch.zeros(4)
     one, two, three = T([0.1, 5.0, -2.0, 4.0]), T([3.0, -2.0, -0.1, 1.0]), T([2.0, -2.0, 6.0, 0.1])
     # density 0.75 trims 0.1, -0.1, 0.1. Signs by sum: 5, 1, 4, 5: all +, though most of column 1 are negative
