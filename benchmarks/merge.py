@@ -3,8 +3,8 @@
 Two random files of the chosen size (SD1.5's or SDXL's real keys and shapes) are made under a temporary folder and
 removed again. `limit_s` is the time to read B plus `cp A OUT` in the same cache state; `anon_mb` the peak of anonymous
 memory (RssAnon: no mapped file pages) that a merge adds to what importing it takes, measured in a process of its own;
-`fixed_s` a merge of SDXL's 2 500 tensors cut to a few values each, imports not counted; `ties_ratio` TIES of three models
-against the weighted sum (pocket's shapes), medians. With --peer PYTHON, an interpreter with sd-mecha installed, its
+`fixed_s` a merge of SDXL's 2 500 tensors cut to a few values each, imports not counted; `ties_ratio` TIES of three
+models against the weighted sum (pocket's shapes), medians. With --peer PYTHON, an interpreter with sd-mecha, its
 weighted sum takes turns too.
 
     python benchmarks/merge.py --size sdxl --json
