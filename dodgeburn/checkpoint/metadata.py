@@ -36,10 +36,10 @@ _STALE = ("modelspec.date", "modelspec.merged_from", "sshs_model_hash", "sshs_le
 
 
 def json_of(metadata: Mapping[str, str], key: str) -> Any:
-    """The JSON value under `key`; None if there is none or it is not JSON."""
+    """The JSON value under `key`; None if there is none, it is not JSON or nested beyond reason."""
     try:
         return json.loads(metadata[key])
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, RecursionError):
         return None
 
 

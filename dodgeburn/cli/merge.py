@@ -15,9 +15,7 @@ import tyro
 from dodgeburn.errors import DodgeburnWarning, UserError
 
 HELP = "merge two checkpoints block by block, streamed and written safely"
-EXAMPLE = (
-    "dodgeburn merge pocket-style pocket-bold -o merged.safetensors --preset ReverseSmoothstep --base 0.4"
-)
+EXAMPLE = "dodgeburn merge pocket-style pocket-bold -o merged.safetensors --preset ReverseSmoothstep --base 0.4"
 
 
 @dataclass
@@ -39,8 +37,10 @@ class Merge:
     """One of the 16 block presets, by the card's or the published name (GradV = GRAD_V); none: every block
     is base.
     """
-    base: float = 0.5
-    """B's share of everything outside the U-Net's blocks, 0 to 1."""
+    base: float | None = None
+    """B's share of everything outside the U-Net's blocks (without a preset, of all), 0 to 1; none: the
+    method's default, 0.5 for weighted_sum.
+    """
     block: Annotated[list[str], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=SHARE")] = field(
         default_factory=list
     )
@@ -52,7 +52,34 @@ class Merge:
     supermerger's cut.
     """
     method: str = "weighted_sum"
-    """The merge method."""
+    """The merge method: weighted_sum, sum_twice, triple_sum, average, add_difference, train_difference,
+    multiply_difference, similarity_add_difference, smooth_add, cosine_a, cosine_b, slerp, bislerp, rotate,
+    tensor_sum, top_k_sum, distribution_crossover, ties, dare, della, model_stock, geometric_median.
+    """
+    also: Annotated[list[str], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="C")] = field(default_factory=list)
+    """One more model, for methods that take three or more. Repeatable."""
+    base_model: Annotated[str | None, tyro.conf.arg(metavar="MODEL")] = None
+    """The model that the others were tuned from, for methods that take differences."""
+    param: Annotated[list[str], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=NUMBER")] = field(
+        default_factory=list
+    )
+    """A parameter of the method, such as beta=0.3 or density=0.2. Repeatable."""
+    component: Annotated[list[str], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=SHARE")] = field(
+        default_factory=list
+    )
+    """B's share of a whole component: unet, clip_l, clip_g, vae. Repeatable."""
+    rule: Annotated[list[str], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="BLOCKS:WORDS:SHARE")] = field(
+        default_factory=list
+    )
+    """B's share of tensors by block and name, such as IN04-IN08:attn2:0.3 or "NOT M00:NOT norm:0.2"; an empty
+    part is all. The last rule that matches wins over components and blocks. Repeatable.
+    """
+    seed: int = 0
+    """Of random methods (dare, della)."""
+    clip: bool = False
+    """Bring every value of the result between A's and B's."""
+    dtype: Literal["fp32", "fp16", "bf16", "fp8_e4m3fn"] | None = None
+    """The output's type of float tensors; none: as in A, tensor by tensor."""
     threads: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """Threads to merge with; the file's bytes do not depend on it."""
     dry_run: Annotated[bool, tyro.conf.arg(aliases=["-n"])] = False
@@ -73,9 +100,7 @@ def main(args: list[str]) -> int:
     if settings.dry_run:
         return _dry_run(settings)
     if settings.out is None:
-        raise UserError(
-            "no output file: say where to write with -o OUT.safetensors, or look first with --dry-run"
-        )
+        raise UserError("no output file: say where to write with -o OUT.safetensors, or look first with --dry-run")
     from dodgeburn.merge.blocks import parse_blocks
     from dodgeburn.merge.run import merge
 
@@ -92,6 +117,14 @@ def main(args: list[str]) -> int:
             method=settings.method,
             xl_presets=settings.xl_presets,
             threads=settings.threads,
+            more=settings.also,
+            base_model=settings.base_model,
+            params=_numbers(settings.param, "parameter"),
+            components=_numbers(settings.component, "component share"),
+            rules=settings.rule,
+            seed=settings.seed,
+            clip=settings.clip,
+            dtype=settings.dtype,
         )
     for warning in caught:
         print(f"warning: {warning.message}", file=sys.stderr)
@@ -99,6 +132,7 @@ def main(args: list[str]) -> int:
     copied = len(result.plan.work) - merged
     size = result.path.stat().st_size
     print(f"wrote {result.path}: {size / 1e6:,.1f} MB, {merged} tensors merged, {copied} copied")
+    print(f"{result.plan.method.name}: {result.plan.method.summary}")
     print(f"in {result.seconds:.1f} s; shares are B's ({result.recipe.b.file})")
     if settings.json:
         found = {
@@ -129,6 +163,14 @@ def _dry_run(settings: Merge) -> int:
         keep=[settings.keep],
         method=settings.method,
         xl_presets=settings.xl_presets,
+        more=settings.also,
+        base_model=settings.base_model,
+        params=_numbers(settings.param, "parameter"),
+        components=_numbers(settings.component, "component share"),
+        rules=settings.rule,
+        seed=settings.seed,
+        clip=settings.clip,
+        dtype=settings.dtype,
     )
     print(text)
     if settings.json:
@@ -143,3 +185,15 @@ def _dry_run(settings: Merge) -> int:
         }
         print(json.dumps(found))
     return 0
+
+
+def _numbers(texts: list[str], what: str) -> dict[str, float]:
+    """NAME=NUMBER texts as a dict; UserError for anything else."""
+    out: dict[str, float] = {}
+    for item in (part for text in texts for part in text.split(",") if part.strip()):
+        name, _, number = item.partition("=")
+        try:
+            out[name.strip()] = float(number)
+        except ValueError:
+            raise UserError(f"{what} {item!r} is not NAME=NUMBER") from None
+    return out

@@ -37,6 +37,8 @@ class MergeRecipe(BaseModel):
     `preset`, `base` and `xl_presets` say where the numbers came from. `keep` names the parts taken from A
     whatever the blocks say. `conventions` names the rule for keys outside the U-Net's blocks
     (checkpoint/layout.py). `counts` has the tensors that could not be merged, by kind.
+    `components` and then `rules` replace blocks' numbers. `more` are the models after B, `base_model` the one
+    that differences are taken from, `params` and `seed` the method's, `dtype` the output's where not A's.
     """
 
     model_config = ConfigDict(extra="ignore")
@@ -54,6 +56,14 @@ class MergeRecipe(BaseModel):
     keep: list[str] = []
     conventions: str = "dodgeburn"
     counts: dict[str, int] = {}
+    more: list[Parent] = []
+    base_model: Parent | None = None
+    params: dict[str, float] = {}
+    components: dict[str, float] = {}
+    rules: list[str] = []
+    seed: int = 0
+    clip: bool = False
+    dtype: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON and metadata."""

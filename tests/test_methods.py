@@ -1,0 +1,359 @@
+"""Every merge method: a case by hand, properties of the whole table, files, and hostile settings."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_merge import CONV_IN, left, same, small
+
+from dodgeburn.checkpoint.layout import detect_layout
+from dodgeburn.checkpoint.tensorfile import load_tensors, save_tensors, sha256_file
+from dodgeburn.errors import DodgeburnWarning, UserError
+from dodgeburn.merge.methods import METHODS, merge_tensors
+from dodgeburn.merge.methods.task_vectors import keep_probabilities
+from dodgeburn.merge.rules import parse_rules
+from dodgeburn.merge.run import dry_run, merge
+
+T = torch.tensor
+
+
+def models_of(
+    method: str, seed: int, shape: tuple[int, ...] = (5, 4)
+) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+    generator = torch.Generator().manual_seed(seed)
+    count = 3 if METHODS[method].models[1] > 2 else 2
+    tensors = [torch.randn(shape, generator=generator) for _ in range(count + 1)]
+    return tensors[:count], tensors[count] if METHODS[method].needs_base else None
+
+
+def close(found: torch.Tensor, expected: list[object], tolerance: float = 1e-6) -> None:
+    torch.testing.assert_close(found, T(expected), rtol=tolerance, atol=tolerance)
+
+
+# ---- by hand
+
+
+def test_sums_by_hand() -> None:
+    a, b, c = T([1.0, 2.0]), T([3.0, -2.0]), T([5.0, 10.0])
+    close(merge_tensors([a, b, c], 0.25, "sum_twice", params={"beta": 0.5}), [3.25, 5.5])
+    close(merge_tensors([a, b, c], 0.25, "triple_sum", params={"beta": 0.5}), [3.5, 5.0])
+    close(merge_tensors([a, b, c], 1.0, "average"), [3.0, 10 / 3])
+    close(merge_tensors([a, b, c], 0.5, "average"), [2.0, 8 / 3])
+
+
+def test_differences_by_hand() -> None:
+    a, b, base = T([1.0, 2.0]), T([3.0, -2.0]), T([2.0, 2.0])
+    close(merge_tensors([a, b], 0.5, "add_difference", base), [1.5, 0.0])
+    # |B - base| = 1, 4; |B - A| = 2, 4: weights 2/3, 1/2
+    close(merge_tensors([a, b], 0.5, "train_difference", base), [1 + 0.9 * 2 / 3, 2 - 0.9 * 4 * 0.5])
+    # |A - base| = 1, 0; |B - base| = 1, 4; mean - base = 0 and -2
+    close(merge_tensors([a, b], 0.5, "multiply_difference", base), [3.0, 2.0])
+    # opposite values: nothing similar, the difference is added; equal ones: all similar, the mean
+    one, two, zero = T([1.0, 4.0]), T([-1.0, 4.0]), T([0.0, 0.0])
+    close(merge_tensors([one, two], 0.5, "similarity_add_difference", zero), [0.5, 4.0])
+    spike = torch.zeros(7, 7)
+    spike[3, 3] = 9.0
+    zeros = torch.zeros(7, 7)
+    close(merge_tensors([zeros, spike], 1.0, "smooth_add", zeros), zeros.tolist())  # the median removes it
+    close(merge_tensors([zeros, zeros + 2], 0.5, "smooth_add", zeros), (zeros + 1).tolist())
+
+
+def test_slerp_by_hand_and_where_it_degenerates() -> None:
+    right = [T([1.0, 0.0]), T([0.0, 1.0])]
+    for alpha in (0.2, 0.5, 0.9):
+        angle = alpha * math.pi / 2
+        close(merge_tensors(right, alpha, "slerp"), [math.cos(angle), math.sin(angle)])
+    close(merge_tensors([T([2.0, 0.0]), T([0.0, 4.0])], 0.5, "slerp"), [3 / math.sqrt(2)] * 2)
+    for a, b in (([0.0, 0.0], [1.0, 2.0]), ([1.0, 2.0], [2.0, 4.0]), ([1.0, 2.0], [-1.0, -2.0]), ([3.0], [5.0])):
+        assert torch.equal(merge_tensors([T(a), T(b)], 0.3, "slerp"), torch.lerp(T(a), T(b), 0.3))
+    base = T([5.0, 5.0])
+    turned = merge_tensors([base + right[0], base + right[1]], 0.5, "bislerp", base, {"strength": -1.0})
+    close(turned, [5 - math.sqrt(0.5)] * 2)
+
+
+def test_rotate_by_hand() -> None:
+    a = T([[1.0, 0.0], [0.0, 2.0]])
+    angle = 0.7
+    turn = T([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+    close(merge_tensors([a, turn @ a], 1.0, "rotate"), (turn @ a).tolist(), 1e-5)
+    half = T([[math.cos(0.35), -math.sin(0.35)], [math.sin(0.35), math.cos(0.35)]])
+    close(merge_tensors([a, turn @ a], 0.5, "rotate"), (half @ a).tolist(), 1e-5)
+    tall = torch.randn(9, 3, generator=torch.Generator().manual_seed(0))
+    found = merge_tensors([tall, tall.flip(1)], 0.4, "rotate")
+    torch.testing.assert_close(torch.linalg.svdvals(found), torch.linalg.svdvals(tall), rtol=1e-4, atol=1e-4)
+
+
+def test_cosines_by_hand() -> None:
+    a, b = T([[1.0, 1.0], [0.0, 0.0]]), T([[2.0, 0.0], [0.0, 1.0]])  # column cosines 1 and 0
+    close(merge_tensors([a, b], 0.25, "cosine_a"), [[1.25, 0.0], [0.0, 1.0]])
+    whole = 2 / (math.sqrt(2) * math.sqrt(5))
+    k = [(1 + whole) / 2 - 0.25, whole / 2 - 0.25]
+    close(merge_tensors([a, b], 0.25, "cosine_b"), [[2 - k[0], k[1]], [0.0, 1 - k[1]]])
+
+
+def test_sets_by_hand() -> None:
+    a, b = torch.zeros(4, 2), torch.ones(4, 2)
+    assert merge_tensors([a, b], 0.5, "tensor_sum")[:, 0].tolist() == [1, 1, 0, 0]
+    assert merge_tensors([a, b], 0.5, "tensor_sum", params={"beta": 0.75})[:, 0].tolist() == [1, 0, 0, 1]
+    a, b = T([4.0, 1.0, 3.0, 2.0]), T([10.0, 20.0, 30.0, 40.0])
+    assert merge_tensors([a, b], 1.0, "top_k_sum").tolist() == [1, 2, 3, 4]
+    assert merge_tensors([a, b], 0.5, "top_k_sum").tolist() == [1, 2, 3, 2]  # only 1 and 2 are put in B's order
+    clipped = merge_tensors([T([1.0]), T([3.0])], 1.0, "add_difference", T([0.0]), clip=True)
+    assert clipped.tolist() == [3.0]  # 1 + 3 lies outside 1..3
+
+
+def test_crossover_by_hand() -> None:
+    order = T([0.0, 1.0, 2.0, 3.0])
+    a, b = torch.zeros(4), T([3.0, 1.0, 3.0, 1.0])  # mean 2 (frequency 0) and 1 (-1)^n (the highest)
+    close(merge_tensors([a, b], 0.4, "distribution_crossover", order), [1.0, -1.0, 1.0, -1.0])
+
+
+def test_ties_by_hand() -> None:
+    """Trim, elect by the sum of values, mean of those that agree."""
+    base = torch.zeros(4)
+    one, two, three = T([0.1, 5.0, -2.0, 4.0]), T([3.0, -2.0, -0.1, 1.0]), T([2.0, -2.0, 6.0, 0.1])
+    # density 0.75 trims 0.1, -0.1, 0.1. Signs by sum: 5, 1, 4, 5: all +, though most of column 1 are negative
+    found = merge_tensors([one, two, three], 1.0, "ties", base, {"density": 0.75})
+    close(found, [2.5, 5.0, 6.0, 2.5])
+    close(
+        merge_tensors([one, two, three], 0.5, "ties", base, {"density": 0.75, "strength": 2.0}), [2.55, 7.5, 5.0, 4.5]
+    )
+
+
+def test_dare_and_della_keep_what_they_say() -> None:
+    base = torch.zeros(100_000)
+    ones = [base + 1, base + 1]
+    found = merge_tensors(ones, 1.0, "dare", base, {"density": 0.25}, seed=3, key="k")
+    values, counts = found.unique(return_counts=True)
+    assert values.tolist() == [0, 2, 4]
+    expected = T([0.5625, 0.375, 0.0625])
+    assert bool(((counts / 100_000 - expected).abs() < 0.01).all()) and abs(float(found.mean()) - 1) < 0.03
+    close(keep_probabilities(T([3.0, -1.0, 2.0]), 0.5, 0.4), [0.7, 0.3, 0.5])
+    ramp = torch.linspace(1, 2, 100_000)
+    kept = merge_tensors([ramp, ramp], 1.0, "della", base, {"density": 0.5, "window": 0.4}) != 0
+    low, high = float(kept[:20_000].float().mean()), float(kept[-20_000:].float().mean())
+    assert abs(low - (1 - 0.66**2)) < 0.02 and abs(high - (1 - 0.34**2)) < 0.02  # kept by either of two
+    with pytest.raises(UserError, match="smaller window"):
+        merge_tensors(ones, 1.0, "della", base, {"density": 0.1, "window": 0.4})
+    again = merge_tensors(ones, 1.0, "dare", base, {"density": 0.25}, seed=3, key="k")
+    other = merge_tensors(ones, 1.0, "dare", base, {"density": 0.25}, seed=3, key="l")
+    assert torch.equal(found, again) and not torch.equal(found, other)
+
+
+def test_model_stock_by_hand() -> None:
+    base = T([1.0, 1.0])
+    a, b = base + T([1.0, 0.0]), base + T([1.0, 1.0])  # cos 45 degrees
+    c = math.sqrt(0.5)
+    t = 2 * c / (1 + c)
+    close(merge_tensors([a, b], 1.0, "model_stock", base), [1 + t, 1 + t / 2])
+    assert torch.equal(merge_tensors([a, base + T([0.0, 1.0])], 1.0, "model_stock", base), base)  # unrelated
+
+
+def test_geometric_median_by_hand() -> None:
+    height = math.sqrt(3) / 2  # an equilateral triangle's is its centre
+    points = [T([0.0, 0.0]), T([1.0, 0.0]), T([0.5, height])]
+    close(merge_tensors(points, 1.0, "geometric_median"), [0.5, height / 3], 1e-5)
+    line = [T([0.0]), T([1.0]), T([100.0])]  # the middle one, not the mean
+    close(merge_tensors(line, 1.0, "geometric_median"), [1.0], 1e-3)
+
+
+# ---- properties of the whole table
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+@settings(max_examples=15, deadline=None)
+@given(alpha=st.floats(0, 1), seed=st.integers(0, 1000))
+def test_properties(method: str, alpha: float, seed: int) -> None:
+    entry = METHODS[method]
+    models, base = models_of(method, seed)
+    before = [m.clone() for m in models]
+    out = merge_tensors(models, alpha, method, base, key="k")
+    assert bool(torch.isfinite(out).all()) and out.shape == models[0].shape
+    assert all(torch.equal(m, n) for m, n in zip(models, before, strict=True))
+    if entry.zero_is_a:
+        assert torch.equal(merge_tensors(models, 0.0, method, base), models[0])
+    if entry.one_is_b:
+        assert torch.equal(merge_tensors(models, 1.0, method, base), models[1])
+    a = models[0]
+    again = merge_tensors([a] * len(models), alpha, method, a if entry.needs_base else None)
+    torch.testing.assert_close(again, a, rtol=1e-6, atol=1e-6)
+    if entry.elementwise:
+        parts = [
+            merge_tensors([m[i] for m in models], alpha, method, None if base is None else base[i]) for i in range(5)
+        ]
+        torch.testing.assert_close(torch.stack(parts), out, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("shape", [(), (1,), (3,), (2, 1, 3, 3), (0,)])
+def test_every_shape(method: str, shape: tuple[int, ...]) -> None:
+    if shape == (0,):
+        return  # empty tensors are never handed to a method: a file's have no tiles
+    models, base = models_of(method, 1, shape)
+    for alpha in (0.0, 0.3, 1.0):
+        assert bool(torch.isfinite(merge_tensors(models, alpha, method, base)).all())
+        zeros = [torch.zeros(shape)] * len(models)
+        none = torch.zeros(shape) if base is not None else None
+        assert not bool(merge_tensors(zeros, alpha, method, none).any())
+
+
+@pytest.mark.parametrize("method", ["weighted_sum", "slerp"])
+@settings(max_examples=20, deadline=None)
+@given(alpha=st.floats(0, 1), seed=st.integers(0, 1000))
+def test_swap(method: str, alpha: float, seed: int) -> None:
+    (a, b), _ = models_of(method, seed)
+    swapped = merge_tensors([b, a], 1 - alpha, method)
+    torch.testing.assert_close(merge_tensors([a, b], alpha, method), swapped, rtol=1e-4, atol=1e-5)
+
+
+# ---- files
+
+
+@pytest.fixture
+def four(tmp_path: Path) -> dict[str, Path]:
+    out = {}
+    for seed, name in enumerate("abco"):
+        out[name] = tmp_path / f"{name}.safetensors"
+        save_tensors(out[name], small(seed), {})
+    return out
+
+
+def arguments(method: str, four: dict[str, Path]) -> dict[str, object]:
+    entry = METHODS[method]
+    return {
+        "method": method,
+        "more": [four["c"]] if entry.models[1] > 2 else [],
+        "base_model": four["o"] if entry.needs_base else None,
+    }
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_files_hold_what_the_function_gives_at_any_number_of_threads(
+    method: str, four: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dodgeburn.merge.run.TILE", 4)
+    digests = set()
+    for threads in (1, 3):
+        out = tmp_path / str(threads) / "m.safetensors"
+        out.parent.mkdir()
+        merge(four["a"], four["b"], out, base=0.4, threads=threads, **arguments(method, four))  # type: ignore[arg-type]
+        digests.add(sha256_file(out))
+    assert len(digests) == 1
+    tensors = {name: load_tensors(path) for name, path in four.items()}
+    names = "abc" if METHODS[method].models[1] > 2 else "ab"
+    found = load_tensors(out)
+    for key in found:
+        base = tensors["o"][key] if METHODS[method].needs_base else None
+        expected = merge_tensors([tensors[n][key] for n in names], 0.4, method, base, key=key)
+        assert torch.equal(found[key], expected), key
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if METHODS[m].zero_is_a])
+def test_alpha_zero_is_a_in_files(method: str, four: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.warns(DodgeburnWarning, match="takes anything from B"):
+        merge(four["a"], four["b"], tmp_path / "m", base=0, **arguments(method, four))  # type: ignore[arg-type]
+    assert same(load_tensors(tmp_path / "m"), load_tensors(four["a"]))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16", "fp8_e4m3fn"])
+def test_output_types(dtype: str, four: dict[str, Path], tmp_path: Path) -> None:
+    kinds = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8_e4m3fn": torch.float8_e4m3fn}
+    merge(four["a"], four["b"], tmp_path / "m", base=0.3, keep=["vae"], dtype=dtype)
+    a, b, out = load_tensors(four["a"]), load_tensors(four["b"]), load_tensors(tmp_path / "m")
+    for key in a:
+        wide = a[key].float() if "first_stage" in key else torch.lerp(a[key].float(), b[key].float(), 0.3)
+        assert out[key].dtype == kinds[dtype] and torch.equal(out[key].float(), wide.to(kinds[dtype]).float())
+
+
+def test_rules_and_components(four: dict[str, Path], tmp_path: Path) -> None:
+    merge(
+        four["a"], four["b"], tmp_path / "m", base=0.5, components={"clip_g": 1, "vae": 0},
+        rules=["IN00-IN01:NOT layers:0", "M00::1", "NOT IN00,M00,IN01:emb:0"],
+    )  # fmt: skip
+    a, b, out = load_tensors(four["a"]), load_tensors(four["b"]), load_tensors(tmp_path / "m")
+    from_a, from_b = [CONV_IN, "time_embed", "label_emb", "first_stage"], ["middle_block", "embedders.1"]
+    for key in a:
+        of_a, of_b = any(w in key for w in from_a), any(w in key for w in from_b)
+        # "embedders" has "emb" too: the last rule that matches wins over the component
+        if "embedders" in key:
+            of_a, of_b = True, False
+        expected = a[key] if of_a else b[key] if of_b else merge_tensors([a[key], b[key]], 0.5)
+        assert torch.equal(out[key], expected), key
+
+
+def test_rules_that_are_wrong(four: dict[str, Path]) -> None:
+    layout = detect_layout(small(0))
+    for text, message in (
+        ("IN00:0.3", "is not BLOCKS"), ("IN07::1", "no block 'IN07'"), ("IN00::2", "expected a number from 0"),
+        ("OUT00-IN00::1", "comes after"), ("NOT::1", "without anything"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            parse_rules([text], layout)
+    with pytest.raises(UserError, match="matches no tensor"):
+        dry_run(four["a"], four["b"], rules=[":nothing:0.5"])
+    with pytest.raises(UserError, match="no component 'clip'"):
+        dry_run(four["a"], four["b"], components={"clip": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"method": "tie"}, "expected one of ties"),
+        ({"method": "ties"}, "needs the model that the others were tuned from"),
+        ({"method": "triple_sum"}, "takes 3 models"),
+        ({"base_model": "o"}, "no effect: weighted_sum takes none"),
+        ({"more": ["c"]}, "takes 2 models"),
+        ({"params": {"beta": 0.5}}, "has no parameter 'beta': it has none"),
+        ({"method": "dare", "base_model": "o", "params": {"density": 0.0}}, "density is 0.0"),
+        ({"seed": 1}, "seed has no effect"),
+        ({"clip": True}, "clipping has no effect"),
+        ({"dtype": "int8"}, "no output type"),
+    ],
+)
+def test_settings_that_are_wrong(wrong: dict[str, object], message: str, four: dict[str, Path], tmp_path: Path) -> None:
+    if "base_model" in wrong:
+        wrong = wrong | {"base_model": four["o"]}
+    if "more" in wrong:
+        wrong = wrong | {"more": [four["c"]]}
+    before = left(tmp_path)
+    with pytest.raises(UserError, match=message):
+        merge(four["a"], four["b"], tmp_path / "m", **wrong)  # type: ignore[arg-type]
+    assert left(tmp_path) == before
+
+
+def test_hostile_third_models(four: dict[str, Path], tmp_path: Path) -> None:
+    bad = small(2)
+    bad[CONV_IN] = torch.zeros(4, 9).half()
+    save_tensors(tmp_path / "shape", bad, {})
+    with pytest.raises(UserError, match=rf"{CONV_IN} of shape is \[4, 9\] instead of \[4, 4\]"):
+        merge(four["a"], four["b"], tmp_path / "m", method="average", more=[tmp_path / "shape"])
+    bad[CONV_IN] = torch.full((4, 4), float("nan")).half()
+    save_tensors(tmp_path / "nan", bad, {})
+    with pytest.raises(UserError, match=f"{CONV_IN} of nan has NaN"):
+        merge(four["a"], four["b"], tmp_path / "m", method="average", more=[tmp_path / "nan"])
+    del bad[CONV_IN]
+    save_tensors(tmp_path / "less", bad, {})
+    with pytest.warns(DodgeburnWarning, match="1 tensor not in every other model"):
+        merge(four["a"], four["b"], tmp_path / "m", method="average", more=[tmp_path / "less"])
+    with pytest.raises(UserError, match="also an input"):
+        merge(four["a"], four["b"], four["o"], method="add_difference", base_model=four["o"])
+
+
+def test_command_line(four: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from dodgeburn.cli.merge import main
+
+    a, b, c, o = (str(four[n]) for n in "abco")
+    args = [a, b, "--also", c, "--base-model", o, "--method", "ties", "--param", "density=0.5"]
+    assert main([*args, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "density = 0.5" in said and "with c.safetensors" in said and "MB of memory" in said
+    assert main([*args, "-o", str(tmp_path / "m"), "--rule", "M00::0", "--component", "vae=0", "--dtype", "bf16"]) == 0
+    assert "ties" in capsys.readouterr().out and load_tensors(tmp_path / "m")[CONV_IN].dtype == torch.bfloat16
+    assert main([a, b, "--dry-run"]) == 0 and "A 50 % + B 50 %" in capsys.readouterr().out
+    with pytest.raises(UserError, match="not NAME=NUMBER"):
+        main([*args, "--param", "density"])
