@@ -99,7 +99,7 @@ def test_clip_skip_means_the_same_in_other_programs(layout: str, skip: int) -> N
     comfy, theirs = [], []
     k = DIFFUSERS[layout][skip - 1]
     for tokenizer, encoder in zip(model.tokenizers, model.text_encoders, strict=True):
-        out = encoder(torch.tensor(token_chunks(tokenizer, "a hat")), output_hidden_states=True)
+        out = encoder(torch.tensor([token_chunks(tokenizer, "a hat")[0].ids]), output_hidden_states=True)
         norm = next(module for name, module in encoder.named_modules() if name.endswith("final_layer_norm"))
         state = out.hidden_states[-skip][0]
         comfy.append(norm(state) if layout == "sd15" else state)
