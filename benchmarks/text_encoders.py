@@ -3,8 +3,8 @@
 Three U-Nets are trained from the same weights for the same number of steps, on the VAE and latents of a training folder
 (`dodgeburn pocket train -o RUN`), and their pictures are read on prompts that none of them was trained on. Prints, for
 each way, prompt fidelity with a 95 % interval over prompts, the mean Spearman of graded words, and the seconds it took
-(text encoders included). `--json` prints one object as the last line; `--quick` trains 60 steps: the same fields, but
-too few for an answer.
+(the contrastive stage included, unless the folder has its outcome already). `--json` prints one object as the last
+line; `--quick` trains 60 steps: the same fields, but too few for an answer.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ def main() -> None:
                 *settings.run.glob("latents-*"),
                 *settings.run.glob("pictures-*"),
                 settings.run / "vae.safetensors",
+                *(settings.run.glob("text.safetensors") if first else ()),
             )
             for path in parts:
                 (Path(folder) / path.name).symlink_to(path.resolve())
