@@ -132,7 +132,7 @@ def _code(text: object) -> str:
 def _what(facts: Facts) -> str:
     said = _plain(facts.metadata.get("modelspec.description", ""))
     prediction = facts.metadata.get("modelspec.prediction_type", "")
-    lines = [f"A text-to-image diffusion model: {facts.layout.title}, made for {facts.size} pixels"
+    lines = [f"A text-to-image diffusion model of {facts.layout.title}'s architecture, made for {facts.size} pixels"
              + (f", {_plain(prediction)} prediction" if prediction else "") + "."]  # fmt: skip
     return "\n\n".join([*lines, *([said] if said else [])])
 
