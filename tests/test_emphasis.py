@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from dodgeburn.errors import UserError
-from dodgeburn.sampling.emphasis import SYNTAXES, pieces
+from dodgeburn.errors import DodgeburnWarning, UserError
+from dodgeburn.sampling.emphasis import SYNTAXES, pieces, unread
 from dodgeburn.sampling.loop import GenerateSettings, generate
 from dodgeburn.sampling.prompts import encode, token_chunks, weighted
 from tests.tiny import tiny_model
@@ -144,3 +144,11 @@ def test_a_syntax_of_encoding_and_settings_must_agree() -> None:
         generate(model, ["a"], [1], GenerateSettings(steps=1), encoded=encoded)
     with pytest.raises(UserError, match="did you mean comfy"):
         GenerateSettings(prompt_syntax="comfi")
+
+
+def test_markup_that_is_read_as_words_is_said() -> None:
+    text = "a <lora:smile:0.8> [cat:dog:0.5] [a|b] x AND y embedding:bad (b:1.2) [less] time 12:30"
+    assert unread(text, "a1111") == ["<lora:smile:0.8>", "[cat:dog:0.5]", "[a|b]", "AND", "embedding:bad"]
+    assert unread(text, "plain") == [] and unread("(a:1.2), [b] and 1:2", "a1111") == []
+    with pytest.warns(DodgeburnWarning, match="read as words: <lora:x:1>"):
+        generate(tiny_model(), ["a <lora:x:1>"], [1], GenerateSettings(steps=1))

@@ -24,6 +24,14 @@ SYNTAXES = ("a1111", "comfy", "plain")
 STEP = 1.1  # what one pair of brackets multiplies by
 
 _NUMBER_AND_END = re.compile(r":\s*([+-]?[.\d]{1,32})\s*\)")
+# Markup of A1111 and ComfyUI that means something there and is words here.
+_UNREAD = (
+    re.compile(r"<(?:lora|lyco|hypernet):[^<>]*>"),
+    re.compile(r"\[[^\[\]:|]*:[^\[\]:|]*:[^\[\]:|]*\]"),  # prompt editing, [from:to:when]
+    re.compile(r"\[[^\[\]|]*\|[^\[\]]*\]"),  # alternation, [a|b]
+    re.compile(r"\bAND\b"),
+    re.compile(r"\bembedding:[\w.-]+"),
+)
 _BREAK = re.compile(r"\s*\bBREAK\b\s*")
 
 
@@ -43,6 +51,13 @@ def pieces(prompt: str, syntax: str) -> list[Piece]:
     if syntax == "comfy":
         return [Piece(text, weight) for text, weight in _merged(_comfy(prompt))]
     return [Piece(prompt)]
+
+
+def unread(prompt: str, syntax: str) -> list[str]:
+    """Markup in a prompt that other programs act on and that is read as words here: LoRA tags, prompt editing,
+    alternation, AND, embeddings. Nothing of it means anything in `plain`.
+    """
+    return [] if syntax == "plain" else [found[0] for rule in _UNREAD for found in rule.finditer(prompt)]
 
 
 def _number(text: str) -> float | None:

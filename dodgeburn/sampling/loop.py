@@ -20,6 +20,7 @@ from dodgeburn.models.model import Model
 from dodgeburn.sampling.brownian import BrownianPath, Noise
 from dodgeburn.sampling.clip_skip import resolve_clip_skip
 from dodgeburn.sampling.effects import without_effect
+from dodgeburn.sampling.emphasis import unread
 from dodgeburn.sampling.guidance import Denoiser
 from dodgeburn.sampling.prompts import EncodedPrompt, encode
 from dodgeburn.sampling.schedules import Schedule, initial_noise, schedule
@@ -108,6 +109,7 @@ def stream(
     said = without_effect(model, settings, plan)
     for line in said:
         warnings.warn(line, DodgeburnWarning, stacklevel=3)
+    _warn_of_markup([*prompts, settings.negative], settings.prompt_syntax)
     shape = _latent_shape(model, settings)
     for seed in seeds:
         initial_noise(seed, (1, 1, 1))  # refuse a bad seed now, not after an hour
@@ -133,6 +135,18 @@ def stream(
         plain = "" if thresholded else ": these pictures are those of plain CFG"
         line = f"dynamic thresholding changed {thresholded} of {examined} {part}{plain}"
         warnings.warn(line, DodgeburnWarning, stacklevel=3)
+
+
+def _warn_of_markup(texts: Sequence[str], syntax: str) -> None:
+    found = list(dict.fromkeys(part for text in dict.fromkeys(texts) for part in unread(text, syntax)))
+    if found:
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        warnings.warn(
+            f"read as words: {', '.join(found[:3])}{more}. LoRAs are baked into a model first (dodgeburn bake); prompt "
+            "editing, AND and embeddings have no effect here",
+            DodgeburnWarning,
+            stacklevel=4,
+        )
 
 
 def _check_encoded(encoded: Mapping[str, EncodedPrompt], clip_skip: int, syntax: str) -> None:
