@@ -7,20 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dodgeburn.checkpoint.layout import Layout
-from dodgeburn.checkpoint.metadata import (
-    A1111_MODELS,
-    A1111_RECIPE,
-    NO_HASH,
-    RECIPE,
-    SPEC_HASH,
-    json_of,
-    resolution,
-    to_json,
-)
-
-_SPEC = {"sdxl": "stable-diffusion-xl-v1-base", "sd15": "stable-diffusion-v1"}
-# What says something about the model's bytes or making that is not true of what was made from it.
-STALE = ("modelspec.date", "modelspec.merged_from", "sshs_model_hash", "sshs_legacy_hash", SPEC_HASH)
+from dodgeburn.checkpoint.metadata import A1111_MODELS, A1111_RECIPE, NO_HASH, json_of, made_from
 
 
 def derived_metadata(
@@ -51,17 +38,4 @@ def derived_metadata(
         "added": [{key: one[key] for key in ("file", "sha256", "strength")} for one in recipe["added"]],
         "custom_name": Path(out).stem,
     }
-    kept = {key: value for key, value in model.items() if key not in STALE}
-    return kept | {
-        "format": "pt",
-        RECIPE: to_json(recipe),
-        A1111_RECIPE: to_json(a1111),
-        A1111_MODELS: to_json(models),
-        "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": model.get("modelspec.architecture") or _SPEC[layout.name],
-        "modelspec.implementation": model.get("modelspec.implementation") or "sgm",
-        "modelspec.title": Path(out).stem,
-        "modelspec.resolution": resolution(model, layout),
-        "modelspec.merged_from": ", ".join(Path(file).stem for file, _ in parents),
-        SPEC_HASH: "0x" + tensors_sha256,
-    }
+    return made_from(model, recipe, a1111, models, [file for file, _ in parents], layout, out, tensors_sha256)

@@ -16,7 +16,7 @@ No dates: the same inputs and recipe give the same bytes.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,10 @@ A1111_MODELS = "sd_merge_models"
 SPEC_HASH = "modelspec.hash_sha256"
 NO_HASH = "0" * 64  # as wide as the hash that replaces it when the file is complete
 
-_ARCHITECTURES = {"sdxl": "stable-diffusion-xl-v1-base", "sd15": "stable-diffusion-v1"}
+ARCHITECTURES = {"sdxl": "stable-diffusion-xl-v1-base", "sd15": "stable-diffusion-v1"}
 _RESOLUTIONS = {"sdxl": "1024x1024", "sd15": "512x512"}
 # What says something about A's bytes or making that is not true of the merged file.
-_STALE = ("modelspec.date", "modelspec.merged_from", "sshs_model_hash", "sshs_legacy_hash", SPEC_HASH)
+STALE = ("modelspec.date", "modelspec.merged_from", "sshs_model_hash", "sshs_legacy_hash", SPEC_HASH)
 
 
 def json_of(metadata: Mapping[str, str], key: str) -> Any:
@@ -110,18 +110,34 @@ def merged_metadata(
         "weights_alpha": ",".join(f"{share:g}" for share in recipe["blocks"].values()),
         "custom_name": Path(out).stem,
     }
-    stems = [Path(parent["file"]).stem for parent in parents]
-    kept = {key: value for key, value in a.items() if key not in _STALE}
+    files = [parent["file"] for parent in parents]
+    return made_from(a, recipe, a1111, models, files, layout, out, tensors_sha256)
+
+
+def made_from(
+    model: Mapping[str, str],
+    recipe: Mapping[str, Any],
+    a1111: Mapping[str, Any],
+    models: Mapping[str, Any],
+    files: Sequence[str],
+    layout: Layout,
+    out: str | Path,
+    tensors_sha256: str,
+) -> dict[str, str]:
+    """A model's metadata with what is no longer true replaced: recipe, A1111's two keys, ModelSpec. `files` are the
+    parents' names.
+    """
+    kept = {key: value for key, value in model.items() if key not in STALE}
     return kept | {
         "format": "pt",
         RECIPE: to_json(recipe),
         A1111_RECIPE: to_json(a1111),
         A1111_MODELS: to_json(models),
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": a.get("modelspec.architecture") or _ARCHITECTURES[layout.name],
-        "modelspec.implementation": a.get("modelspec.implementation") or "sgm",
+        "modelspec.architecture": model.get("modelspec.architecture") or ARCHITECTURES[layout.name],
+        "modelspec.implementation": model.get("modelspec.implementation") or "sgm",
         "modelspec.title": Path(out).stem,
-        "modelspec.resolution": resolution(a, layout),
-        "modelspec.merged_from": ", ".join(stems),
+        "modelspec.resolution": resolution(model, layout),
+        "modelspec.merged_from": ", ".join(Path(file).stem for file in files),
         SPEC_HASH: "0x" + tensors_sha256,
     }
