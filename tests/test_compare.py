@@ -318,6 +318,7 @@ def test_held_out_choice_is_not_flattered() -> None:
 def test_all_presets_are_the_sixteen_and_names_are_known() -> None:
     assert CompareSettings(prompts=("x",)).presets == tuple(preset_names()) and len(preset_names()) == 16
     assert CompareSettings(prompts=("x",), presets=("grad_v", "GradV")).presets == ("GradV",)
+    assert CompareSettings(prompts=("x",), presets=("published",)).presets == tuple(preset_names("published"))
     with pytest.raises(UserError, match="GradV"):
         CompareSettings(prompts=("x",), presets=("GradW",))
 

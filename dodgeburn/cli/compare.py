@@ -39,7 +39,7 @@ class Compare:
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], metavar="DIR")] = None
     """The folder to write to: a new or empty one, or that of an interrupted run."""
     presets: Annotated[str, tyro.conf.arg(metavar="NAMES")] = "all"
-    """Presets separated by commas, or all 16."""
+    """Presets separated by commas, or all (the card's 16), or published (all 38)."""
     bases: Annotated[str, tyro.conf.arg(metavar="NUMBERS")] = "0.4,0.5,0.6"
     """B's shares of what is outside the U-Net's blocks, separated by commas, 0 to 1."""
     prompts: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None

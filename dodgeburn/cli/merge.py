@@ -34,8 +34,8 @@ class Merge:
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], metavar="OUT")] = None
     """The .safetensors file to write; never one of the inputs."""
     preset: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
-    """One of the 16 block presets, by the card's or the published name (GradV = GRAD_V); none: every block
-    is base.
+    """One of the 38 published block presets, 16 of them the card's, by either's name (GradV = GRAD_V); docs/merge.md
+    lists them. None: every block is base.
     """
     base: float | None = None
     """B's share of everything outside the U-Net's blocks (without a preset, of all), 0 to 1; none: the

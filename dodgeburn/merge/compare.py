@@ -40,7 +40,8 @@ PARENTS = ("A", "B")
 
 
 class CompareSettings(BaseModel):
-    """What is compared. `presets` as names ("all" for the 16), `bases` B's shares outside the U-Net's blocks.
+    """What is compared. `presets` as names ("all": the card's 16, "published": all 38), `bases` B's shares outside the
+    U-Net's blocks.
 
     Raises UserError for an unknown preset, a base outside 0..1, no prompts, and bad or repeated seeds.
     """
@@ -60,9 +61,13 @@ class CompareSettings(BaseModel):
     def _presets(cls, value: Iterable[str]) -> tuple[str, ...]:
         names: list[str] = []
         for name in [value] if isinstance(value, str) else value:
-            names += preset_names() if name.strip().lower() == "all" else [find_preset(name).name]
+            word = name.strip().lower()
+            if word in ("all", "published"):
+                names += preset_names("card" if word == "all" else "published")
+            else:
+                names.append(find_preset(name).name)
         if not names:
-            raise UserError("no presets to compare: name some, or all")
+            raise UserError("no presets to compare: name some, or all, or published")
         return tuple(dict.fromkeys(names))
 
     @field_validator("bases", mode="before")
