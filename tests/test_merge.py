@@ -427,7 +427,7 @@ def test_the_file_explains_itself(files: SimpleNamespace, tmp_path: Path) -> Non
     metadata = read_header(first).metadata
     assert metadata["format"] == "pt" and metadata["author"] == "a" and configs_of(metadata) == configs("sdxl")
     recipe = MergeRecipe.from_json(metadata["dodgeburn.recipe"])
-    assert (recipe.preset, recipe.base, recipe.xl_presets, recipe.keep) == ("GradV", 0.4, "curve", ["vae"])
+    assert (recipe.preset, recipe.base, recipe.xl_presets, recipe.keep) == ("GradV", 0.4, "curve", ("vae",))
     assert recipe.a.sha256 == sha256_file(files.sdxl_a) and recipe.b.sha256 == sha256_file(files.sdxl_b)
     assert recipe.a.file == "sdxl-a.safetensors"
     assert recipe.blocks["VAE"] == 0 and recipe.blocks["BASE"] == 0.4 and recipe.blocks["M00"] == 0

@@ -10,8 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
@@ -79,6 +82,23 @@ def sha256_source(source: Tensors, progress: Callable[[int], object] | None = No
         return sha256_file(files[0], progress)
     lines = [f"{path.name} {sha256_file(path, progress)}\n" for path in sorted(files) if not is_index(path)]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+@contextmanager
+def hashing(sources: Sequence[Tensors]) -> Iterator[list[Future[str]]]:
+    """sha256 of whole files in the background, given up when the block fails."""
+    stop = threading.Event()
+
+    def go_on(_: int) -> None:
+        if stop.is_set():
+            raise CancelledError
+
+    with ThreadPoolExecutor(2, thread_name_prefix="sha256") as pool:
+        try:
+            yield [pool.submit(sha256_source, source, go_on) for source in sources]
+        except BaseException:
+            stop.set()
+            raise
 
 
 def weights_in(folder: Path) -> Path:

@@ -8,11 +8,14 @@ import sys
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from dodgeburn.errors import DodgeburnWarning, UserError
+
+if TYPE_CHECKING:
+    from dodgeburn.merge.settings import MergeSettings
 
 HELP = "merge two checkpoints block by block, streamed and written safely"
 EXAMPLE = "dodgeburn merge pocket-style pocket-bold -o merged.safetensors --preset ReverseSmoothstep --base 0.4"
@@ -101,31 +104,14 @@ def main(args: list[str]) -> int:
         return _dry_run(settings)
     if settings.out is None:
         raise UserError("no output file: say where to write with -o OUT.safetensors, or look first with --dry-run")
-    from dodgeburn.merge.blocks import parse_blocks
     from dodgeburn.merge.run import merge
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", DodgeburnWarning)
         result = merge(
-            settings.a,
-            settings.b,
-            settings.out,
-            preset=settings.preset,
-            base=settings.base,
-            blocks=parse_blocks(settings.block),
-            keep=[settings.keep],
-            method=settings.method,
-            xl_presets=settings.xl_presets,
-            threads=settings.threads,
-            more=settings.also,
-            base_model=settings.base_model,
-            params=_numbers(settings.param, "parameter"),
-            components=_numbers(settings.component, "component share"),
-            rules=settings.rule,
-            seed=settings.seed,
-            clip=settings.clip,
-            dtype=settings.dtype,
-        )
+            settings.a, settings.b, settings.out, _settings(settings), more=settings.also,
+            base_model=settings.base_model, threads=settings.threads,
+        )  # fmt: skip
     for warning in caught:
         print(f"warning: {warning.message}", file=sys.stderr)
     merged = sum(w.action == "merge" for w in result.plan.work)
@@ -149,28 +135,27 @@ def main(args: list[str]) -> int:
     return 0
 
 
-def _dry_run(settings: Merge) -> int:
+def _settings(options: Merge) -> MergeSettings:
+    """The merge's settings from the command line's texts."""
     from dodgeburn.merge.blocks import parse_blocks
+    from dodgeburn.merge.settings import MergeSettings
+
+    texts = {
+        "blocks": parse_blocks(options.block),
+        "keep": options.keep,
+        "params": _numbers(options.param, "parameter"),
+        "components": _numbers(options.component, "component share"),
+        "rules": options.rule,
+    }
+    same = MergeSettings.model_fields.keys() - texts.keys()
+    return MergeSettings.of(**texts, **{name: getattr(options, name) for name in same})
+
+
+def _dry_run(settings: Merge) -> int:
     from dodgeburn.merge.run import dry_run
 
     plan, text = dry_run(
-        settings.a,
-        settings.b,
-        settings.out,
-        preset=settings.preset,
-        base=settings.base,
-        blocks=parse_blocks(settings.block),
-        keep=[settings.keep],
-        method=settings.method,
-        xl_presets=settings.xl_presets,
-        more=settings.also,
-        base_model=settings.base_model,
-        params=_numbers(settings.param, "parameter"),
-        components=_numbers(settings.component, "component share"),
-        rules=settings.rule,
-        seed=settings.seed,
-        clip=settings.clip,
-        dtype=settings.dtype,
+        settings.a, settings.b, settings.out, _settings(settings), more=settings.also, base_model=settings.base_model
     )
     print(text)
     if settings.json:
@@ -178,7 +163,7 @@ def _dry_run(settings: Merge) -> int:
             "dry_run": True,
             "layout": plan.layout.name,
             "blocks": plan.blocks,
-            "keep": list(plan.keep),
+            "keep": list(plan.settings.keep),
             "tensors": len(plan.work),
             "bytes_written": plan.bytes_written,
             "counts": plan.counts,

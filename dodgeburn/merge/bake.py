@@ -7,12 +7,10 @@ the model's own type. Files are written as merges are: exact header first, compl
 from __future__ import annotations
 
 import math
-import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +23,7 @@ from dodgeburn.checkpoint.layout import Layout, detect_layout
 from dodgeburn.checkpoint.metadata import recipe_of
 from dodgeburn.checkpoint.naming import find_checkpoint
 from dodgeburn.checkpoint.rewrite import PIECE, cast_to, is_finite
-from dodgeburn.checkpoint.sources import Tensors, files_of, open_tensors, sha256_source
+from dodgeburn.checkpoint.sources import Tensors, files_of, hashing, open_tensors
 from dodgeburn.checkpoint.tensorfile import TensorWriter, byte_view, check_output
 from dodgeburn.errors import DodgeburnWarning, UserError
 from dodgeburn.merge.addends import Addend, open_addend
@@ -185,23 +183,6 @@ def _warn(addends: Sequence[Addend], work: Mapping[str, Sequence[tuple[int, floa
                 DodgeburnWarning,
                 stacklevel=3,
             )
-
-
-@contextmanager
-def hashing(sources: Sequence[Tensors]) -> Iterator[list[Future[str]]]:
-    """sha256 of whole files in the background, given up when the block fails."""
-    stop = threading.Event()
-
-    def go_on(_: int) -> None:
-        if stop.is_set():
-            raise CancelledError
-
-    with ThreadPoolExecutor(1, thread_name_prefix="sha256") as pool:
-        try:
-            yield [pool.submit(sha256_source, source, go_on) for source in sources]
-        except BaseException:
-            stop.set()
-            raise
 
 
 def _run(

@@ -18,7 +18,7 @@ from dodgeburn.merge.presets import Convention, preset_alphas
 def check_share(value: float, what: str) -> float:
     """The value as float; UserError unless it is a number in 0..1."""
     try:
-        number = float(value)
+        number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
         raise UserError(f"{what} is {value!r}: expected a number from 0 (all A) to 1 (all B)") from None
     if not math.isfinite(number) or not 0.0 <= number <= 1.0:

@@ -27,9 +27,10 @@ from dodgeburn.jobs import PartStore
 from dodgeburn.merge.blocks import alphas, check_share
 from dodgeburn.merge.compare_pictures import Variant, load_pictures, make_pictures, part_name, twin_notes, twins_of
 from dodgeburn.merge.live import HeldTensors, LiveMerge, Tensors, stored_tensors
-from dodgeburn.merge.plan import check_keep, check_layouts
+from dodgeburn.merge.plan import check_layouts
 from dodgeburn.merge.presets import Convention, find_preset, preset_names
 from dodgeburn.merge.ranking import Measured, PictureReader, Row, measure, rank
+from dodgeburn.merge.settings import check_keep
 from dodgeburn.models.loading import load_model
 from dodgeburn.models.model import Model
 from dodgeburn.pocket.captions import Asked, parse

@@ -25,11 +25,10 @@ from dodgeburn.checkpoint.metadata import NO_HASH, RECIPE, SPEC_HASH, recipe_of,
 from dodgeburn.checkpoint.modules import modules, tensor_moves
 from dodgeburn.checkpoint.naming import find_checkpoint
 from dodgeburn.checkpoint.rewrite import STORED, cast_to, is_finite
-from dodgeburn.checkpoint.sources import Tensors, files_of, open_tensors
+from dodgeburn.checkpoint.sources import Tensors, files_of, hashing, open_tensors
 from dodgeburn.checkpoint.tensorfile import TensorWriter, byte_view, check_output
 from dodgeburn.errors import DodgeburnWarning, UserError
 from dodgeburn.merge.addends import DELTA, DELTA_INFO
-from dodgeburn.merge.bake import hashing
 from dodgeburn.merge.low_rank import low_rank
 from dodgeburn.merge.recipe import Parent, tool_version
 

@@ -21,6 +21,7 @@ from dodgeburn.checkpoint.sources import open_tensors
 from dodgeburn.errors import UserError
 from dodgeburn.merge.methods import Method, find_method, merge_tensors
 from dodgeburn.merge.plan import Plan, Work, make_plan
+from dodgeburn.merge.settings import MergeSettings
 from dodgeburn.models.model import Model
 
 
@@ -78,7 +79,9 @@ class LiveMerge:
 
     def plan(self, blocks: Mapping[str, float], keep: tuple[str, ...] = ()) -> Plan:
         """What a merge with these block shares does to every tensor; raises UserError as `make_plan`."""
-        return make_plan(self.a.header, self.b.header, self.model.layout, blocks, self.method, keep, self._name_b)
+        models = [("A", self.a.header), (self._name_b, self.b.header)]
+        settings = MergeSettings.of(method=self.method.name, keep=keep)
+        return make_plan(models, self.model.layout, blocks, settings)
 
     @torch.no_grad()
     def apply(self, plan: Plan, progress: Callable[[str], object] | None = None) -> set[str]:

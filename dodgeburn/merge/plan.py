@@ -1,21 +1,21 @@
-"""What a merge will do, decided from the two headers alone: one line of work per tensor, and everything
-odd, counted.
-"""
+"""What a merge will do, decided from the headers alone: one line of work per tensor, and everything odd, counted."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from dodgeburn.checkpoint.header import DTYPE_BITS, FLOAT_DTYPES, Header, TensorInfo
 from dodgeburn.checkpoint.layout import VAE, Layout, detect_layout
 from dodgeburn.errors import UserError
-from dodgeburn.merge.methods import Method
-from dodgeburn.merge.rules import Rule, component_share
+from dodgeburn.merge.blocks import alphas
+from dodgeburn.merge.methods import Method, find_method
+from dodgeburn.merge.rules import Rule, check_components, component_share, parse_rules
+from dodgeburn.merge.settings import DTYPES, MergeSettings
 
+Models = Sequence[tuple[str, Header]]  # file name and header of A, B, further models, and last the base if there is one
 Action = Literal["copy_a", "copy_b", "cast_a", "merge"]
-KEEPABLE = ("text", "vae")
 
 # Why a tensor is not merged as asked, and what was done instead. Those in WARNED deserve a warning.
 ISSUES = {
@@ -28,7 +28,6 @@ ISSUES = {
     "shape_differs": "of another shape in B, but A's are kept anyway",
 }
 WARNED = ("missing_in_b", "missing_elsewhere", "extra_in_b", "outside")
-DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "fp8_e4m3fn": "F8_E4M3"}
 
 
 @dataclass(frozen=True)
@@ -54,21 +53,18 @@ class Work:
 @dataclass
 class Plan:
     """A merge ready to run: the output's tensors in A's order, block shares, and issues (kind -> tensor
-    names).
+    names). `settings` are as asked for; `blocks`, `params`, `components` and `rules` are resolved and checked.
     """
 
     layout: Layout
     method: Method
+    settings: MergeSettings
     blocks: dict[str, float]
-    keep: tuple[str, ...]
-    work: list[Work]
-    issues: dict[str, list[str]] = field(default_factory=dict)
-    params: dict[str, float] = field(default_factory=dict)
-    components: dict[str, float] = field(default_factory=dict)
-    rules: tuple[Rule, ...] = ()
-    seed: int = 0
-    clip: bool = False
-    dtype: str | None = None
+    params: dict[str, float]
+    components: dict[str, float]
+    rules: tuple[Rule, ...]
+    work: list[Work] = field(default_factory=list)
+    issues: dict[str, list[str]] = field(default_factory=lambda: {kind: [] for kind in ISSUES})
 
     @property
     def counts(self) -> dict[str, int]:
@@ -79,37 +75,29 @@ class Plan:
     def bytes_written(self) -> int:
         return sum(w.out_nbytes for w in self.work)
 
-    def bytes_read(self, b: Header, more: Sequence[Header] = ()) -> int:
+    def bytes_read(self, models: Models) -> int:
         """Bytes of tensors to be read from all files."""
+        (_, b), *more = models[1:]
         total = 0
         for w in self.work:
             total += w.info.nbytes if w.action != "copy_b" else 0
             total += b.tensors[w.name].nbytes if w.action in ("copy_b", "merge") else 0
             if w.action == "merge":
-                total += sum(header.tensors[w.name].nbytes for header in more)
+                total += sum(header.tensors[w.name].nbytes for _, header in more)
         return total
 
     def warnings(self) -> list[str]:
         """The issues a user should hear of, one counted line each."""
-        lines = [_line(kind, self.issues[kind]) for kind in WARNED if self.issues.get(kind)]
+        lines = [issue_line(kind, self.issues[kind]) for kind in WARNED if self.issues.get(kind)]
         if all(w.action in ("copy_a", "cast_a") for w in self.work):
             lines.append("no tensor takes anything from B: the output will hold A's tensors")
         return lines
 
 
-def _line(kind: str, names: list[str]) -> str:
+def issue_line(kind: str, names: list[str]) -> str:
+    """One kind of issue in words, counted."""
     plural = "tensor" if len(names) == 1 else "tensors"
     return f"{len(names)} {plural} {ISSUES[kind]} (first {names[0]})"
-
-
-def check_keep(keep: Iterable[str]) -> tuple[str, ...]:
-    """The parts to keep of A, checked and in fixed order: any of "text" and "vae"."""
-    wanted = [keep] if isinstance(keep, str) else list(keep)
-    parts = {part.strip().lower() for text in wanted for part in text.split(",") if part.strip()}
-    unknown = parts - set(KEEPABLE)
-    if unknown:
-        raise UserError(f"cannot keep {min(unknown)!r}: expected {' or '.join(KEEPABLE)}")
-    return tuple(part for part in KEEPABLE if part in parts)
 
 
 def check_layouts(a: Header, b: Header, name_a: str, name_b: str) -> Layout:
@@ -133,42 +121,54 @@ def check_layouts(a: Header, b: Header, name_a: str, name_b: str) -> Layout:
     return one
 
 
-def make_plan(
-    a: Header,
-    b: Header,
-    layout: Layout,
-    blocks: Mapping[str, float],
-    method: Method,
-    keep: Iterable[str] = (),
-    name_b: str = "B",
-    *,
-    more: Sequence[tuple[str, Header]] = (),
-    params: Mapping[str, float] | None = None,
-    components: Mapping[str, float] | None = None,
-    rules: Sequence[Rule] = (),
-    seed: int = 0,
-    clip: bool = False,
-    dtype: str | None = None,
-) -> Plan:
-    """Decide every tensor of the output from the headers of A and B.
+def plan_merge(models: Models, settings: MergeSettings, has_base: bool = False) -> Plan:
+    """Check settings against the models and decide every tensor of the output; see make_plan.
 
-    The output has A's names and shapes, and A's types or, for floats, `dtype` (fp32, fp16, bf16, fp8_e4m3fn).
-    `more` are names and headers of further models and the base. A tensor's share is that of the last rule that
-    matches it, or else its component's, or else its block's; what is kept is always A's.
+    `models` are A, B, further ones, and last the base if `has_base`. Raises UserError for models of different
+    architectures, a number of them that the method does not take, settings that contradict each other and
+    settings without effect.
+    """
+    found = find_method(settings.method)
+    found.check_models(len(models) - has_base, has_base)
+    (name_a, a), *others = models
+    layout = [check_layouts(a, other, name_a, name) for name, other in others][0]
+    keep, named = settings.keep, {*settings.blocks}
+    base = found.alpha if settings.base is None else settings.base
+    shares = alphas(layout, settings.preset, base, settings.blocks, settings.xl_presets)
+    components = set(check_components(settings.components, layout))
+    if "vae" in keep and ("VAE" in named or "vae" in components):
+        raise UserError("the VAE is kept from A and given a share of B: leave out one of the two")
+    if "text" in keep and {"clip_l", "clip_g"} & components:
+        raise UserError("the text encoders are kept from A and given a share of B: leave out one of the two")
+    if "unet" in components and settings.preset is not None:
+        raise UserError("component unet replaces every share of the preset: leave out one of the two")
+    if settings.xl_presets != "curve" and (settings.preset is None or layout.name != "sdxl"):
+        raise UserError(f"--xl-presets {settings.xl_presets} has no effect: it says how a preset becomes SDXL's blocks")
+    if settings.clip and found.name == "weighted_sum":
+        raise UserError("clipping has no effect: a weighted sum lies between A and B already")
+    if settings.seed and not found.random:
+        raise UserError(f"the seed has no effect: {found.name} is not random")
+    return make_plan(models, layout, shares, settings)
+
+
+def make_plan(models: Models, layout: Layout, blocks: Mapping[str, float], settings: MergeSettings) -> Plan:
+    """Decide every tensor of the output from the headers, with these shares by block instead of the settings' own.
+
+    The output has A's names and shapes, and A's types or, for floats, `settings.dtype`. A tensor's share is that of
+    the last rule that matches it, or else its component's, or else its block's; what is kept is always A's.
 
     Raises UserError if tensors to be merged differ in shape,
     are of a type that cannot be computed with, if the two files have no tensor in common, or for a rule that
     matches no tensor.
     """
-    kept = check_keep(keep)
+    (_, a), (name_b, b), *more = models
+    method, kept, clip, dtype = find_method(settings.method), settings.keep, settings.clip, settings.dtype
     shares = dict(blocks)
     if "vae" in kept:
         shares[VAE] = 0.0
-    if dtype is not None and dtype not in DTYPES:
-        raise UserError(f"no output type is named {dtype!r}: expected one of {', '.join(DTYPES)}")
     plan = Plan(
-        layout, method, shares, kept, [], {kind: [] for kind in ISSUES}, method.check_params(params or {}),
-        dict(components or {}), tuple(rules), seed, clip, dtype,
+        layout, method, settings, shares, method.check_params(settings.params),
+        check_components(settings.components, layout), parse_rules(settings.rules, layout),
     )  # fmt: skip
     mismatched: list[str] = []
     unused = dict.fromkeys(plan.rules)
@@ -246,69 +246,3 @@ def _is_kept(name: str, layout: Layout, keep: tuple[str, ...]) -> bool:
 
 def _is_packed_float(dtype: str) -> bool:
     return dtype.startswith("F") or dtype == "C64"
-
-
-def peak_memory(plan: Plan, models: int, threads: int, tile: int) -> int:
-    """Expected anonymous bytes of the merge's buffers: about five float32 copies of a tile for each thread, or
-    of the largest tensor for methods that take whole ones (one at a time).
-    """
-    merged = [w.info.numel for w in plan.work if w.action == "merge"]
-    largest = max(merged, default=0)
-    copies = models + 3
-    if plan.method.elementwise:
-        return 4 * copies * min(tile, max(largest, 1)) * threads
-    return 4 * (copies + models) * largest
-
-
-def describe(
-    plan: Plan, b: Header, name_a: str, name_b: str, more: Sequence[tuple[str, Header]] = (), memory: int = 0
-) -> str:
-    """The plan in words: the share of B by block, what is kept, what is odd, how much is read and written."""
-    lines = [
-        f"{plan.method.name} of {plan.layout.title} checkpoints: A = {name_a}, B = {name_b}",
-        "shares are B's: 0 = all A, 1 = all B (ComfyUI's ratio is model1's share, the other way round)",
-        f"formula: {plan.method.summary}"
-        + "".join(f", {name} = {value:g}" for name, value in plan.params.items())
-        + (f", seed {plan.seed}" if plan.method.random else "")
-        + (", clipped between A and B" if plan.clip else ""),
-        *(f"with {name}" for name, _ in more),
-        "",
-        f"{'block':<7}{'share of B':>10}{'tensors':>9}{'MB':>10}",
-    ]
-    for block, share in plan.blocks.items():
-        of_block = [w for w in plan.work if w.block == block]
-        size = sum(w.info.nbytes for w in of_block) / 1e6
-        note = _note(block, plan)
-        taken = sorted({w.alpha for w in of_block if w.action in ("merge", "copy_b")})
-        if taken and taken != [share]:
-            note += (
-                (", " if note else "")
-                + "in fact "
-                + (f"{taken[0]:g}" if len(taken) == 1 else f"{taken[0]:g} to {taken[-1]:g}")
-            )
-        elif plan.method.name == "weighted_sum" and not note:
-            note = f"A {100 * (1 - share):.4g} % + B {100 * share:.4g} %"
-        lines.append(f"{block:<7}{share:>10.4f}{len(of_block):>9}{size:>10.2f}{'  ' + note if note else ''}")
-    actions = {action: sum(w.action == action for w in plan.work) for action in ("merge", "copy_a", "copy_b", "cast_a")}
-    lines += [
-        "",
-        f"{actions['merge']} tensors merged, {actions['copy_a']} copied from A, {actions['copy_b']} from B"
-        + (f", {actions['cast_a']} of A's changed to {plan.dtype}" if actions["cast_a"] else ""),
-        f"{plan.bytes_read(b, [header for _, header in more]) / 1e6:,.2f} MB to read, "
-        f"{plan.bytes_written / 1e6:,.2f} MB to write",
-    ]
-    if memory:
-        lines.append(f"about {memory / 1e6:,.0f} MB of memory for buffers")
-    lines += [_line(kind, names) for kind, names in plan.issues.items() if names]
-    return "\n".join(lines)
-
-
-def _note(block: str, plan: Plan) -> str:
-    if block == VAE:
-        if "vae" in plan.components:
-            return f"component vae: {plan.components['vae']:g}"
-        return "kept from A" if "vae" in plan.keep else "follows base"
-    if block == "BASE":
-        rest = "time embedding" + (", label embedding" if plan.layout.name == "sdxl" else "")
-        return f"{rest} (text encoders kept from A)" if "text" in plan.keep else f"text encoders, {rest}"
-    return ""

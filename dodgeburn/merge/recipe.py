@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dodgeburn.checkpoint.metadata import NO_HASH
 from dodgeburn.errors import UserError
+from dodgeburn.merge.plan import Plan
+from dodgeburn.merge.settings import MergeSettings, first_problem
 
 
 def tool_version() -> str:
@@ -30,40 +33,45 @@ class Parent(BaseModel):
     recipe: dict[str, Any] | None = None
 
 
-class MergeRecipe(BaseModel):
-    """How a file was merged. All shares are model B's: 0 = all A, 1 = all B.
+class MergeRecipe(MergeSettings):
+    """How a file was merged: the settings, resolved, and the models.
 
-    `blocks` has the resolved number of every block (BASE, IN00 …, M00, OUT00 …, VAE) and decides alone;
-    `preset`, `base` and `xl_presets` say where the numbers came from. `keep` names the parts taken from A
-    whatever the blocks say. `conventions` names the rule for keys outside the U-Net's blocks
-    (checkpoint/layout.py). `counts` has the tensors that could not be merged, by kind.
-    `components` and then `rules` replace blocks' numbers. `more` are the models after B, `base_model` the one
-    that differences are taken from, `params` and `seed` the method's, `dtype` the output's where not A's.
+    `blocks` has the number of every block (BASE, IN00 …, M00, OUT00 …, VAE) and decides alone; `preset`, `base` and
+    `xl_presets` say where the numbers came from. `conventions` names the rule for keys outside the U-Net's blocks
+    (checkpoint/layout.py). `counts` has the tensors that could not be merged, by kind. `more` are the models after B,
+    `base_model` the one that differences are taken from.
     """
 
     model_config = ConfigDict(extra="ignore")
     kind: Literal["merge"] = "merge"
     version: int = 1
     tool: str = ""
-    method: str = "weighted_sum"
     layout: str
     a: Parent
     b: Parent
-    preset: str | None = None
-    base: float
-    xl_presets: Literal["curve", "cut"] = "curve"
-    blocks: dict[str, float]
-    keep: list[str] = []
-    conventions: str = "dodgeburn"
-    counts: dict[str, int] = {}
     more: list[Parent] = []
     base_model: Parent | None = None
-    params: dict[str, float] = {}
-    components: dict[str, float] = {}
-    rules: list[str] = []
-    seed: int = 0
-    clip: bool = False
-    dtype: str | None = None
+    base: float
+    blocks: dict[str, float]
+    conventions: str = "dodgeburn"
+    counts: dict[str, int] = {}
+
+    @classmethod
+    def of_plan(cls, plan: Plan, parents: Sequence[Parent]) -> MergeRecipe:
+        """The recipe of a merge of these models in the plan's order, the base last."""
+        a, b, *more = parents
+        resolved = {"blocks": plan.blocks, "params": plan.params, "components": plan.components}
+        base = plan.method.alpha if plan.settings.base is None else plan.settings.base
+        return cls(
+            **(plan.settings.model_dump() | resolved | {"base": base}),
+            tool=tool_version(),
+            layout=plan.layout.name,
+            a=a,
+            b=b,
+            base_model=more.pop() if plan.method.needs_base else None,
+            more=more,
+            counts=plan.counts,
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON and metadata."""
@@ -78,6 +86,4 @@ class MergeRecipe(BaseModel):
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"]) or "the text"
-            raise UserError(f"not a merge recipe: {where}: {first['msg']}") from None
+            raise UserError(f"not a merge recipe: {first_problem(error)}") from None

@@ -12,25 +12,24 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dodgeburn.checkpoint.header import FLOAT_DTYPES, torch_dtype
 from dodgeburn.checkpoint.metadata import NO_HASH, merged_metadata, recipe_of
 from dodgeburn.checkpoint.naming import find_checkpoint
-from dodgeburn.checkpoint.tensorfile import TensorFile, TensorWriter, byte_view, check_output, sha256_file
+from dodgeburn.checkpoint.sources import Tensors, files_of, hashing, open_tensors
+from dodgeburn.checkpoint.tensorfile import TensorWriter, byte_view, check_output
 from dodgeburn.errors import DodgeburnWarning, UserError
-from dodgeburn.merge.blocks import alphas
-from dodgeburn.merge.methods import Method, find_method
+from dodgeburn.merge.describe import describe, peak_memory
 from dodgeburn.merge.methods.table import apply
-from dodgeburn.merge.plan import Plan, Work, check_keep, check_layouts, describe, make_plan, peak_memory
-from dodgeburn.merge.presets import Convention, find_preset
-from dodgeburn.merge.recipe import MergeRecipe, Parent, tool_version
-from dodgeburn.merge.rules import check_components, parse_rules
+from dodgeburn.merge.plan import Models, Plan, Work, plan_merge
+from dodgeburn.merge.recipe import MergeRecipe, Parent
+from dodgeburn.merge.settings import MergeSettings
 
 if TYPE_CHECKING:
     import torch
@@ -57,195 +56,95 @@ def merge(
     a: str | Path,
     b: str | Path,
     out: str | Path,
-    preset: str | None = None,
-    base: float | None = None,
-    blocks: Mapping[str, float] | None = None,
-    keep: Iterable[str] = (),
-    method: str = "weighted_sum",
-    xl_presets: Convention = "curve",
-    threads: int | None = None,
+    settings: MergeSettings | None = None,
     *,
     more: Sequence[str | Path] = (),
     base_model: str | Path | None = None,
-    params: Mapping[str, float] | None = None,
-    components: Mapping[str, float] | None = None,
-    rules: Sequence[str] = (),
-    seed: int = 0,
-    clip: bool = False,
-    dtype: str | None = None,
+    threads: int | None = None,
+    **options: Any,
 ) -> MergeResult:
     """Merge checkpoints A and B block by block into the file `out`.
 
-    All shares are B's: 0 = all A, 1 = all B. `preset` sets the U-Net's blocks, `base` everything else (time
-    and label embeddings, text encoders, VAE), `blocks` single blocks by name; without a preset every block
-    is `base` (None: the method's default). `more` are models after A and B, `base_model` the one they were
-    tuned from, `params` the method's numbers (methods/table.py). `components` (unet, clip_l, clip_g, vae) and
-    then `rules` (rules.py) replace shares; `clip` bounds every value by A's and B's; `dtype` is the output's,
-    A's for each tensor by default. Random methods depend on `seed` and tensor names alone.
-    `keep=("text", "vae")` takes the text encoders and the VAE from A. The output has A's tensor names and
-    shapes.
+    How is said by `settings`, or by its fields as keywords (`preset="Cosine", base=0.4`; see MergeSettings), which
+    replace the settings' own. `more` are models after A and B, `base_model` the one they were tuned from. The output
+    has A's tensor names and shapes; its bytes do not depend on `threads`.
 
-    `a` and `b` are single-file checkpoints of one architecture, or names of packaged models. Raises
-    UserError for anything that would give a wrong file (see plan.make_plan; also NaN and infinite values,
-    overflow, an output that is an input, a full disk); then nothing is written. Missing and extra tensors
-    are counted in a DodgeburnWarning.
+    Models are checkpoints of one architecture (a .safetensors file, an index of shards, a .ckpt that is read safely),
+    or names of packaged models. Raises UserError for anything that would give a wrong file (see plan.plan_merge; also
+    NaN and infinite values, overflow, an output that is an input, a full disk); then nothing is written. Missing and
+    extra tensors are counted in a DodgeburnWarning.
     """
     started = time.perf_counter()
-    path_a, path_b = find_checkpoint(a), find_checkpoint(b)
-    found = find_method(method)
-    base = found.alpha if base is None else base
     with ExitStack() as stack:
-        file_a, file_b, others, original = _open(stack, path_a, path_b, more, base_model)
-        files = [file_a, file_b, *others, *original]
-        options = _Options(params, components, rules, seed, clip, dtype)
-        plan = _plan(files, len(original), preset, base, blocks, keep, found, xl_presets, options)
-        paths = [file.path for file in files]
-        check_output(out, paths)
+        sources, plan = _opened(stack, a, b, more, base_model, settings, options)
+        inputs = [file for source in sources for file in files_of(source)]
+        check_output(out, inputs)
         for line in plan.warnings():
             warnings.warn(line, DodgeburnWarning, stacklevel=2)
-        parents = [
-            Parent(file=file.path.name, sha256=digit * 64, recipe=recipe_of(file.header.metadata))
-            for file, digit in zip(files, DIGITS, strict=False)  # as wide as hashes, and unlike each other
-        ]
-        recipe = MergeRecipe(
-            tool=tool_version(),
-            method=plan.method.name,
-            layout=plan.layout.name,
-            a=parents[0],
-            b=parents[1],
-            preset=find_preset(preset).name if preset is not None else None,
-            base=base,
-            xl_presets=xl_presets,
-            blocks=plan.blocks,
-            keep=list(plan.keep),
-            counts=plan.counts,
-            more=parents[2 : 2 + len(others)],
-            base_model=parents[-1] if original else None,
-            params=plan.params,
-            components=plan.components,
-            rules=[rule.text for rule in plan.rules],
-            seed=seed if found.random else 0,
-            clip=clip,
-            dtype=dtype,
-        )
 
-        def metadata(tensors_sha256: str = NO_HASH) -> dict[str, str]:
-            meta_a, meta_b = file_a.header.metadata, file_b.header.metadata
-            return merged_metadata(meta_a, meta_b, recipe.as_dict(), plan.layout, out, tensors_sha256)
+        def recipe(hashes: Sequence[str]) -> MergeRecipe:
+            parents = [
+                Parent(file=source.path.name, sha256=sha256, recipe=recipe_of(source.header.metadata))
+                for source, sha256 in zip(sources, hashes, strict=True)
+            ]
+            return MergeRecipe.of_plan(plan, parents)
 
+        def metadata(hashes: Sequence[str], tensors_sha256: str = NO_HASH) -> dict[str, str]:
+            meta_a, meta_b = (source.header.metadata for source in sources[:2])
+            return merged_metadata(meta_a, meta_b, recipe(hashes).as_dict(), plan.layout, out, tensors_sha256)
+
+        hashes = [digit * 64 for digit in DIGITS[: len(sources)]]  # as wide as hashes, and unlike each other
         infos = {w.name: (w.out_dtype, w.info.shape) for w in plan.work}
-        with TensorWriter(out, infos, metadata(), inputs=paths) as writer:
-            with _hashing(paths) as hashes:
-                _run(plan, files, writer, _thread_count(threads))
-                for parent, future in zip(parents, hashes, strict=True):
-                    parent.sha256 = future.result()
-            recipe = recipe.model_copy(update=_parents(parents, bool(original)))
+        with TensorWriter(out, infos, metadata(hashes), inputs=inputs) as writer:
+            with hashing(sources) as futures:
+                _run(plan, sources, writer, _thread_count(threads))
+                hashes = [future.result() for future in futures]
             digest = writer.sha256_tensors()
-            writer.replace_metadata(metadata(digest))
-            for file in files:
-                file.check_unchanged()
-    return MergeResult(Path(out), digest, recipe, plan, time.perf_counter() - started)
+            writer.replace_metadata(metadata(hashes, digest))
+            for source in sources:
+                source.check_unchanged()
+    return MergeResult(Path(out), digest, recipe(hashes), plan, time.perf_counter() - started)
 
 
 def dry_run(
     a: str | Path,
     b: str | Path,
     out: str | Path | None = None,
-    preset: str | None = None,
-    base: float | None = None,
-    blocks: Mapping[str, float] | None = None,
-    keep: Iterable[str] = (),
-    method: str = "weighted_sum",
-    xl_presets: Convention = "curve",
+    settings: MergeSettings | None = None,
     *,
     more: Sequence[str | Path] = (),
     base_model: str | Path | None = None,
-    params: Mapping[str, float] | None = None,
-    components: Mapping[str, float] | None = None,
-    rules: Sequence[str] = (),
-    seed: int = 0,
-    clip: bool = False,
-    dtype: str | None = None,
+    **options: Any,
 ) -> tuple[Plan, str]:
     """What `merge` with the same arguments would do, as a plan and in words; reads only headers, writes
     nothing.
     """
-    path_a, path_b = find_checkpoint(a), find_checkpoint(b)
-    found = find_method(method)
-    base = found.alpha if base is None else base
     with ExitStack() as stack:
-        file_a, file_b, others, original = _open(stack, path_a, path_b, more, base_model)
-        files = [file_a, file_b, *others, *original]
-        options = _Options(params, components, rules, seed, clip, dtype)
-        plan = _plan(files, len(original), preset, base, blocks, keep, found, xl_presets, options)
+        sources, plan = _opened(stack, a, b, more, base_model, settings, options)
         if out is not None:
-            check_output(out, [file.path for file in files])
-        rest = [(file.path.name, file.header) for file in files[2:]]
-        memory = peak_memory(plan, len(files), _thread_count(None), TILE)
-        return plan, describe(plan, file_b.header, path_a.name, path_b.name, rest, memory)
+            check_output(out, [file for source in sources for file in files_of(source)])
+        memory = peak_memory(plan, len(sources), _thread_count(None), TILE)
+        return plan, describe(plan, _models(sources), memory)
 
 
-@dataclass(frozen=True)
-class _Options:
-    params: Mapping[str, float] | None
-    components: Mapping[str, float] | None
-    rules: Sequence[str]
-    seed: int
-    clip: bool
-    dtype: str | None
+def _opened(
+    stack: ExitStack,
+    a: str | Path,
+    b: str | Path,
+    more: Sequence[str | Path],
+    base_model: str | Path | None,
+    settings: MergeSettings | None,
+    options: Mapping[str, Any],
+) -> tuple[list[Tensors], Plan]:
+    """The models, opened, the base last, and the plan of their merge."""
+    settings = (settings or MergeSettings()).but(**options)
+    names = [a, b, *more, *([] if base_model is None else [base_model])]
+    sources = [stack.enter_context(open_tensors(find_checkpoint(name))) for name in names]
+    return sources, plan_merge(_models(sources), settings, base_model is not None)
 
 
-def _open(
-    stack: ExitStack, path_a: Path, path_b: Path, more: Sequence[str | Path], base_model: str | Path | None
-) -> tuple[TensorFile, TensorFile, list[TensorFile], list[TensorFile]]:
-    a, b = (stack.enter_context(TensorFile(path)) for path in (path_a, path_b))
-    others = [stack.enter_context(TensorFile(find_checkpoint(path))) for path in more]
-    original = [] if base_model is None else [stack.enter_context(TensorFile(find_checkpoint(base_model)))]
-    return a, b, others, original
-
-
-def _parents(parents: list[Parent], has_base: bool) -> dict[str, object]:
-    end = len(parents) - has_base
-    return {"a": parents[0], "b": parents[1], "more": parents[2:end], "base_model": parents[-1] if has_base else None}
-
-
-def _plan(
-    files: Sequence[TensorFile],
-    bases: int,
-    preset: str | None,
-    base: float,
-    blocks: Mapping[str, float] | None,
-    keep: Iterable[str],
-    found: Method,
-    xl_presets: Convention,
-    options: _Options,
-) -> Plan:
-    keep = check_keep(keep)
-    found.check_models(len(files) - bases, bases > 0)
-    a, b, *rest = files
-    layout = check_layouts(a.header, b.header, a.path.name, b.path.name)
-    for other in rest:
-        check_layouts(a.header, other.header, a.path.name, other.path.name)
-    shares = alphas(layout, preset, base, blocks, xl_presets)
-    components = check_components(options.components or {}, layout)
-    if "vae" in keep and ("VAE" in (blocks or {}) or "vae" in components):
-        raise UserError("the VAE is kept from A and given a share of B: leave out one of the two")
-    if "text" in keep and {"clip_l", "clip_g"} & set(components):
-        raise UserError("the text encoders are kept from A and given a share of B: leave out one of the two")
-    if "unet" in components and preset is not None:
-        raise UserError("component unet replaces every share of the preset: leave out one of the two")
-    if xl_presets != "curve" and (preset is None or layout.name != "sdxl"):
-        raise UserError(f"--xl-presets {xl_presets} has no effect: it says how a preset becomes SDXL's blocks")
-    if options.clip and found.name == "weighted_sum":
-        raise UserError("clipping has no effect: a weighted sum lies between A and B already")
-    if options.seed and not found.random:
-        raise UserError(f"the seed has no effect: {found.name} is not random")
-    return make_plan(
-        a.header, b.header, layout, shares, found, keep, b.path.name,
-        more=[(file.path.name, file.header) for file in rest],
-        params=options.params, components=components, rules=parse_rules(options.rules, layout),
-        seed=options.seed, clip=options.clip, dtype=options.dtype,
-    )  # fmt: skip
+def _models(sources: Sequence[Tensors]) -> Models:
+    return [(source.path.name, source.header) for source in sources]
 
 
 def _thread_count(threads: int | None) -> int:
@@ -254,23 +153,6 @@ def _thread_count(threads: int | None) -> int:
     if threads < 1:
         raise UserError(f"{threads} threads: expected at least 1")
     return threads
-
-
-@contextmanager
-def _hashing(paths: Iterable[Path]) -> Iterator[list[Future[str]]]:
-    """sha256 of whole files in the background, given up when the block fails."""
-    stop = threading.Event()
-
-    def go_on(_: int) -> None:
-        if stop.is_set():
-            raise CancelledError
-
-    with ThreadPoolExecutor(2, thread_name_prefix="sha256") as pool:
-        try:
-            yield [pool.submit(sha256_file, path, go_on) for path in paths]
-        except BaseException:
-            stop.set()
-            raise
 
 
 @dataclass(frozen=True)
@@ -304,7 +186,7 @@ class _Buffers:
         return flat[:size].view(dtype)
 
 
-def _run(plan: Plan, files: Sequence[TensorFile], writer: TensorWriter, threads: int) -> None:
+def _run(plan: Plan, files: Sequence[Tensors], writer: TensorWriter, threads: int) -> None:
     import torch
     from tqdm import tqdm
 
@@ -354,7 +236,7 @@ def _run(plan: Plan, files: Sequence[TensorFile], writer: TensorWriter, threads:
         raise failed[min(failed)]
 
 
-def _write_tile(plan: Plan, files: Sequence[TensorFile], writer: TensorWriter, tile: _Tile, buffers: _Buffers) -> None:
+def _write_tile(plan: Plan, files: Sequence[Tensors], writer: TensorWriter, tile: _Tile, buffers: _Buffers) -> None:
     import torch
 
     work = tile.work
@@ -371,7 +253,8 @@ def _write_tile(plan: Plan, files: Sequence[TensorFile], writer: TensorWriter, t
         shape = (tile.count,) if plan.method.elementwise else work.info.shape
         shaped = [values.view(shape) for values in inputs]
         base = shaped.pop() if plan.method.needs_base else None
-        apply(plan.method, shaped, work.alpha, result.view(shape), base, plan.params, plan.seed, work.name, plan.clip)
+        seed, clip = plan.settings.seed, plan.settings.clip
+        apply(plan.method, shaped, work.alpha, result.view(shape), base, plan.params, seed, work.name, clip)
     rounded = result
     if dtype != wide:
         rounded = buffers.values("rounded", tile.count, dtype)
@@ -381,7 +264,7 @@ def _write_tile(plan: Plan, files: Sequence[TensorFile], writer: TensorWriter, t
     writer.write(work.name, tile.start * dtype.itemsize, byte_view(rounded))
 
 
-def _read_wide(file: TensorFile, tile: _Tile, wide: torch.dtype, buffers: _Buffers, label: str) -> torch.Tensor:
+def _read_wide(file: Tensors, tile: _Tile, wide: torch.dtype, buffers: _Buffers, label: str) -> torch.Tensor:
     dtype = torch_dtype(file.info(tile.work.name).dtype)
     raw = buffers.values(f"raw {label}", tile.count, dtype)
     file.read_into(tile.work.name, tile.start * dtype.itemsize, byte_view(raw))
@@ -392,7 +275,7 @@ def _read_wide(file: TensorFile, tile: _Tile, wide: torch.dtype, buffers: _Buffe
     return values
 
 
-def _copy_tile(source: TensorFile, writer: TensorWriter, tile: _Tile, buffers: _Buffers) -> None:
+def _copy_tile(source: Tensors, writer: TensorWriter, tile: _Tile, buffers: _Buffers) -> None:
     import torch
 
     info, name = tile.work.info, tile.work.name
