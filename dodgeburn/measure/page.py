@@ -11,7 +11,7 @@ STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-main { max-width: 1240px; margin: 0 auto; padding: 28px 24px 64px; }
+main { max-width: 1340px; margin: 0 auto; padding: 28px 24px 64px; }
 h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .3em; letter-spacing: -.01em; }
 h2 { font-size: 1.3rem; margin: 2.2em 0 .5em; padding-top: .7em; border-top: 1px solid var(--line); }
 h3 { font-size: 1.05rem; margin: 1.6em 0 .4em; }
@@ -32,8 +32,9 @@ figure img.plot { width: 100%; height: auto; display: block; border: 1px solid v
 .tall { max-height: 78vh; overflow-y: auto; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 .data { width: 100%; }
-.data th, .data td { padding: .38em .7em; text-align: right; white-space: nowrap;
+.data th, .data td { padding: .38em .5em; text-align: right; white-space: nowrap;
   border-bottom: 1px solid var(--line); }
+.data th { white-space: normal; vertical-align: bottom; line-height: 1.25; }
 .data td.text, .data th.text { text-align: left; }
 .data thead th { position: sticky; top: 0; background: var(--card); z-index: 2;
   box-shadow: 0 1px 0 var(--line); }
@@ -41,11 +42,13 @@ table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabul
 .data th button:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
 .data th[aria-sort=ascending] button::after { content: " \\2191"; }
 .data th[aria-sort=descending] button::after { content: " \\2193"; }
-.data td.name { position: sticky; left: 0; background: var(--card); z-index: 1; }
+.data td.name { position: sticky; left: 0; background: var(--card); z-index: 1; white-space: normal;
+  overflow-wrap: anywhere; min-width: 9em; }
+.data td.words { white-space: normal; max-width: 22em; }
 .data tr.marked td { background: var(--mark); }
 .data tr.parent td { font-weight: 600; }
 .data tbody tr:last-child td { border-bottom: 0; }
-.ends { color: var(--muted); font-size: .84em; }
+.ends { color: var(--muted); font-size: .84em; display: block; line-height: 1.2; }
 .span { display: block; position: relative; height: 4px; margin-top: 2px; background: var(--line);
   border-radius: 2px; }
 .span i { position: absolute; top: 0; bottom: 0; background: var(--bar); opacity: .55; border-radius: 2px;
@@ -72,6 +75,7 @@ code { background: var(--code); padding: .1em .3em; border-radius: 4px; font-siz
 pre code { padding: 0; background: none; overflow-wrap: normal; }
 details { margin: .8em 0; } summary { cursor: pointer; color: var(--accent); }
 footer { margin-top: 3em; color: var(--muted); font-size: .85rem; }
+@media (max-width: 1300px) { .data { font-size: .84rem; } .data th, .data td { padding: .35em .38em; } }
 @media (max-width: 600px) { main { padding: 18px 12px 48px; } h1 { font-size: 1.45rem;
   } .data { font-size: .82rem; }
   .data th, .data td { padding: .35em .45em; } dl { grid-template-columns: 1fr; gap: 0;

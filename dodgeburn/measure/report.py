@@ -252,8 +252,8 @@ def _cell(column: Column, row: Mapping[str, Any], is_name: bool) -> str:
     if not _known(value):
         return f'<td{_class(column)} data-v="">–</td>'
     if column.kind == "text":
-        kind = "text name" if is_name else "text"
-        return f'<td class="{kind}" data-v="{escape(str(value))}">{escape(str(value))}</td>'
+        kind = "text name" if is_name else "text words"
+        return f'<td class="{kind}" data-v="{escape(str(value))}">{_breakable(str(value))}</td>'
     assert value is not None
     number = float(value)
     sign = "+" if column.kind == "signed" else ""
@@ -293,10 +293,10 @@ def _curve(numbers: Sequence[float]) -> str:
 
 
 def _breakable(label: str) -> str:
-    """The label, escaped, with places to break a CamelCaseName."""
+    """The label, escaped, with places to break a CamelCaseName before its words (not before the V of GradV)."""
     out = ""
     for i, letter in enumerate(label):
-        if i and letter.isupper() and label[i - 1].islower():
+        if i and letter.isupper() and label[i - 1].islower() and label[i + 1 : i + 2].islower():
             out += "<wbr>"
         out += escape(letter)
     return out
