@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "dodgeburn"
 # From the ground up: a part may import itself and what stands before it.
 ORDER = (
-    "errors", "jobs", "pocket", "checkpoint", "images", "measure", "models", "sampling", "merge", "training",
+    "errors", "jobs", "pocket", "checkpoint", "images", "measure", "models", "sampling", "merge", "training", "slide",
     "tour", "cli",
 )  # fmt: skip
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dodgeburn.models.model import Model
+from dodgeburn.sampling.adapted import LiveScales
 from dodgeburn.sampling.settings import GenerateSettings
 from dodgeburn.sampling.sizes import time_ids
 from dodgeburn.sampling.text_cache import TextCache
@@ -45,6 +46,7 @@ class Denoiser:
         settings: GenerateSettings,
         prediction_type: str,
         cache: TextCache | None = None,
+        adapters: LiveScales | None = None,
     ) -> None:
         """`positive`, `negative`: (token embeddings [n, tokens, width], pooled [n, width] or None); `settings` must
         have width and height.
@@ -55,6 +57,7 @@ class Denoiser:
         self.settings = settings
         self.prediction_type = prediction_type
         self.cache = cache
+        self.adapters = adapters
         # With dynamic thresholding a scale of 1 may be a minimum of 4: both prompts are needed then.
         self.passes = 1 if settings.guidance == 1.0 and settings.thresholding is None else 2
         self.thresholded = torch.zeros((), dtype=torch.int64, device=model.device)  # channels that thresholding changed
@@ -80,6 +83,8 @@ class Denoiser:
         if self.cache is not None:
             self.cache.keep(both)
             self.cache.keep(rows, group=1)
+        if self.adapters is not None:
+            self.adapters.keep(rows)
 
     def __call__(self, x: Tensor, sigma: float, timestep: float, step: int) -> Tensor:
         """Guess of the clean latents from `x` [n, c, h, w] (fp32, variance exploding) at noise level
@@ -122,8 +127,11 @@ class Denoiser:
         elif self.passes == 2:  # guidance pauses: the positive half
             text = text[len(x) :]
             added = None if added is None else {name: value[len(x) :] for name, value in added.items()}
+        changed = self.adapters is not None and self.adapters.prepare(timestep, 2 if guided else 1)
         if self.cache is not None:
             self.cache.group = 1 if self.passes == 2 and not guided else 0
+            if changed:
+                self.cache.clear()
         # An integral time stays an integer: that is how the model was trained and how diffusers calls it.
         time = int(timestep) if float(timestep).is_integer() else timestep
         output: Tensor = self.unet(

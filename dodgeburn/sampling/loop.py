@@ -17,6 +17,7 @@ from torch import Tensor
 from dodgeburn.errors import DodgeburnWarning, UserError
 from dodgeburn.models.latents import decode_pictures
 from dodgeburn.models.model import Model
+from dodgeburn.sampling.adapted import Adapted, Applied
 from dodgeburn.sampling.brownian import BrownianPath, Noise
 from dodgeburn.sampling.clip_skip import resolve_clip_skip
 from dodgeburn.sampling.effects import without_effect
@@ -28,7 +29,7 @@ from dodgeburn.sampling.settings import GenerateSettings
 from dodgeburn.sampling.solvers import SOLVERS, History
 from dodgeburn.sampling.text_cache import text_cache
 
-__all__ = ["Callback", "GenerateSettings", "Generated", "Step", "default_batch_size", "generate", "stream"]
+__all__ = ["Applied", "Callback", "GenerateSettings", "Generated", "Step", "default_batch_size", "generate", "stream"]
 
 
 @dataclass(frozen=True)
@@ -79,13 +80,15 @@ def generate(
     callback: Callback | None = None,
     batch_size: int | None = None,
     encoded: Mapping[str, EncodedPrompt] | None = None,
+    adapters: Sequence[Applied] = (),
 ) -> list[Generated]:
     """One picture for each (prompt, seed) pair, in that order; pictures that `callback` dropped are left out.
 
     `encoded` (from `prompts.encode`, with the same text encoders) spares encoding; texts missing there are
-    encoded. Raises UserError for lists of unequal length, bad seeds, or a size that the model cannot make.
+    encoded. `adapters` (LoRAs, sliders) change the model meanwhile, each picture by scales of its own. Raises UserError
+    for lists of unequal length, bad seeds, a size that the model cannot make, or an adapter of another model.
     """
-    found = stream(model, prompts, seeds, settings, callback, batch_size, encoded)
+    found = stream(model, prompts, seeds, settings, callback, batch_size, encoded, adapters)
     return sorted(found, key=lambda g: g.index)
 
 
@@ -97,6 +100,7 @@ def stream(
     callback: Callback | None = None,
     batch_size: int | None = None,
     encoded: Mapping[str, EncodedPrompt] | None = None,
+    adapters: Sequence[Applied] = (),
 ) -> Iterator[Generated]:
     """As `generate`, but each batch's pictures come as soon as they are made; `index` tells their place."""
     settings = settings or GenerateSettings()
@@ -121,10 +125,17 @@ def stream(
     guides = settings.guidance != 1.0 or settings.thresholding is not None
     at_least = texts[settings.negative].chunks if guides else 1
     batches = _batches(prompts, texts, at_least, batch_size or default_batch_size(*shape[1:]))
+    adapted = Adapted(adapters, len(prompts))
+    by_scales: dict[tuple[float, ...], Mapping[str, EncodedPrompt]] = {(): texts}
+    for index in range(len(prompts)):
+        if adapted.text_key(index) not in by_scales:
+            found = adapted.encode(model, index, list(texts), skip, settings.prompt_syntax)
+            by_scales[adapted.text_key(index)] = found
+    of_each = [by_scales[adapted.text_key(i)] for i in range(len(prompts))]
     thresholded = examined = 0
     for number, (indices, chunks) in enumerate(batches):
         job = _Batch(model, settings, plan, shape, indices, number, len(batches))
-        finished, stop = job.run(prompts, seeds, texts, chunks, callback)
+        finished, stop = job.run(prompts, seeds, of_each, chunks, callback, adapted)
         thresholded, examined = thresholded + job.thresholded, examined + job.examined
         yield from finished
         if stop:
@@ -225,9 +236,10 @@ class _Batch:
         self,
         prompts: Sequence[str],
         seeds: Sequence[int],
-        texts: Mapping[str, EncodedPrompt],
+        texts: Sequence[Mapping[str, EncodedPrompt]],
         chunks: int,
         callback: Callback | None,
+        adapted: Adapted,
     ) -> tuple[list[Generated], bool]:
         """The finished pictures, and whether the callback ended the whole generation."""
         drawn = [initial_noise(seeds[i], self.shape) for i in self.indices]
@@ -236,14 +248,16 @@ class _Batch:
         else:
             self.noises = [_fresh(generator, self.shape) for _, generator in drawn]
         x = torch.stack([noise for noise, _ in drawn]).to(self.model.device) * self.plan.initial_scale
-        with text_cache(self.model.unet) as cache:
+        negative = self.settings.negative
+        with adapted.on(self.model, self.indices) as live, text_cache(self.model.unet) as cache:
             denoiser = Denoiser(
                 self.model,
-                _stack([texts[prompts[i]] for i in self.indices], chunks, texts[""]),
-                _stack([texts[self.settings.negative]] * len(self.indices), chunks, texts[""]),
+                _stack([(texts[i][prompts[i]], texts[i][""]) for i in self.indices], chunks),
+                _stack([(texts[i][negative], texts[i][""]) for i in self.indices], chunks),
                 self.settings,
                 self.plan.prediction_type,
                 cache,
+                live,
             )
             x, stop = self._denoise(x, denoiser, callback)
             self.thresholded, self.examined = int(denoiser.thresholded), denoiser.examined
@@ -302,9 +316,11 @@ def _fresh(generator: torch.Generator, shape: tuple[int, int, int]) -> Noise:
     return lambda sigma, sigma_next: torch.randn(shape, generator=generator, dtype=torch.float32)
 
 
-def _stack(encoded: list[EncodedPrompt], chunks: int, empty: EncodedPrompt) -> tuple[Tensor, Tensor | None]:
-    pooled = [e.pooled for e in encoded if e.pooled is not None]
-    return torch.stack([e.padded(chunks, empty) for e in encoded]), torch.stack(pooled) if pooled else None
+def _stack(encoded: list[tuple[EncodedPrompt, EncodedPrompt]], chunks: int) -> tuple[Tensor, Tensor | None]:
+    """(prompt, empty prompt) of each picture -> token embeddings and pooled ones."""
+    pooled = [prompt.pooled for prompt, _ in encoded if prompt.pooled is not None]
+    embeds = torch.stack([prompt.padded(chunks, empty) for prompt, empty in encoded])
+    return embeds, torch.stack(pooled) if pooled else None
 
 
 def _kept(answer: bool | Sequence[bool] | Tensor | None, n: int) -> list[int] | None:

@@ -62,6 +62,12 @@ class TextCache:
         self.layers: list[CachedTextAttention] = []
         self.added: dict[int, Tensor] = {}  # SDXL's added embedding, [batch, time embedding width], a group
 
+    def clear(self) -> None:
+        """Forget everything: the weights changed (an adapter that starts late)."""
+        for layer in self.layers:
+            layer.kept.clear()
+        self.added.clear()
+
     def keep(self, rows: Tensor, group: int = 0) -> None:
         """Keep only these rows of a group (int64 [m]): pictures that were stopped early leave it."""
         for layer in self.layers:
@@ -93,7 +99,8 @@ def text_cache(unet: nn.Module) -> Iterator[TextCache]:
     """Within the context `unet` computes what depends on the text alone only at its first call; then all is
     as before.
 
-    Text, guidance and weights must not change meanwhile, and one model serves one thread at a time.
+    Text, guidance and weights must not change meanwhile (or `TextCache.clear` follows), and one model serves one
+    thread at a time.
     """
     cache = TextCache()
     replaced: list[tuple[Attention, Any]] = []

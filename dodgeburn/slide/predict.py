@@ -1,0 +1,81 @@
+"""The U-Net asked for noise predictions outside of sampling: for training and for frozen targets, and counted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from dodgeburn.models.adapters import Attachment
+from dodgeburn.models.model import Model
+from dodgeburn.sampling.prompts import EncodedPrompt, encode
+from dodgeburn.sampling.schedules import scheduler_for
+from dodgeburn.sampling.settings import GenerateSettings
+from dodgeburn.sampling.sizes import time_ids
+
+
+def alphas_cumprod(model: Model) -> Tensor:
+    """alpha_bar of every training time step, float32 [1000]: x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) noise."""
+    return scheduler_for("ddim", model.scheduler_config).alphas_cumprod.float()
+
+
+def add_noise(clean: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
+    """x_t of clean latents [n, c, h, w] at alpha_bar [n]."""
+    a = alpha_bar.view(-1, 1, 1, 1).to(clean.device)
+    return a.sqrt() * clean + (1 - a).sqrt() * noise
+
+
+@dataclass
+class Predictor:
+    """`predict(x_t, timesteps, texts)`: the U-Net's raw output (eps or v) [n, c, h, w] in fp32, without guidance.
+
+    Texts are encoded once and kept. `forwards` counts samples that went through the U-Net.
+    """
+
+    model: Model
+    height: int  # pixels, told to SDXL's size conditioning
+    width: int
+    forwards: int = 0
+    _texts: dict[str, EncodedPrompt] = field(default_factory=dict)
+
+    def encode(self, texts: Iterable[str]) -> None:
+        """Encode what is not known yet."""
+        self._texts.update(encode(self.model, [t for t in dict.fromkeys([*texts, ""]) if t not in self._texts]))
+
+    def condition(self, texts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor] | None]:
+        """Cross-attention input [n, tokens, width] and added conditions of the texts; long ones make all as long."""
+        self.encode(texts)
+        model = self.model
+        found = [self._texts[text] for text in texts]
+        chunks = max(e.chunks for e in found)
+        embeds = torch.stack([e.padded(chunks, self._texts[""]) for e in found]).to(model.device, model.dtype)
+        if not model.has_added_conditions:
+            return embeds, None
+        row = time_ids(GenerateSettings(height=self.height, width=self.width))[1]
+        pooled = torch.stack([e.pooled for e in found if e.pooled is not None]).to(model.device, model.dtype)
+        ids = torch.tensor([row] * len(texts), dtype=torch.float32, device=model.device)
+        return embeds, {"text_embeds": pooled, "time_ids": ids}
+
+    def __call__(self, x: Tensor, timesteps: Tensor, texts: Sequence[str]) -> Tensor:
+        """x [n, c, h, w], timesteps int64 [n], n texts."""
+        embeds, added = self.condition(texts)
+        self.forwards += len(x)
+        device = self.model.device
+        output: Tensor = self.model.unet(
+            x.to(device, self.model.dtype), timesteps.to(device), encoder_hidden_states=embeds,
+            added_cond_kwargs=added, return_dict=False,
+        )[0]  # fmt: skip
+        return output.float()
+
+    @torch.no_grad()
+    def frozen(self, x: Tensor, timesteps: Tensor, texts: Sequence[str], batch: int = 32) -> Tensor:
+        """The same in batches, without gradients, on the CPU."""
+        slices = [slice(i, i + batch) for i in range(0, len(x), batch)]
+        return torch.cat([self(x[s], timesteps[s], texts[s]).cpu() for s in slices])
+
+
+def set_rows(attachment: Attachment, scales: Tensor) -> None:
+    """One adapter's scale for each row of the next call [n]."""
+    attachment.set(scales[None])
