@@ -72,15 +72,20 @@ def is_index(path: Path) -> bool:
 
 def files_of(source: Tensors) -> list[Path]:
     """The files that a source reads, its index among them."""
-    return source.files() if isinstance(source, ShardedFile) else [source.path]
+    files: Callable[[], list[Path]] | None = getattr(source, "files", None)
+    return [source.path] if files is None else files()
 
 
 def sha256_source(source: Tensors, progress: Callable[[int], object] | None = None) -> str:
-    """sha256 (hex) of the file; of a sharded checkpoint, over one line `NAME SHA256` for each shard, by name."""
+    """sha256 (hex) of the file; of a sharded checkpoint or a folder, over one line `NAME SHA256` for each weight file,
+    by name.
+    """
     files = files_of(source)
-    if len(files) == 1:
+    if files == [source.path]:
         return sha256_file(files[0], progress)
-    lines = [f"{path.name} {sha256_file(path, progress)}\n" for path in sorted(files) if not is_index(path)]
+    root = source.path if source.path.is_dir() else source.path.parent
+    weights = [path for path in sorted(files) if not is_index(path)]
+    lines = [f"{path.relative_to(root).as_posix()} {sha256_file(path, progress)}\n" for path in weights]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 

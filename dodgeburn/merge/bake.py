@@ -21,14 +21,14 @@ from dodgeburn.checkpoint.derived import derived_metadata
 from dodgeburn.checkpoint.header import FLOAT_DTYPES, TensorInfo
 from dodgeburn.checkpoint.layout import Layout, detect_layout
 from dodgeburn.checkpoint.metadata import recipe_of
-from dodgeburn.checkpoint.naming import find_checkpoint
 from dodgeburn.checkpoint.rewrite import PIECE, cast_to, is_finite
-from dodgeburn.checkpoint.sources import Tensors, files_of, hashing, open_tensors
+from dodgeburn.checkpoint.sources import Tensors, files_of, hashing
 from dodgeburn.checkpoint.tensorfile import TensorWriter, byte_view, check_output
 from dodgeburn.errors import DodgeburnWarning, UserError
 from dodgeburn.merge.addends import Addend, open_addend
 from dodgeburn.merge.addends import block_weights as weights_of
 from dodgeburn.merge.recipe import Parent, tool_version
+from dodgeburn.models.as_single_file import open_as_single_file
 
 
 class Added(BaseModel):
@@ -98,7 +98,7 @@ def bake(
         if not math.isfinite(strength):
             raise UserError(f"{Path(path).name}: strength {strength} is no finite number")
     with ExitStack() as stack:
-        source = stack.enter_context(open_tensors(find_checkpoint(model)))
+        source = stack.enter_context(open_as_single_file(model))
         layout = _layout(source)
         weights = weights_of(layout, block_weights)
         name = source.path.name

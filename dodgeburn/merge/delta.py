@@ -23,14 +23,14 @@ from dodgeburn.checkpoint.lora_keys import write_key
 from dodgeburn.checkpoint.lora_write import ADAPTER_SPEC
 from dodgeburn.checkpoint.metadata import NO_HASH, RECIPE, SPEC_HASH, recipe_of, to_json
 from dodgeburn.checkpoint.modules import modules, tensor_moves
-from dodgeburn.checkpoint.naming import find_checkpoint
 from dodgeburn.checkpoint.rewrite import STORED, cast_to, is_finite
-from dodgeburn.checkpoint.sources import Tensors, files_of, hashing, open_tensors
+from dodgeburn.checkpoint.sources import Tensors, files_of, hashing
 from dodgeburn.checkpoint.tensorfile import TensorWriter, byte_view, check_output
 from dodgeburn.errors import DodgeburnWarning, UserError
 from dodgeburn.merge.addends import DELTA, DELTA_INFO
 from dodgeburn.merge.low_rank import low_rank
 from dodgeburn.merge.recipe import Parent, tool_version
+from dodgeburn.models.as_single_file import open_as_single_file
 
 if TYPE_CHECKING:
     import torch
@@ -101,7 +101,7 @@ def extract(
     """
     started = time.perf_counter()
     _check_options(kind, rank, energy, dtype)
-    with open_tensors(find_checkpoint(tuned)) as one, open_tensors(find_checkpoint(base)) as two:
+    with open_as_single_file(tuned) as one, open_as_single_file(base) as two:
         layout = _one_layout(one, two)
         inputs = [*files_of(one), *files_of(two)]
         check_output(out, inputs)

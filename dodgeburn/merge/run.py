@@ -21,8 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from dodgeburn.checkpoint.header import FLOAT_DTYPES, torch_dtype
 from dodgeburn.checkpoint.metadata import NO_HASH, merged_metadata, recipe_of
-from dodgeburn.checkpoint.naming import find_checkpoint
-from dodgeburn.checkpoint.sources import Tensors, files_of, hashing, open_tensors
+from dodgeburn.checkpoint.sources import Tensors, files_of, hashing
 from dodgeburn.checkpoint.tensorfile import TensorWriter, byte_view, check_output
 from dodgeburn.errors import DodgeburnWarning, UserError
 from dodgeburn.merge.describe import describe, peak_memory
@@ -30,6 +29,7 @@ from dodgeburn.merge.methods.table import apply
 from dodgeburn.merge.plan import Models, Plan, Work, plan_merge
 from dodgeburn.merge.recipe import MergeRecipe, Parent
 from dodgeburn.merge.settings import MergeSettings
+from dodgeburn.models.as_single_file import open_as_single_file
 
 if TYPE_CHECKING:
     import torch
@@ -139,7 +139,7 @@ def _opened(
     """The models, opened, the base last, and the plan of their merge."""
     settings = (settings or MergeSettings()).but(**options)
     names = [a, b, *more, *([] if base_model is None else [base_model])]
-    sources = [stack.enter_context(open_tensors(find_checkpoint(name))) for name in names]
+    sources = [stack.enter_context(open_as_single_file(name)) for name in names]
     return sources, plan_merge(_models(sources), settings, base_model is not None)
 
 

@@ -4,7 +4,6 @@ Nothing is loaded into modules, so a 7 GB model converts in the memory of its la
 against the shapes that their configs ask for before anything is written.
 """
 
-import json
 import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -13,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dodgeburn.checkpoint.layout import Layout, detect_layout
-from dodgeburn.checkpoint.metadata import CONFIGS
-from dodgeburn.checkpoint.moves import Move, moves_to_diffusers, moves_to_single
+from dodgeburn.checkpoint.moves import Move, moves_to_diffusers
 from dodgeburn.checkpoint.rewrite import Piece, chosen_dtype, piece_of, write_pieces
 from dodgeburn.checkpoint.sources import Tensors, files_of, open_tensors, weights_in
 from dodgeburn.checkpoint.text_keys import POSITION_IDS, classic_text_name, fit_names
@@ -22,12 +20,12 @@ from dodgeburn.checkpoint.unet_keys import unet_key_map
 from dodgeburn.checkpoint.vae_file import vae_moves
 from dodgeburn.checkpoint.vae_keys import modern_vae_name
 from dodgeburn.errors import DodgeburnWarning, UserError
+from dodgeburn.models.as_single_file import FolderAsFile
 from dodgeburn.models.loading import (
     check_shapes,
     configs_of_file,
     empty_module,
     find_model,
-    folder_configs,
     known_configs,
     load_tokenizers,
 )
@@ -128,24 +126,18 @@ class _Folder:
 
     def __init__(self, folder: Path, stack: ExitStack) -> None:
         self.path = folder
-        _, self._configs = folder_configs(folder)
-        self.sources = {
-            part: stack.enter_context(open_tensors(weights_in(folder / part)))
-            for part in self._configs
-            if part != "scheduler"
-        }
+        self.file = stack.enter_context(FolderAsFile(folder))
+        self.sources = self.file.sources
         self.metadata = dict(self.sources["unet"].header.metadata)
-        self.layout: Layout | None = detect_layout(unet_key_map(self._configs["unet"]))
+        self.layout: Layout | None = detect_layout(unet_key_map(self.file.configs["unet"]))
         self.why = ""
-        self.inputs = [file for source in self.sources.values() for file in files_of(source)]
+        self.inputs = self.file.files()
 
     def configs(self) -> Configs:
-        return self._configs
+        return self.file.configs
 
     def single(self) -> dict[str, _From]:
-        shapes = {part: {n: i.shape for n, i in s.header.tensors.items()} for part, s in self.sources.items()}
-        moves = moves_to_single(shapes, self._configs)
-        return {key: (self.sources[part], move) for key, (part, move) in moves.items()}
+        return {key: (piece.source, piece.move) for key, piece in self.file.pieces.items() if piece.source is not None}
 
     def components(self, configs: Configs) -> dict[str, dict[str, _From]]:
         out: dict[str, dict[str, _From]] = {}
@@ -158,7 +150,7 @@ class _Folder:
         return load_tokenizers(self.path, configs)
 
     def single_metadata(self) -> dict[str, str]:
-        return {**kept_metadata(self.metadata), CONFIGS: json.dumps(self._configs)}
+        return self.file.header.metadata
 
 
 def _to_single(parts: _File | _Folder, out: Path, settings: ConvertSettings, vae: Tensors | None) -> Converted:
