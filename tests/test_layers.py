@@ -54,6 +54,7 @@ LIGHT = (
     "dodgeburn.cli.compare", "dodgeburn.cli.pocket", "dodgeburn.cli.tour", "dodgeburn.images.png",
     "dodgeburn.merge.presets", "dodgeburn.merge.blocks", "dodgeburn.checkpoint.layout", "dodgeburn.pocket.captions",
     "dodgeburn.cli.bake", "dodgeburn.cli.delta", "dodgeburn.cli.convert", "dodgeburn.checkpoint.lora_inspect",
+    "dodgeburn.cli.diff", "dodgeburn.merge.diff",
 )  # fmt: skip
 
 
