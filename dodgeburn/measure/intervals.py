@@ -8,6 +8,7 @@ section 3.8; drawing at both levels errs a little on the wide side, few prompts 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -66,3 +67,36 @@ def binomial_interval(successes: int, n: int, level: float = 0.95) -> tuple[floa
 
     ends = binomtest(successes, n).proportion_ci(confidence_level=level, method="exact")
     return float(ends.low), float(ends.high)
+
+
+def bootstrap_statistics(
+    statistics: Callable[[np.ndarray, np.ndarray], dict[str, float]], shape: tuple[int, int], level: float = 0.95,
+    resamples: int = 300, seed: int = 0,
+) -> dict[str, Interval]:  # fmt: skip
+    """Intervals of statistics that are no plain means, over prompts and seeds resampled as in `bootstrap_mean`.
+
+    statistics: called with the rows to use, prompts int [p] and their seeds int [p, n]; first with all as they are,
+    which gives the estimates. Repeated seeds pull some statistics aside (a mean of magnitudes grows), so percentiles
+    are shifted by the mean of the resampled values minus the estimate. NaN values of resamples are left out; a
+    statistic that is NaN in more than half of them has no interval.
+    """
+    prompts, seeds = shape
+    estimate = statistics(np.arange(prompts), np.tile(np.arange(seeds), (prompts, 1)))
+    if prompts * seeds < 2:
+        return {name: Interval(value, float("nan"), float("nan")) for name, value in estimate.items()}
+    rng = np.random.default_rng(seed)
+    drawn: dict[str, list[float]] = {name: [] for name in estimate}
+    for _ in range(resamples):
+        chosen = rng.integers(prompts, size=prompts)
+        for name, value in statistics(chosen, rng.integers(seeds, size=(prompts, seeds))).items():
+            drawn[name].append(value)
+    out = {}
+    for name, value in estimate.items():
+        found = np.asarray(drawn[name])
+        found = found[~np.isnan(found)]
+        if np.isnan(value) or 2 * len(found) < resamples:
+            out[name] = Interval(value, float("nan"), float("nan"))
+            continue
+        low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2]) - (found.mean() - value)
+        out[name] = Interval(value, float(low), float(high))
+    return out
