@@ -76,44 +76,6 @@ def resolution(metadata: Mapping[str, str], layout: Layout) -> str:
     return _RESOLUTIONS[layout.name]
 
 
-def merged_metadata(
-    a: Mapping[str, str],
-    b: Mapping[str, str],
-    recipe: Mapping[str, Any],
-    layout: Layout,
-    out: str | Path,
-    tensors_sha256: str = NO_HASH,
-) -> dict[str, str]:
-    """The metadata of a file merged from files with metadata `a` and `b` by `recipe` (a MergeRecipe as dict).
-
-    Its encoded length does not depend on the hashes in it, so it can be written first and corrected at the
-    end.
-    """
-    parents = [recipe["a"], recipe["b"]]
-    models: dict[str, Any] = {}
-    for parent, metadata in zip(parents, (a, b), strict=True):
-        older = json_of(metadata, A1111_MODELS)
-        if isinstance(older, dict):
-            models |= {key: value for key, value in older.items() if isinstance(value, dict)}
-        models[parent["sha256"]] = {
-            "name": parent["file"],
-            "legacy_hash": "",
-            "sd_merge_recipe": json_of(metadata, A1111_RECIPE),
-        }
-    a1111 = {
-        "type": "dodgeburn",
-        "primary_model_hash": parents[0]["sha256"],
-        "secondary_model_hash": parents[1]["sha256"],
-        "tertiary_model_hash": None,
-        "interp_method": "Weighted sum" if recipe["method"] == "weighted_sum" else recipe["method"],
-        "multiplier": recipe["base"],
-        "weights_alpha": ",".join(f"{share:g}" for share in recipe["blocks"].values()),
-        "custom_name": Path(out).stem,
-    }
-    files = [parent["file"] for parent in parents]
-    return made_from(a, recipe, a1111, models, files, layout, out, tensors_sha256)
-
-
 def made_from(
     model: Mapping[str, str],
     recipe: Mapping[str, Any],

@@ -17,17 +17,17 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from dodgeburn.checkpoint.derived import derived_metadata
-from dodgeburn.checkpoint.header import FLOAT_DTYPES, TensorInfo
+from dodgeburn.checkpoint.derived import derived_metadata, write_derived
+from dodgeburn.checkpoint.header import FLOAT_DTYPES
 from dodgeburn.checkpoint.layout import Layout, detect_layout
-from dodgeburn.checkpoint.metadata import recipe_of
-from dodgeburn.checkpoint.rewrite import PIECE, cast_to, is_finite
-from dodgeburn.checkpoint.sources import Tensors, files_of, hashing
-from dodgeburn.checkpoint.tensorfile import TensorWriter, byte_view, check_output
+from dodgeburn.checkpoint.sources import Tensors, files_of
+from dodgeburn.checkpoint.tensorfile import check_output
 from dodgeburn.errors import DodgeburnWarning, UserError
 from dodgeburn.merge.addends import Addend, open_addend
 from dodgeburn.merge.addends import block_weights as weights_of
+from dodgeburn.merge.lazy import LazyBake, header_as_written
 from dodgeburn.merge.recipe import Parent, tool_version
+from dodgeburn.merge.run import write_source
 from dodgeburn.models.as_single_file import open_as_single_file
 
 
@@ -56,6 +56,12 @@ class BakeRecipe(BaseModel):
     added: list[Added]
     blocks: dict[str, float]
     conventions: str = "dodgeburn"
+
+    def a1111(self) -> dict[str, Any]:
+        """What A1111's own recipe has words for."""
+        added = [one.model_dump(include={"file", "sha256", "strength"}) for one in self.added]
+        none = {"secondary_model_hash": None, "tertiary_model_hash": None}  # these are models, which adapters are not
+        return {**none, "interp_method": self.kind, "multiplier": self.added[0].strength, "added": added}
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON and metadata."""
@@ -104,41 +110,36 @@ def bake(
         name = source.path.name
         addends = [stack.enter_context(open_addend(path, layout, source.header, name)) for path, _ in adapters]
         strengths = [float(strength) for _, strength in adapters]
-        inputs = [file for one in (source, *(a.source for a in addends)) for file in files_of(one)]
-        check_output(out, inputs)
-        work = _work(source, layout, addends, strengths, weights)
-        _warn(addends, work)
-        hashes = [f"{i + 1:x}"[-1] * 64 for i in range(len(addends) + 1)]  # as wide as hashes, and unlike each other
-        infos = {key: (info.dtype, info.shape) for key, info in source.header.tensors.items()}
+        check_output(out, [file for one in (source, *(a.source for a in addends)) for file in files_of(one)])
+        work = bake_work(source, layout, addends, strengths, weights)
+        for line in bake_warnings(addends, work):
+            warnings.warn(line, DodgeburnWarning, stacklevel=2)
+        baked = LazyBake(Path(out).name, source, addends, work)
+        sources = [source, *(addend.source for addend in addends)]
 
-        def recipe_with(found: Sequence[str]) -> BakeRecipe:
+        def recipe(hashes: Sequence[str]) -> BakeRecipe:
             added = [
                 Added(
                     file=a.source.path.name, sha256=sha, title=a.title, strength=s, matched=a.matched,
                     unmatched=len(a.unmatched),
                 )
-                for a, s, sha in zip(addends, strengths, found[1:], strict=True)
+                for a, s, sha in zip(addends, strengths, hashes[1:], strict=True)
             ]  # fmt: skip
-            parent = Parent(file=name, sha256=found[0], recipe=recipe_of(source.header.metadata))
+            parent = Parent.of(source, hashes[0])
             return BakeRecipe(
                 kind=kind, tool=tool_version(), layout=layout.name, model=parent, added=added, blocks=weights
             )
 
-        def metadata(found: Sequence[str], digest: str = "0" * 64) -> dict[str, str]:
-            files = [name, *(a.source.path.name for a in addends)]
-            parents = list(zip(files, found, strict=True))
-            return derived_metadata(source.header.metadata, recipe_with(found).as_dict(), parents, layout, out, digest)
+        def metadata(hashes: Sequence[str], digest: str) -> dict[str, str]:
+            made = recipe(hashes)
+            return derived_metadata(sources, hashes, made.as_dict(), made.a1111(), layout, out, digest)
 
-        with TensorWriter(out, infos, metadata(hashes), inputs) as writer:
-            with hashing([source, *(a.source for a in addends)]) as futures:
-                _run(source, addends, work, writer)
-                hashes = [future.result() for future in futures]
-            digest = writer.sha256_tensors()
-            writer.replace_metadata(metadata(hashes, digest))
-            for one in (source, *(a.source for a in addends)):
-                one.check_unchanged()
+        infos = {key: (info.dtype, info.shape) for key, info in source.header.tensors.items()}
+        hashes, digest = write_derived(
+            out, infos, sources, metadata, lambda writer: write_source(baked, layout, writer, threads=1)
+        )
         changed = sum(bool(strength) for strength in work.values())
-        return BakeResult(Path(out), digest, recipe_with(hashes), changed, len(infos), time.perf_counter() - started)
+        return BakeResult(Path(out), digest, recipe(hashes), changed, len(infos), time.perf_counter() - started)
 
 
 def _layout(source: Tensors) -> Layout:
@@ -148,7 +149,7 @@ def _layout(source: Tensors) -> Layout:
         raise UserError(f"{source.path.name}: {error}") from None
 
 
-def _work(
+def bake_work(
     source: Tensors,
     layout: Layout,
     addends: Sequence[Addend],
@@ -157,7 +158,7 @@ def _work(
 ) -> dict[str, list[tuple[int, float]]]:
     """For every tensor of the model: which addends change it, and how strongly."""
     work: dict[str, list[tuple[int, float]]] = {}
-    for key, info in source.header.tensors.items():
+    for key, info in header_as_written(source).tensors.items():
         weight = weights.get(layout.block(key) or "", 1.0)
         found = [(i, s * weight) for i, s in enumerate(strengths) if key in addends[i].targets and s * weight != 0.0]
         if found and info.dtype not in FLOAT_DTYPES:
@@ -166,66 +167,17 @@ def _work(
     return work
 
 
-def _warn(addends: Sequence[Addend], work: Mapping[str, Sequence[tuple[int, float]]]) -> None:
+def bake_warnings(addends: Sequence[Addend], work: Mapping[str, Sequence[tuple[int, float]]]) -> list[str]:
+    """What a user should hear of before things are added: what is left out, and what changes nothing."""
+    lines = []
     for i, addend in enumerate(addends):
         name = addend.source.path.name
         if addend.unmatched:
             total = addend.matched + len(addend.unmatched)
-            warnings.warn(
+            lines.append(
                 f"{name}: {len(addend.unmatched)} of {total} modules or keys are not in the model and are left out, "
-                f"first {addend.unmatched[0]}",
-                DodgeburnWarning,
-                stacklevel=3,
+                f"first {addend.unmatched[0]}"
             )
         if not any(number == i for found in work.values() for number, _ in found):
-            warnings.warn(
-                f"{name} changes nothing: its strength or the weights of its blocks are 0",
-                DodgeburnWarning,
-                stacklevel=3,
-            )
-
-
-def _run(
-    source: Tensors,
-    addends: Sequence[Addend],
-    work: Mapping[str, Sequence[tuple[int, float]]],
-    writer: TensorWriter,
-) -> None:
-    from tqdm import tqdm
-
-    total = sum(info.nbytes for info in writer.infos.values())
-    with tqdm(total=total, unit="B", unit_scale=True, desc="bake", disable=None) as bar:
-        for key, found in work.items():
-            info = source.info(key)
-            if found:
-                _add(source, key, info, addends, found, writer)
-            else:
-                for start in range(0, info.nbytes, PIECE):
-                    buffer = memoryview(bytearray(min(PIECE, info.nbytes - start)))
-                    source.read_into(key, start, buffer)
-                    writer.write(key, start, buffer)
-            bar.update(info.nbytes)
-
-
-def _add(
-    source: Tensors,
-    key: str,
-    info: TensorInfo,
-    addends: Sequence[Addend],
-    found: Sequence[tuple[int, float]],
-    writer: TensorWriter,
-) -> None:
-    import torch
-
-    stored = source.tensor(key)
-    wide = stored.to(torch.float64 if stored.dtype == torch.float64 else torch.float32)
-    total = torch.zeros_like(wide)  # summed apart, so that changes of opposite strength cancel exactly
-    for number, strength in found:
-        addends[number].add(key, total, strength)
-    wide.add_(total)
-    if not is_finite(wide):
-        if not is_finite(source.tensor(key)):  # read again: `wide` may be the same memory as `stored`
-            raise UserError(f"tensor {key} of {source.path.name} has NaN or infinite values: repair the file")
-        raise UserError(f"tensor {key} becomes infinite: choose a smaller strength")
-    rounded = cast_to(wide, info.dtype, key, "the result").contiguous().reshape(-1)
-    writer.write(key, 0, byte_view(rounded))
+            lines.append(f"{name} changes nothing: its strength or the weights of its blocks are 0")
+    return lines

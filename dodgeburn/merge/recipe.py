@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from dodgeburn.checkpoint.metadata import NO_HASH
+from dodgeburn.checkpoint.metadata import NO_HASH, recipe_of
+from dodgeburn.checkpoint.sources import Tensors
 from dodgeburn.errors import UserError
 from dodgeburn.merge.plan import Plan
 from dodgeburn.merge.settings import MergeSettings, first_problem
@@ -31,6 +32,11 @@ class Parent(BaseModel):
     file: str
     sha256: str = NO_HASH
     recipe: dict[str, Any] | None = None
+
+    @classmethod
+    def of(cls, source: Tensors, sha256: str) -> Parent:
+        """The parent that an opened file is."""
+        return cls(file=source.path.name, sha256=sha256, recipe=recipe_of(source.header.metadata))
 
 
 class MergeRecipe(MergeSettings):
@@ -72,6 +78,14 @@ class MergeRecipe(MergeSettings):
             more=more,
             counts=plan.counts,
         )
+
+    def a1111(self) -> dict[str, Any]:
+        """What A1111's own recipe has words for."""
+        return {
+            "interp_method": "Weighted sum" if self.method == "weighted_sum" else self.method,
+            "multiplier": self.base,
+            "weights_alpha": ",".join(f"{share:g}" for share in self.blocks.values()),
+        }
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON and metadata."""

@@ -19,12 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dodgeburn.checkpoint.derived import derived_metadata, write_derived
 from dodgeburn.checkpoint.header import FLOAT_DTYPES, torch_dtype
-from dodgeburn.checkpoint.metadata import NO_HASH, merged_metadata, recipe_of
-from dodgeburn.checkpoint.sources import Tensors, files_of, hashing
+from dodgeburn.checkpoint.layout import Layout
+from dodgeburn.checkpoint.sources import Tensors, files_of
 from dodgeburn.checkpoint.tensorfile import TensorWriter, byte_view, check_output
 from dodgeburn.errors import DodgeburnWarning, UserError
 from dodgeburn.merge.describe import describe, peak_memory
+from dodgeburn.merge.methods import find_method
 from dodgeburn.merge.methods.table import apply
 from dodgeburn.merge.plan import Models, Plan, Work, plan_merge
 from dodgeburn.merge.recipe import MergeRecipe, Parent
@@ -35,7 +37,6 @@ if TYPE_CHECKING:
     import torch
 
 TILE = 1 << 20  # values; 4 MB in float32, so that a thread's tiles stay near its core
-DIGITS = "abcdef0123456789"
 MAX_THREADS = 4  # the disk is the limit from here on, and each thread has some 20 to 40 MB of buffers
 
 
@@ -75,34 +76,22 @@ def merge(
     extra tensors are counted in a DodgeburnWarning.
     """
     started = time.perf_counter()
+    count = _thread_count(threads)
     with ExitStack() as stack:
         sources, plan = _opened(stack, a, b, more, base_model, settings, options)
-        inputs = [file for source in sources for file in files_of(source)]
-        check_output(out, inputs)
+        check_output(out, [file for source in sources for file in files_of(source)])
         for line in plan.warnings():
             warnings.warn(line, DodgeburnWarning, stacklevel=2)
 
         def recipe(hashes: Sequence[str]) -> MergeRecipe:
-            parents = [
-                Parent(file=source.path.name, sha256=sha256, recipe=recipe_of(source.header.metadata))
-                for source, sha256 in zip(sources, hashes, strict=True)
-            ]
-            return MergeRecipe.of_plan(plan, parents)
+            return MergeRecipe.of_plan(plan, [Parent.of(*pair) for pair in zip(sources, hashes, strict=True)])
 
-        def metadata(hashes: Sequence[str], tensors_sha256: str = NO_HASH) -> dict[str, str]:
-            meta_a, meta_b = (source.header.metadata for source in sources[:2])
-            return merged_metadata(meta_a, meta_b, recipe(hashes).as_dict(), plan.layout, out, tensors_sha256)
+        def metadata(hashes: Sequence[str], digest: str) -> dict[str, str]:
+            made = recipe(hashes)
+            return derived_metadata(sources, hashes, made.as_dict(), made.a1111(), plan.layout, out, digest)
 
-        hashes = [digit * 64 for digit in DIGITS[: len(sources)]]  # as wide as hashes, and unlike each other
         infos = {w.name: (w.out_dtype, w.info.shape) for w in plan.work}
-        with TensorWriter(out, infos, metadata(hashes), inputs=inputs) as writer:
-            with hashing(sources) as futures:
-                _run(plan, sources, writer, _thread_count(threads))
-                hashes = [future.result() for future in futures]
-            digest = writer.sha256_tensors()
-            writer.replace_metadata(metadata(hashes, digest))
-            for source in sources:
-                source.check_unchanged()
+        hashes, digest = write_derived(out, infos, sources, metadata, lambda writer: _run(plan, sources, writer, count))
     return MergeResult(Path(out), digest, recipe(hashes), plan, time.perf_counter() - started)
 
 
@@ -145,6 +134,22 @@ def _opened(
 
 def _models(sources: Sequence[Tensors]) -> Models:
     return [(source.path.name, source.header) for source in sources]
+
+
+def write_source(source: Tensors, layout: Layout, writer: TensorWriter, threads: int | None = None) -> None:
+    """Write every tensor of a source: as bytes where its type is the writer's, else rounded once to the writer's.
+
+    `threads` must be 1 for a source that works out whole tensors when a piece is asked for. Raises UserError for NaN
+    and infinite values.
+    """
+    dtypes = {name: info.dtype for name, info in writer.infos.items()}
+    work = [
+        Work(name, info, "copy_a", 0.0, None) if dtypes[name] == info.dtype
+        else Work(name, info, "cast_a", 0.0, None, dtypes[name])
+        for name, info in source.header.tensors.items()
+    ]  # fmt: skip
+    plan = Plan(layout, find_method("weighted_sum"), MergeSettings(), {}, {}, {}, (), work)
+    _run(plan, [source], writer, _thread_count(threads))
 
 
 def _thread_count(threads: int | None) -> int:
