@@ -8,6 +8,8 @@ import json
 import os
 import pickle
 import struct
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +80,12 @@ def test_a_good_file(tmp_path: Path) -> None:
         (raw({"a": entry(shape=(-2,))}, bytes(8)), "shape"),
         (raw({"a": entry(shape=(True, 2))}, bytes(8)), "shape"),
         (raw({"a": entry(shape="2")}, bytes(8)), "shape"),
+        (raw({"a": entry(shape=(2**63,))}, bytes(8)), "shape"),
+        (raw({"a": entry(shape=[1] * 64 + [2])}, bytes(8)), "shape"),
+        (raw({"a": entry(shape=[2**62] * 60)}, bytes(8)), "does not take 8"),
+        (raw({"a": entry(offsets=(0, 2**64))}, bytes(8)), "data_offsets"),
+        (raw(b'{"a":{"dtype":"F32","shape":[' + b"9" * 5000 + b'],"data_offsets":[0,8]}}', bytes(8)), "JSON"),
+        (raw({"line\nend\x1b[31m": 3}), r"line\\nend\\x1b\[31m"),
         (raw({"a": entry(dtype="F31")}, bytes(8)), "F31"),
         (raw({"a": entry(dtype=None)}, bytes(8)), "None"),
         (raw({"a": 3}), "object"),
@@ -92,6 +100,52 @@ def test_hostile_files_are_refused(tmp_path: Path, content: bytes, what: str) ->
     with pytest.raises(UserError, match=what) as caught:
         read_header(path)
     assert "bad.safetensors" in str(caught.value) and "\n" not in str(caught.value)
+
+
+READ_AND_SAY_PEAK = """
+import sys
+from dodgeburn.checkpoint.header import read_header
+from dodgeburn.errors import UserError
+try:
+    read_header(sys.argv[1])
+    print("read")
+except UserError as error:
+    print(error)
+print(next(int(line.split()[1]) // 1000 for line in open("/proc/self/status") if line.startswith("VmHWM")))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+@pytest.mark.parametrize(
+    ("start", "repeated", "end", "said"),
+    [
+        (b'{"a":[', b"[],", b"[]]}", "not valid JSON"),
+        (b'{"a":[', b"{},", b"{}]}", "not valid JSON"),
+        (b'{"a":{"dtype":"F32","shape":[', b"9" * 4000 + b",", b'1],"data_offsets":[0,8]}}', "not a list of counts"),
+        (b'{"__metadata__":{"a":"', b"x", b'"}}', "read"),
+    ],
+    ids=["lists", "objects", "sides", "text"],
+)
+def test_the_longest_headers_take_bounded_memory(
+    tmp_path: Path, start: bytes, repeated: bytes, end: bytes, said: str
+) -> None:
+    """99 MB of JSON that would take 2.5 GB, or an hour of multiplying, if it were believed."""
+    path = tmp_path / "long"
+    text = start + repeated * ((99_000_000 - len(start) - len(end)) // len(repeated)) + end
+    path.write_bytes(struct.pack("<Q", len(text)) + text)
+    done = subprocess.run(
+        [sys.executable, "-c", READ_AND_SAY_PEAK, str(path)], capture_output=True, text=True, timeout=60
+    )
+    *words, peak = done.stdout.splitlines()
+    assert said in words[0] and len(words) == 1, done.stdout + done.stderr
+    assert int(peak) < 500
+
+
+def test_what_is_no_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/zero"):
+        with pytest.raises(UserError, match="a pipe or a device"):
+            read_header(path)
 
 
 @settings(max_examples=150, deadline=None)
@@ -215,6 +269,33 @@ def test_incomplete_writes_leave_nothing(tmp_path: Path) -> None:
     assert only(tmp_path) == []
 
 
+def test_a_part_is_no_checkpoint_before_it_is_complete(tmp_path: Path) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    with TensorWriter(tmp_path / "x", {"t": ("F32", (1,))}, {}) as writer:
+        writer.write("t", 0, bytes(4))
+        writer.replace_metadata({})
+        (part,) = tmp_path.iterdir()
+        with pytest.raises(SafetensorError):
+            safe_open(str(part), "pt")
+        with pytest.raises(UserError, match="broken header"):
+            read_header(part)
+    assert read_header(tmp_path / "x").tensors["t"].shape == (1,)
+
+
+def test_parts_of_killed_runs_are_removed_and_those_of_live_ones_are_not(tmp_path: Path) -> None:
+    pytest.importorskip("fcntl")
+    abandoned = tmp_path / ".dodgeburn-1-0.part"
+    abandoned.write_bytes(bytes(100))
+    (tmp_path / ".dodgeburn-2-0.part").mkdir()  # a folder that another run is filling
+    (tmp_path / ".dodgeburn-3-0.tmp").write_bytes(b"")
+    with TensorWriter(tmp_path / "x", {"t": ("F32", (1,))}, {}) as writer:
+        assert not abandoned.exists()
+        save_tensors(tmp_path / "y", {"t": torch.ones(1)}, {})
+        writer.write("t", 0, bytes(4))
+    assert only(tmp_path) == [".dodgeburn-2-0.part", ".dodgeburn-3-0.tmp", "x", "y"]
+
+
 def test_an_older_file_survives_a_failure(tmp_path: Path) -> None:
     save_tensors(tmp_path / "x", {"t": torch.ones(1)}, {})
     before = (tmp_path / "x").read_bytes()
@@ -308,12 +389,14 @@ def test_a_file_changed_while_open_is_noticed(tmp_path: Path) -> None:
             other.write(b"more")
         with pytest.raises(UserError, match="changed"):
             file.check_unchanged()
+    save_tensors(tmp_path / "x", {"t": torch.ones(4)}, {})
+    with TensorFile(tmp_path / "x") as file:
+        save_tensors(tmp_path / "x", {"t": torch.ones(4)}, {})  # another file under the same name
+        with pytest.raises(UserError, match="changed"):
+            file.check_unchanged()
 
 
 def test_headers_need_no_torch() -> None:
-    import subprocess
-    import sys
-
     code = (
         "import sys; import dodgeburn.checkpoint.tensorfile, dodgeburn.checkpoint.layout, "
         "dodgeburn.checkpoint.metadata, dodgeburn.merge.presets, dodgeburn.merge.blocks, "

@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     import torch
 
 MAX_HEADER = 100_000_000  # the safetensors library refuses longer ones
+
+MAX_VALUES = 2_000_000  # in a JSON text, roughly; SDXL's header has 23 000
+MAX_SIDE, MAX_RANK = 2**63 - 1, 64
 
 # Bits a value takes, by safetensors dtype name.
 DTYPE_BITS: dict[str, int] = {
@@ -118,11 +122,16 @@ def open_to_read(path: Path) -> int:
     if path.is_dir():
         raise UserError(f"{path} is a folder: expected a .safetensors file")
     try:
-        return os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        # Opening a pipe would wait for its other end.
+        fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: expected a .safetensors file") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise UserError(f"{path} is a pipe or a device: expected a .safetensors file")
+    return fd
 
 
 def header_of(fd: int, path: Path) -> Header:
@@ -145,7 +154,7 @@ def header_of(fd: int, path: Path) -> Header:
         raise UserError(f"{path} is truncated: its header claims {length:,} bytes, the file has {size:,}")
     text = _pread_all(fd, 8, length, path)
     try:
-        raw = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates)
+        raw = bounded_json(text, _no_duplicates)
     except UserError as error:
         raise UserError(f"{path} has a broken header: {error}") from None
     except (ValueError, RecursionError):
@@ -171,6 +180,17 @@ def header_of(fd: int, path: Path) -> Header:
     return Header(in_order, metadata, 8 + length, size)
 
 
+def bounded_json(
+    text: bytes, pairs_hook: Callable[[list[tuple[str, Any]]], dict[str, Any]] | None = None
+) -> Any:
+    """JSON of unknown origin, parsed in memory of the order of its size; ValueError for other texts and for more than
+    some 2 million values, each of which could take twenty times its three bytes.
+    """
+    if sum(text.count(mark) for mark in (b",", b"[", b"{")) > MAX_VALUES:
+        raise ValueError("too many values")
+    return json.loads(text.decode("utf-8"), object_pairs_hook=pairs_hook)
+
+
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     out = dict(pairs)
     if len(out) != len(pairs):
@@ -194,7 +214,7 @@ def _check_metadata(raw: object, path: Path) -> dict[str, str]:
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_SIDE
 
 
 def _check_tensor(name: str, entry: object, path: Path) -> TensorInfo:
@@ -206,7 +226,7 @@ def _check_tensor(name: str, entry: object, path: Path) -> TensorInfo:
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         broken(f"has the unknown type {dtype!r}")
-    if not isinstance(shape, list) or not all(_is_count(n) for n in shape):
+    if not isinstance(shape, list) or len(shape) > MAX_RANK or not all(_is_count(n) for n in shape):
         broken("has a shape that is not a list of counts")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(n) for n in offsets):
         broken("has no valid data_offsets")

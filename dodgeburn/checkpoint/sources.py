@@ -8,7 +8,6 @@ everything else, so nothing in the file can run.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import threading
 import warnings
@@ -19,8 +18,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
-from dodgeburn.checkpoint.header import Header, TensorInfo, dtype_name, tensor_bytes
-from dodgeburn.checkpoint.tensorfile import TensorFile, byte_view, sha256_file
+from dodgeburn.checkpoint.header import Header, TensorInfo, bounded_json, dtype_name, tensor_bytes
+from dodgeburn.checkpoint.tensorfile import TensorFile, byte_view, sha256_file, stamp_of
 from dodgeburn.errors import DodgeburnWarning, UserError
 
 if TYPE_CHECKING:
@@ -197,7 +196,7 @@ def _read_index(path: Path) -> dict[str, str]:
     try:
         if path.stat().st_size > MAX_INDEX:
             raise UserError(f"{path} is no index of shards: it takes {path.stat().st_size:,} bytes")
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = bounded_json(path.read_bytes())
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: expected the index of a sharded checkpoint") from None
     except OSError as error:
@@ -236,8 +235,7 @@ class PickleFile:
             kind, shape = dtype_name(tensor.dtype), tuple(tensor.shape)
             infos[name] = TensorInfo(kind, shape, position, position := position + tensor_bytes(kind, shape))
         self.header = Header(infos, {}, 0, position)
-        stat = path.stat()
-        self._stamp = (stat.st_size, stat.st_mtime_ns)
+        self._stamp = stamp_of(path)
         if left:
             warnings.warn(
                 f"{path.name}: {len(left)} entries that are not tensors are left out, first {left[0]}",
@@ -272,8 +270,7 @@ class PickleFile:
         return self._tensors[name].clone()
 
     def check_unchanged(self) -> None:
-        stat = self.path.stat()
-        if (stat.st_size, stat.st_mtime_ns) != self._stamp:
+        if stamp_of(self.path) != self._stamp:
             raise UserError(f"{self.path} was changed while it was being read: try again when it is complete")
 
 

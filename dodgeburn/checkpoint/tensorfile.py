@@ -10,15 +10,14 @@ import errno
 import hashlib
 import json
 import os
-import secrets
 import struct
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from dodgeburn.checkpoint.atomic import atomic_path, check_output, explain, open_part, sync_folder, write_atomic
 from dodgeburn.checkpoint.header import (
     DTYPE_BITS,
     FLOAT_DTYPES,
@@ -80,11 +79,7 @@ class TensorFile:
         except BaseException:
             os.close(self._fd)
             raise
-        self._stamp = self._stat()
-
-    def _stat(self) -> tuple[int, int]:
-        stat = os.fstat(self._fd)
-        return stat.st_size, stat.st_mtime_ns
+        self._stamp = stamp(os.fstat(self._fd))
 
     def __enter__(self) -> TensorFile:
         return self
@@ -132,9 +127,23 @@ class TensorFile:
         return flat.reshape(info.shape)
 
     def check_unchanged(self) -> None:
-        """UserError if the file was changed since it was opened."""
-        if self._stat() != self._stamp:
+        """UserError if the file was changed, replaced or removed since it was opened."""
+        # By its name too: the hash in a recipe is of what has the name.
+        if not stamp(os.fstat(self._fd)) == self._stamp == stamp_of(self.path):
             raise UserError(f"{self.path} was changed while it was being read: try again when it is complete")
+
+
+def stamp(stat: os.stat_result) -> tuple[int, ...]:
+    """What tells one state of a file from another: disk, inode, size, time of change."""
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+def stamp_of(path: Path) -> tuple[int, ...]:
+    """The stamp of the file that has this name now; empty if there is none."""
+    try:
+        return stamp(path.stat())
+    except OSError:
+        return ()
 
 
 def load_tensors(path: str | Path) -> dict[str, torch.Tensor]:
@@ -144,91 +153,6 @@ def load_tensors(path: str | Path) -> dict[str, torch.Tensor]:
 
 
 # -------------------- writing
-
-
-def _explain(error: OSError, path: Path) -> UserError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return UserError(f"{path} cannot be written: the disk is full; free some space or write elsewhere")
-    if error.errno == errno.EFBIG:
-        return UserError(f"{path} cannot be written: the file would be larger than the system allows")
-    return UserError(f"{path} cannot be written: {error.strerror or error}")
-
-
-def check_output(path: str | Path, inputs: Sequence[str | Path] = ()) -> Path:
-    """The real path to write to, after following links; UserError if it is a folder, in no folder, or one
-    of `inputs`.
-
-    The same file under another name (symbolic or hard link) counts as an input too.
-    """
-    path = Path(path)
-    if not path.name:
-        raise UserError(f"{path} is not a file name to write to")
-    target = Path(os.path.realpath(path))
-    if target.is_dir():
-        raise UserError(f"{path} is a folder: expected the name of a file to write")
-    if not target.parent.is_dir():
-        raise UserError(f"{target.parent} is not a folder: make it first, or write {path.name} elsewhere")
-    for source in inputs:
-        same = os.path.realpath(source) == str(target)
-        if not same and target.exists() and Path(source).exists():
-            same = os.path.samefile(source, target)
-        if same:
-            raise UserError(f"{path} is also an input ({source}): choose another output name")
-    return target
-
-
-def _temporary(target: Path) -> Path:
-    # Short and in the same folder: a rename must not cross disks, and long names must not grow past 255
-    # bytes.
-    return target.parent / f".dodgeburn-{os.getpid()}-{secrets.token_hex(4)}.part"
-
-
-def _sync_folder(folder: Path) -> None:
-    try:
-        fd = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return  # some systems cannot open folders; the file itself is on disk already
-    try:
-        os.fsync(fd)
-    except OSError:
-        pass
-    finally:
-        os.close(fd)
-
-
-@contextmanager
-def atomic_path(path: str | Path, inputs: Sequence[str | Path] = ()) -> Iterator[Path]:
-    """A temporary path beside `path` to write to; renamed to `path` at the end, removed if anything went
-    wrong.
-
-    Raises UserError for an output that is an input, an unwritable folder and a full disk.
-    """
-    target = check_output(path, inputs)
-    part = _temporary(target)
-    try:
-        yield part
-        fd = os.open(part, os.O_RDWR)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        os.replace(part, target)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        # Only trouble with our own file is ours to explain; anything else happened inside the caller's block.
-        if error.filename in (None, str(part), str(target)):
-            raise _explain(error, Path(path)) from None
-        raise
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-    _sync_folder(target.parent)
-
-
-def write_atomic(path: str | Path, data: bytes) -> None:
-    """Write bytes to a file so that it is either complete or not there; UserError as in atomic_path."""
-    with atomic_path(path) as part:
-        part.write_bytes(data)
 
 
 class TensorWriter:
@@ -259,16 +183,14 @@ class TensorWriter:
         self._total = sum(info.nbytes for info in self.infos.values())
         self._written = 0
         self._lock = threading.Lock()
-        self._part = _temporary(self._target)
         try:
-            self._fd = os.open(
-                self._part, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666
-            )
+            self._fd, self._part = open_part(self._target)
         except OSError as error:
-            raise _explain(error, self.path) from None
+            raise explain(error, self.path) from None
         try:
             self._reserve(self.data_start + self._total)
-            self._pwrite(head, 0)
+            # The length of the header comes last: until then no program takes the file for a checkpoint.
+            self._pwrite(head[8:], 8)
         except BaseException:
             self.abort()
             raise
@@ -293,7 +215,7 @@ class TensorWriter:
             os.posix_fallocate(self._fd, 0, size)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise _explain(error, self.path) from None
+                raise explain(error, self.path) from None
 
     def _pwrite(self, data: bytes | memoryview, offset: int) -> None:
         view = memoryview(data)
@@ -302,7 +224,7 @@ class TensorWriter:
             try:
                 done += os.pwrite(self._fd, view[done:], offset + done)
             except OSError as error:
-                raise _explain(error, self.path) from None
+                raise explain(error, self.path) from None
 
     def write(self, name: str, offset: int, data: bytes | memoryview) -> None:
         """Write bytes of tensor `name` from byte `offset` of it on; every byte exactly once. Thread-safe."""
@@ -324,7 +246,7 @@ class TensorWriter:
         """
         head = _encode_header(self.infos, metadata, self.data_start)
         self._metadata = dict(metadata)
-        self._pwrite(head, 0)
+        self._pwrite(head[8:], 8)
 
     def sha256_tensors(self, progress: Callable[[int], object] | None = None) -> str:
         """sha256 (hex) of all bytes after the header, read back from the unfinished file."""
@@ -336,6 +258,8 @@ class TensorWriter:
             if self._written != self._total:
                 raise RuntimeError(f"{self._written} of {self._total} bytes were written to {self.path}")
             os.fsync(self._fd)
+            self._pwrite(struct.pack("<Q", self.data_start - 8), 0)
+            os.fsync(self._fd)
             header = header_of(self._fd, self._part)
             if header.tensors != {n: i for n, i in self.infos.items()} or header.metadata != self._metadata:
                 raise UserError(f"{self.path} did not read back as written: the disk may be faulty")
@@ -344,11 +268,11 @@ class TensorWriter:
             os.replace(self._part, self._target)
         except OSError as error:
             self.abort()
-            raise _explain(error, self.path) from None
+            raise explain(error, self.path) from None
         except BaseException:
             self.abort()
             raise
-        _sync_folder(self._target.parent)
+        sync_folder(self._target.parent)
 
     def abort(self) -> None:
         """Close and remove what was written so far."""
