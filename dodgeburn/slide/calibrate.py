@@ -1,0 +1,203 @@
+"""Calibration: the raw scale at which an attribute moves by one natural standard deviation, folded into alpha.
+
+A raw slider's 1.0 means whatever training made of it. Afterwards 1.0 is one natural standard deviation ("sigma") of the
+attribute, in any program that loads the file, because the factor is in the file's alphas. The response beyond is as it
+is: a file is linear in its scale, so a curve that flattens cannot be straightened in it. It is measured and reported.
+
+Calibration looks at prompts and seeds of its own, with the reader (or, where there is none, a scorer that is named as a
+proxy). Evaluations use others, and the judge.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from dodgeburn.errors import UserError
+from dodgeburn.models.adapters import Adapter
+from dodgeburn.slide.edits import Edit
+from dodgeburn.slide.readings import ReadsPictures, attribute_of, sweep_rows
+
+Scores = Callable[[np.ndarray], np.ndarray]
+"""Pictures uint8 [n, h, w, 3] -> float [n], NaN for one that cannot be read."""
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """What says how much of an attribute a picture has."""
+
+    attribute: str  # "smile"; of a proxy a phrase for what it measures
+    by: str  # "reader", "judge" or "proxy: …"
+    scores: Scores
+
+
+def reader_scorer(target: str, reader: ReadsPictures, name: str = "reader") -> Scorer:
+    """A pocket reader's values of one target. Raises UserError for an unknown attribute."""
+    attribute, _, value = target.partition("=")
+    attribute_of(target)
+
+    def scores(pictures: np.ndarray) -> np.ndarray:
+        found = reader.read(pictures)
+        read = found.values[attribute] == value if value else found.values[attribute]
+        return np.where(found.unreadable, np.nan, np.asarray(read, np.float64))
+
+    return Scorer(target, name, scores)
+
+
+@dataclass(frozen=True)
+class CalibrationSettings:
+    """How calibration looks for the unit and for the safe range; lengths are in units (sigma)."""
+
+    step: float = 0.5  # between the scales at which the range is measured
+    furthest: float = 4.0  # no scale beyond is tried
+    parse_loss: float = 0.02  # share of pictures that may become unreadable
+    least_gain: float = 0.15  # a step is safe if it moves the attribute by this share of what a unit slope would
+    rounds: int = 8  # tries to find the unit
+    largest: float = 64.0  # raw scale: a slider that needs more does nothing
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was found. Scales are in units: the calibrated file's."""
+
+    attribute: str
+    by: str
+    factor: float  # raw scale of one unit; negative if the raw slider pushed the other way
+    sigma: float  # one unit in the scorer's own units
+    safe_range: tuple[float, float]
+    curve: list[tuple[float, float]]  # (scale, mean move in sigma), rising, with (0, 0)
+    readable: list[tuple[float, float]]  # (scale, share of readable pictures)
+    prompts: list[str] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=list)
+    pictures: int = 0  # edited ones that were made for it
+
+    @property
+    def unit(self) -> str:
+        """What 1.0 means, in words."""
+        return f"one natural standard deviation of {self.attribute}, by the {self.by}".replace("the proxy", "proxy")
+
+    def applied(self, adapter: Adapter) -> Adapter:
+        """The adapter with the unit folded into its alphas."""
+        return adapter.scaled(self.factor)
+
+
+def calibrate(
+    edit: Edit, scorer: Scorer, prompts: Sequence[str], seeds: Sequence[int], spread_seeds: Sequence[int] = (),
+    settings: CalibrationSettings | None = None,
+) -> Calibration:  # fmt: skip
+    """Find an edit's unit, safe range and response on every prompt with every seed.
+
+    spread_seeds: further seeds for sigma alone, which needs more pictures than the mean does (unedited ones, shared by
+    all sliders of a run). The unit is where half the distance between the mean moves at +s and -s is sigma. The safe
+    range goes out from 0 on either side, step by step, as long as the mean still moves on (`least_gain`) and no more
+    than `parse_loss` of the readable pictures are lost. Raises UserError if nothing can be read, if the attribute does
+    not vary, or if the edit does not move it.
+    """
+    settings = settings or CalibrationSettings()
+    probe = _Probe(edit, scorer, list(prompts), list(seeds), list(spread_seeds))
+    unit = _find_unit(probe, settings)
+    low, high = (sign * _safe_end(probe, unit, sign, settings) for sign in (-1, 1))
+    if not low < high:
+        raise UserError(f"the slider is not safe at any scale: the first step of {settings.step:g} sigma goes wrong")
+    rows = sorted((round(raw / unit, 4), *found) for raw, found in probe.seen.items())
+    return Calibration(
+        attribute=scorer.attribute, by=scorer.by, factor=unit, sigma=probe.sigma, safe_range=(low, high),
+        curve=[(scale, round(move, 4)) for scale, move, _ in rows if not math.isnan(move)],
+        readable=[(scale, round(rate, 4)) for scale, _, rate in rows],
+        prompts=list(prompts), seeds=list(seeds), pictures=probe.made,
+    )  # fmt: skip
+
+
+class _Probe:
+    """Mean moves and parse rates at raw scales, each measured once."""
+
+    def __init__(self, edit: Edit, scorer: Scorer, prompts: list[str], seeds: list[int], more: list[int]) -> None:
+        self.edit, self.scorer, self.prompts, self.seeds = edit, scorer, prompts, seeds
+        if not prompts or not seeds:
+            raise UserError("calibration needs at least one prompt and one seed")
+        both = list(dict.fromkeys([*seeds, *more]))
+        score = self._scores([0.0], both).reshape(len(prompts), len(both))
+        known = score[~np.isnan(score)]
+        if len(known) < 2:
+            raise UserError(f"{len(known)} of {score.size} unedited pictures can be read: calibration needs 2 at least")
+        self.sigma = float(np.std(known, ddof=1))
+        if self.sigma < 1e-6:
+            raise UserError(f"{scorer.attribute} is the same in all {len(known)} unedited pictures: it has no unit")
+        self.plain = score[:, [both.index(seed) for seed in seeds]].ravel()
+        self.rate = 1 - float(np.isnan(self.plain).mean())
+        self.seen: dict[float, tuple[float, float]] = {0.0: (0.0, self.rate)}
+        self.made = 0
+
+    def _scores(self, scales: list[float], seeds: list[int]) -> np.ndarray:
+        rows = sweep_rows(self.prompts, seeds, scales)
+        found = np.asarray(self.scorer.scores(self.edit.pictures(*rows)), dtype=np.float64)
+        return found.reshape(-1, len(scales))
+
+    def measure(self, raw: Sequence[float]) -> None:
+        """Measure what is not known yet, in one call."""
+        new = [scale for scale in dict.fromkeys(raw) if scale not in self.seen]
+        if not new:
+            return
+        found = self._scores(new, self.seeds)
+        self.made += found.size
+        for scale, column in zip(new, found.T, strict=True):
+            moves = (column - self.plain) / self.sigma
+            known = moves[~np.isnan(moves)]
+            self.seen[scale] = (float(known.mean()) if len(known) else math.nan, 1 - float(np.isnan(column).mean()))
+
+    def half(self, raw: float) -> float:
+        """Half the distance between the mean moves at +raw and -raw, in sigma; one side's where the other is lost."""
+        self.measure([raw, -raw])
+        up, down = self.seen[raw][0], -self.seen[-raw][0]
+        sides = [move for move in (up, down) if not math.isnan(move)]
+        return sum(sides) / len(sides) if sides else math.nan
+
+
+def _find_unit(probe: _Probe, settings: CalibrationSettings) -> float:
+    """The raw scale whose half distance is one sigma, signed: by secants, halving where they make no headway."""
+    raw, low, high = 1.0, (0.0, 0.0), (math.inf, math.inf)  # (raw scale, size) known to be too small, too large
+    best = (math.inf, raw)  # (error, unit)
+    last_side = 0
+    for _ in range(settings.rounds):
+        if raw > settings.largest:
+            break
+        moved = probe.half(raw)
+        size = math.inf if math.isnan(moved) else abs(moved)  # where nothing can be read it is too much
+        if 0.05 < size < math.inf:
+            best = min(best, (abs(size - 1), math.copysign(raw, moved)))
+            if best[0] <= 0.03:
+                break
+        side = 1 if size >= 1 else -1
+        low, high = (low, (raw, size)) if side > 0 else ((raw, size), high)
+        if high[0] == math.inf:
+            raw *= min(4.0, 1 / max(size, 1e-6))
+        elif high[1] == math.inf or side == last_side:
+            raw = (low[0] + high[0]) / 2 if low[0] else high[0] / 4
+        else:
+            raw = low[0] + (1 - low[1]) / (high[1] - low[1]) * (high[0] - low[0])
+        last_side = side
+    if best[0] <= 0.25:
+        return best[1]
+    reached = max((abs(move) for move, _ in probe.seen.values() if not math.isnan(move)), default=0.0)
+    raise UserError(
+        f"the slider moves {probe.scorer.attribute} by {reached:.2f} natural standard deviations at most (scales up to "
+        f"{max(probe.seen):g}): there is no scale to call 1.0"
+    )
+
+
+def _safe_end(probe: _Probe, unit: float, sign: int, settings: CalibrationSettings) -> float:
+    """How many units the response is safe on the side of `sign`: a multiple of the step, 0 if the first is not."""
+    safe = 0.0
+    for i in range(1, round(settings.furthest / settings.step) + 1):
+        raw = sign * unit * i * settings.step
+        probe.measure([raw])
+        move, rate = probe.seen[raw]
+        gain = sign * (move - probe.seen[sign * unit * safe][0])
+        lost = probe.rate - rate > settings.parse_loss + 1e-9
+        if math.isnan(move) or lost or gain < settings.least_gain * settings.step:
+            break
+        safe = i * settings.step
+    return safe

@@ -1,0 +1,136 @@
+"""Calibration on edits whose response is known in closed form."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dodgeburn.errors import UserError
+from dodgeburn.slide.calibrate import Calibration, CalibrationSettings, Scorer, calibrate, reader_scorer
+
+PROMPTS, SEEDS = ["a", "bb", "ccc"], [1, 2, 3, 4]
+# Natural values: what the unedited picture of a seed is worth.
+NATURAL = {1: 0.2, 2: 0.4, 3: 0.6, 4: 0.8}
+SIGMA = float(np.std([NATURAL[s] for s in SEEDS] * len(PROMPTS), ddof=1))
+
+
+class Known:
+    """Pictures of one pixel in float32, whose value is the natural one plus `move(strength)`; NaN cannot be read."""
+
+    def __init__(self, move, lost=lambda strength: False) -> None:
+        self.move, self.lost, self.calls = move, lost, []
+
+    def pictures(self, prompts, seeds, strengths):
+        self.calls += list(strengths)
+        rows = [
+            np.nan if self.lost(strength) else NATURAL[seed] + self.move(strength)
+            for seed, strength in zip(seeds, strengths, strict=True)
+        ]
+        return np.array(rows, np.float64)[:, None, None, None]
+
+
+READ = Scorer("smile", "reader", lambda pictures: pictures.ravel())
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.floats(-3, 3).filter(lambda slope: abs(slope) > 0.02))
+def test_the_unit_of_a_straight_edit(slope) -> None:
+    found = calibrate(Known(lambda s: slope * s), READ, PROMPTS, SEEDS)
+    assert found.sigma == pytest.approx(SIGMA)
+    assert found.factor == pytest.approx(SIGMA / slope, rel=0.031)
+    assert found.safe_range == (-4.0, 4.0)
+    for scale, move in found.curve:
+        assert move == pytest.approx(scale * found.factor * slope / SIGMA, abs=1e-3)
+
+
+def test_a_curve_that_flattens_ends_the_safe_range() -> None:
+    # Unit slope up to 2 sigma, then flat; on the left it goes on to 3.
+    found = calibrate(Known(lambda s: float(np.clip(s, -3, 2)) * SIGMA), READ, PROMPTS, SEEDS)
+    assert found.factor == pytest.approx(1.0)
+    assert found.safe_range == (-3.0, 2.0)
+
+
+def test_lost_pictures_end_the_safe_range() -> None:
+    found = calibrate(Known(lambda s: s * SIGMA, lambda s: s > 1.6), READ, PROMPTS, SEEDS)
+    assert found.safe_range == (-4.0, 1.5)
+    assert dict(found.readable)[2.0] == 0.0 and dict(found.readable)[1.5] == 1.0
+
+
+def test_a_few_lost_pictures_are_borne() -> None:
+    class OneLost(Known):
+        def pictures(self, prompts, seeds, strengths):
+            out = super().pictures(prompts, seeds, strengths)
+            for i, (p, n, s) in enumerate(zip(prompts, seeds, strengths, strict=True)):
+                if p == "a" and n == 1 and s == 2.0:
+                    out[i] = np.nan  # one of twelve
+            return out
+
+    edit = OneLost(lambda s: s * SIGMA)
+    assert calibrate(edit, READ, PROMPTS, SEEDS).safe_range == (-4.0, 1.5)
+    relaxed = CalibrationSettings(parse_loss=0.1)
+    assert calibrate(edit, READ, PROMPTS, SEEDS, settings=relaxed).safe_range == (-4.0, 4.0)
+
+
+def test_saturation_before_a_unit_at_scale_one_is_walked_back() -> None:
+    """At raw 1 the attribute is far past a sigma and saturated: the unit is found below."""
+    found = calibrate(Known(lambda s: 1.5 * SIGMA * float(np.tanh(20 * s))), READ, PROMPTS, SEEDS)
+    assert found.factor == pytest.approx(np.arctanh(1 / 1.5) / 20, rel=0.1)
+
+
+def test_more_seeds_for_sigma_alone() -> None:
+    edit = Known(lambda s: s * 0.1)
+    found = calibrate(edit, READ, ["a"], [2, 3], spread_seeds=[1, 2, 3, 4])
+    assert found.sigma == pytest.approx(np.std([0.2, 0.4, 0.6, 0.8], ddof=1))
+    assert sum(1 for s in edit.calls if s == 0) == 4  # one prompt, four seeds, once
+    assert found.pictures == 2 * (len(found.curve) - 1)
+
+
+def test_each_scale_is_drawn_once() -> None:
+    edit = Known(lambda s: s * SIGMA)
+    calibrate(edit, READ, ["a"], SEEDS)
+    strengths, counts = np.unique(edit.calls, return_counts=True)
+    assert set(counts) == {4}, dict(zip(strengths, counts, strict=True))
+
+
+@pytest.mark.parametrize("edit, said", [
+    (Known(lambda s: 0.0), "by 0.00 natural standard deviations at most"),
+    (Known(lambda s: 0.0, lambda s: True), "0 of 12 unedited pictures can be read"),
+    (Known(lambda s: abs(s) * 0.3), "no scale to call 1.0"),  # both signs push the same way
+])  # fmt: skip
+def test_what_cannot_be_calibrated(edit, said) -> None:
+    with pytest.raises(UserError, match=said):
+        calibrate(edit, READ, PROMPTS, SEEDS)
+
+
+def test_an_attribute_that_does_not_vary_has_no_unit() -> None:
+    with pytest.raises(UserError, match="the same in all 2 unedited"):
+        calibrate(Known(lambda s: s), Scorer("smile", "reader", lambda p: np.zeros(len(p))), ["a", "b"], [1])
+
+
+def test_reader_scorer_reads_values_and_shares() -> None:
+    from dodgeburn.pocket.reader import Readings
+
+    class Fixed:
+        def read(self, pictures, /):
+            values = {"smile": np.array([0.2, 0.9]), "hat": np.array(["cap", "crown"])}
+            return Readings(values, {}, np.array([False, True]))
+
+    assert reader_scorer("smile", Fixed()).scores(np.zeros(2)).tolist()[0] == pytest.approx(0.2)
+    assert np.isnan(reader_scorer("smile", Fixed()).scores(np.zeros(2))[1])
+    assert reader_scorer("hat=cap", Fixed()).scores(np.zeros(2))[0] == 1.0
+    with pytest.raises(UserError, match="no attribute"):
+        reader_scorer("grin", Fixed())
+
+
+def test_the_factor_is_folded_into_alpha() -> None:
+    import torch
+
+    from dodgeburn.models.adapters import Adapter, Factors
+
+    raw = Adapter({"unet.x": Factors(torch.ones(2, 3), torch.ones(4, 2), 2.0)})
+    found = Calibration("smile", "reader", -2.5, 0.1, (-1, 1), [], [])
+    made = found.applied(raw).factors()["unet.x"]
+    product = (made.up @ made.down) * made.alpha / made.rank
+    assert torch.allclose(product, torch.full((4, 3), -2.5 * 2.0))
+    assert found.unit == "one natural standard deviation of smile, by the reader"
+    assert Calibration("detail", "proxy: contrast", 1, 1, (-1, 1), [], []).unit.endswith("by proxy: contrast")
