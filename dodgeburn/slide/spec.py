@@ -1,0 +1,128 @@
+"""What a slider is to be: one schema for the command line, YAML files, Python and the metadata of the file.
+
+A spec file describes one slider, or many of one class (`sliders: [...]` beside what they share), which are then
+trained on one cache.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from dodgeburn.errors import UserError
+
+LAYER_SETS = ("full", "noxattn", "xattn", "selfattn", "xattn-strict")
+
+
+class SliderSpec(BaseModel):
+    """One text slider. The defaults were chosen on the pocket's development prompts; lengths are in U-Net calls."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    target: str  # the class that the slider is for; what the trained U-Net is asked for
+    positive: str  # what +1 should look like
+    negative: str  # what -1 should look like
+    neutral: str | None = None  # the prompt whose prediction is shifted; the target where left out
+    preserve: tuple[str, ...] = ()  # attributes to be kept: put behind every prompt in turn
+    attribute: str | None = None  # pocket: what the readers measure; calibrates the slider
+    eta: float = Field(default=1.0, gt=0)  # strength of the target at scale 1
+    reach: float = Field(default=1.5, gt=0)  # scales from -reach to reach are trained
+    rank: int = 4
+    alpha: float | None = None  # None: the rank
+    layers: str = "noxattn"
+    start: int = Field(default=850, ge=1, le=1000)  # trained, and to be used, at time steps up to this
+    latents: int = Field(default=24, ge=1)  # clean latents, made once
+    latent_steps: int = Field(default=8, ge=1)
+    guidance: float = 4.0  # of the clean latents
+    points: int = Field(default=128, ge=1)  # noised latents with cached frozen predictions
+    contexts: int = Field(default=1, ge=1)  # preserved attributes summed over at each point
+    unconditional: float = Field(default=0.25, ge=0, le=1)  # share of rows trained with the empty prompt
+    steps: int = Field(default=36, ge=1)
+    batch: int = Field(default=24, ge=1)
+    lr: float = Field(default=2e-3, gt=0)
+    seed: int = Field(default=0, ge=0)
+
+    @field_validator("rank")
+    @classmethod
+    def _rank(cls, value: int) -> int:
+        if value < 1:
+            raise ValueError(f"rank {value}: expected at least 1")
+        return value
+
+    @field_validator("layers")
+    @classmethod
+    def _layers(cls, value: str) -> str:
+        if value not in LAYER_SETS:
+            raise ValueError(f"unknown layer set {value!r}: expected {', '.join(LAYER_SETS)}")
+        return value
+
+    @field_validator("name", "target", "positive", "negative")
+    @classmethod
+    def _said(cls, value: str) -> str:
+        if not value.strip():
+            raise ValueError("is empty: expected a prompt")
+        return value.strip()
+
+    @model_validator(mode="after")
+    def _apart(self) -> Self:
+        if self.positive == self.negative:
+            raise ValueError(f"positive and negative are both {self.positive!r}: there is no direction between them")
+        return self
+
+    def prompts(self, context: str) -> tuple[str, str, str]:
+        """(neutral, positive, negative) with a preserved attribute behind each ("" for none)."""
+        end = f", {context}" if context else ""
+        return f"{self.neutral or self.target}{end}", f"{self.positive}{end}", f"{self.negative}{end}"
+
+    def cache_key(self) -> tuple[Any, ...]:
+        """What the shared cache depends on: sliders with equal keys are of one class."""
+        return (self.target, self.neutral, self.preserve, self.start, self.latents, self.latent_steps, self.guidance,
+                self.points, self.unconditional, self.seed)  # fmt: skip
+
+
+def load_specs(path: str | Path) -> list[SliderSpec]:
+    """The sliders of a YAML file. Raises UserError for a file that cannot be read, and missing or unknown keys."""
+    import yaml
+
+    path = Path(path)
+    try:
+        said = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is not there: expected a slider's YAML file") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read as YAML: {' '.join(str(error).split())[:200]}") from None
+    if not isinstance(said, dict) or not said:
+        raise UserError(f"{path} is empty or no mapping: expected name, target, positive and negative")
+    if "sliders" not in said:
+        return [make_spec(said, str(path))]
+    shared = {key: value for key, value in said.items() if key != "sliders"}
+    if not isinstance(said["sliders"], list) or not said["sliders"]:
+        raise UserError(f"{path}: sliders is no list, or an empty one")
+    specs = []
+    for number, one in enumerate(said["sliders"], 1):
+        if not isinstance(one, dict):
+            raise UserError(f"{path}: slider {number} is {one!r}: expected a mapping with name, positive and negative")
+        specs.append(make_spec({**shared, **one}, f"{path}: slider {one.get('name', number)}"))
+    names = [spec.name for spec in specs]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UserError(f"{path}: two sliders are named {twice[0]}")
+    return specs
+
+
+def make_spec(said: dict[str, Any], where: str = "slider") -> SliderSpec:
+    """A checked spec; UserError of one line that names what is wrong."""
+    try:
+        return SliderSpec(**said)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "slider"
+        what = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "missing":
+            what = "is missing"
+        elif first["type"] == "extra_forbidden":
+            what = f"is not known: expected one of {', '.join(SliderSpec.model_fields)}"
+        raise UserError(f"{where}: {key} {what}") from None
