@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import struct
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from dodgeburn.checkpoint.lora_keys import SPELLINGS, write_key
 from dodgeburn.checkpoint.metadata import SPEC_HASH, to_json
 from dodgeburn.checkpoint.moves import Move
 from dodgeburn.checkpoint.rewrite import Piece, piece_of, write_pieces
+from dodgeburn.checkpoint.slider_card import SliderCard
 from dodgeburn.checkpoint.sources import files_of
 from dodgeburn.errors import UserError
 
@@ -108,6 +109,38 @@ def peft_config(modules: Iterable[AdapterModule]) -> dict[str, Any]:
             f"{component}.target_modules": sorted(found),
         }
     return out
+
+
+def adapter_metadata(
+    modules: Sequence[AdapterModule],
+    layout: str,
+    spelling: str,
+    title: str,
+    digest: str,
+    card: SliderCard | None = None,
+) -> dict[str, str]:
+    """What a new LoRA file says about itself: ModelSpec, the keys of kohya that programs show and choose by, PEFT's
+    config where the spelling needs it, and a slider's card. `digest`: sha256 of all bytes after the header.
+    """
+    ranks = {int(module.rank or 0) for module in modules}
+    alphas = {_alpha_of(module) for module in modules}
+    out = {
+        "format": "pt",
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": ADAPTER_SPEC[layout],
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": title,
+        "ss_base_model_version": "sdxl_base_v1-0" if layout == "sdxl" else "sd_v1",
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
+        "ss_network_alpha": str(float(alphas.pop())) if len(alphas) == 1 else "Dynamic",
+        "ss_output_name": title,
+    }
+    if card is not None:
+        out |= {"modelspec.usage_hint": card.usage_hint()} | card.as_metadata()
+    if spelling == "peft":
+        out[DIFFUSERS_ALPHAS] = to_json(peft_config(modules))
+    return out | {"sshs_model_hash": digest, SPEC_HASH: "0x" + digest}
 
 
 def _alpha_of(module: AdapterModule) -> float:

@@ -15,6 +15,7 @@ from dodgeburn.checkpoint.lora_file import adapter_file
 from dodgeburn.checkpoint.lora_inspect import adapter_lines, inspect_adapter
 from dodgeburn.checkpoint.metadata import CONFIGS, RECIPE, recipe_of
 from dodgeburn.checkpoint.naming import find_checkpoint
+from dodgeburn.checkpoint.slider_card import SLIDER, card_lines, slider_of
 from dodgeburn.checkpoint.sources import is_index, open_tensors
 from dodgeburn.checkpoint.tensorfile import read_header
 from dodgeburn.errors import UserError
@@ -79,7 +80,19 @@ def inspect_file(name: str) -> dict[str, Any]:
         "adapter": inspect_adapter(path) if layout is None and not is_index(path) else None,
         "metadata": header.metadata,
         "recipe": recipe_of(header.metadata),
+        **_slider(header.metadata),
     }
+
+
+def _slider(metadata: dict[str, str]) -> dict[str, Any]:
+    """A slider's card and the same in words; a damaged one is no reason to say nothing of the file."""
+    try:
+        card = slider_of(metadata)
+    except UserError as error:
+        return {"slider": None, "slider_text": [f"slider: {error}"]}
+    if card is None:
+        return {"slider": None, "slider_text": []}
+    return {"slider": card.model_dump(mode="json"), "slider_text": card_lines(card)}
 
 
 def _clip_skips(layout: str) -> dict[int, str]:
@@ -99,6 +112,7 @@ def _text(found: dict[str, Any]) -> str:
     lines = [f"{found['file']}: {title}, {found['bytes'] / 1e6:,.2f} MB"]
     if adapter:
         lines += adapter_lines(adapter)
+    lines += found["slider_text"]
     if found["blocks"]:
         ins = sum(block.startswith("IN") for block in found["blocks"])
         lines.append(f"blocks: {ins} IN + M00 + {len(found['blocks']) - ins - 1} OUT")
@@ -113,7 +127,7 @@ def _text(found: dict[str, Any]) -> str:
         )
     lines.append(f"metadata: {len(found['metadata'])} keys" if found["metadata"] else "metadata: none")
     for key, value in found["metadata"].items():
-        if key in (RECIPE, CONFIGS):
+        if key in (RECIPE, CONFIGS, SLIDER):
             lines.append(f"  {key}: JSON of {len(value):,} characters")
             continue
         short = value if len(value) <= _WIDTH else value[:_WIDTH] + f"… ({len(value):,} characters)"

@@ -23,6 +23,7 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dodgeburn.checkpoint.slider_card import SliderCard
 from dodgeburn.errors import UserError
 
 LAYER_SETS: Mapping[str, str] = {
@@ -47,14 +48,26 @@ class Factors:
         return self.down.shape[0]
 
 
+@dataclass(frozen=True)
+class Origin:
+    """The file that an adapter was read from."""
+
+    file: str  # its name, without folder
+    sha256: str  # of the whole file
+    sha256_tensors: str  # of all bytes after the header: A1111's LoRA hash; for a pickle, of the whole file
+    architecture: str | None = None  # "sd15", "sdxl", or None where the modules fit both
+    card: SliderCard | None = None  # a slider's metadata
+
+
 class Adapter(nn.Module):
     """Factors by module name (`unet.mid_block.attentions.0.…`, `text_encoder.…`), fp32, trainable."""
 
-    def __init__(self, factors: Mapping[str, Factors], name: str = "adapter") -> None:
+    def __init__(self, factors: Mapping[str, Factors], name: str = "adapter", origin: Origin | None = None) -> None:
         super().__init__()
         if not factors:
             raise UserError(f"{name} changes no layer")
         self.name = name
+        self.origin = origin
         self.alphas = {module: f.alpha for module, f in factors.items()}
         self.downs = nn.ParameterDict({_flat(k): nn.Parameter(f.down.detach().float()) for k, f in factors.items()})
         self.ups = nn.ParameterDict({_flat(k): nn.Parameter(f.up.detach().float()) for k, f in factors.items()})
@@ -204,9 +217,10 @@ class _Hook:
     """Adds the change of one layer. Ranks of all adapters on it stand side by side."""
 
     def __init__(
-        self, attachment: Attachment, layer: nn.Module, users: list[tuple[int, str, float]], trains: bool
+        self, attachment: Attachment, layer: Any, users: list[tuple[int, str, float]], trains: bool
     ) -> None:
-        self.attachment, self.layer, self.users, self.trains = attachment, layer, users, trains
+        self.attachment, self.users, self.trains = attachment, users, trains
+        self.inputs = tuple(layer.weight.shape[1:])
         self._kept: tuple[Tensor, Tensor] | None = None
         adapters = attachment.adapters
         ranks = [adapters[i].down(module).shape[0] for i, module, _ in users]
@@ -224,8 +238,14 @@ class _Hook:
         if self._kept is not None and self._kept[0].dtype == like.dtype and self._kept[0].device == like.device:
             return self._kept
         adapters = self.attachment.adapters
-        down = torch.cat([adapters[i].down(m) for i, m, _ in self.users]).to(like.device, like.dtype)
-        up = torch.cat([adapters[i].up(m) for i, m, _ in self.users], 1).to(like.device, like.dtype)
+        # As the layer's own: a 1x1 convolution may stand in a file as a matrix, and the other way round.
+        downs = [adapters[i].down(m).reshape(-1, *self.inputs) for i, m, _ in self.users]
+        ups = [
+            adapters[i].up(m).reshape(-1, len(d), *[1] * (d.ndim - 2))
+            for (i, m, _), d in zip(self.users, downs, strict=True)
+        ]
+        down = torch.cat(downs).to(like.device, like.dtype)
+        up = torch.cat(ups, 1).to(like.device, like.dtype)
         if not self.trains:
             self._kept = down, up
         return down, up
@@ -239,8 +259,8 @@ class _Hook:
         if isinstance(layer, nn.Conv2d):
             z = F.conv2d(x, down, None, layer.stride, layer.padding, layer.dilation)
             return output + F.conv2d(z * scale[:, :, None, None], up)
-        z = F.linear(x, down.flatten(1))
-        return output + F.linear(z * scale.view(len(scale), *[1] * (x.ndim - 2), -1), up.flatten(1))
+        z = F.linear(x, down)
+        return output + F.linear(z * scale.view(len(scale), *[1] * (x.ndim - 2), -1), up)
 
 
 @contextmanager
