@@ -6,9 +6,9 @@ import inspect
 import json
 import sys
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from dodgeburn.merge.settings import MergeSettings
 
 HELP = "merge two checkpoints block by block, streamed and written safely"
+_ESTIMATES = ("a", "b", "also", "estimate", "simplex", "json")  # options that --estimate goes with
 EXAMPLE = "dodgeburn merge pocket-style pocket-bold -o merged.safetensors --preset ReverseSmoothstep --base 0.4"
 
 
@@ -87,6 +88,14 @@ class Merge:
     """Threads to merge with; the file's bytes do not depend on it."""
     dry_run: Annotated[bool, tyro.conf.arg(aliases=["-n"])] = False
     """Only print what would be done."""
+    estimate: Annotated[str | None, tyro.conf.arg(metavar="C")] = None
+    """Don't merge: estimate by least squares which shares of A, B and --also the model C has, block by block, and name
+    the nearest preset.
+    """
+    simplex: bool = False
+    """With --estimate: hold all shares at 0 or above with a sum of 1; otherwise they are free, which fits added
+    differences too.
+    """
     json: bool = False
     """Print one JSON object as the last line."""
 
@@ -100,6 +109,10 @@ def main(args: list[str]) -> int:
         description=f"{inspect.cleandoc(Merge.__doc__ or '')}\n\nexample: {EXAMPLE}",
         config=(tyro.conf.FlagCreatePairsOff,),
     )
+    if settings.estimate is not None:
+        return _estimate(settings)
+    if settings.simplex:
+        raise UserError("--simplex has no effect: it belongs to --estimate C")
     if settings.dry_run:
         return _dry_run(settings)
     if settings.out is None:
@@ -170,6 +183,30 @@ def _dry_run(settings: Merge) -> int:
         }
         print(json.dumps(found))
     return 0
+
+
+def _estimate(options: Merge) -> int:
+    """Print the estimated shares; UserError for options that only a merge has."""
+    asked = {f.name for f in fields(Merge) if f.name not in _ESTIMATES and getattr(options, f.name) != _default(f)}
+    if asked:
+        name = min(asked).replace("_", "-")
+        hint = ": give that model with --also" if name == "base-model" else ""
+        raise UserError(f"--{name} has no effect with --estimate, which only reads{hint}")
+    assert options.estimate is not None
+    from dodgeburn.cli.merge_estimate import text
+    from dodgeburn.merge.estimate import estimate
+    from dodgeburn.merge.nearest import nearest_preset
+
+    found = estimate(options.estimate, options.a, options.b, options.also, options.simplex)
+    print(text(found))
+    if options.json:
+        near = nearest_preset(found) if not options.also else None
+        print(json.dumps({**found.as_dict(), "nearest": near.as_dict() if near else None}))
+    return 0
+
+
+def _default(option: Field[Any]) -> Any:
+    return option.default if option.default_factory is MISSING else option.default_factory()
 
 
 def _numbers(texts: list[str], what: str) -> dict[str, float]:

@@ -165,7 +165,7 @@ def diff(a: str | Path, b: str | Path) -> Diff:
 
     started = time.perf_counter()
     with open_as_single_file(a) as one, open_as_single_file(b) as two:
-        names = _shown(a, one), _shown(b, two)
+        names = shown_name(a, one), shown_name(b, two)
         layout = common_layout((one, two), names)
         found = Diff(*names, layout)
         both = _pair_up(one, two, found)
@@ -181,7 +181,7 @@ def diff(a: str | Path, b: str | Path) -> Diff:
     return found
 
 
-def _shown(given: str | Path, source: Tensors) -> str:
+def shown_name(given: str | Path, source: Tensors) -> str:
     """A name without folders; the one that was given where that is no path."""
     return source.path.name if Path(given).exists() else str(given)
 
