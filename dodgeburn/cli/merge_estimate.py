@@ -26,7 +26,8 @@ def text(found: Estimate) -> str:
     lines.append("residual: |C - fit| / |parent - A| of the largest; error: one standard error, rounding included")
     worst = max(found.parts.values(), key=lambda part: part.residual or 0.0)
     if (worst.residual or 0.0) > MUCH:
-        lines.append(f"C is no weighted sum of these: in {worst.name} {worst.residual:.0%} of the difference is left over")
+        left = f"in {worst.name} {worst.residual:.0%} of the difference is left over"
+        lines.append(f"C is no weighted sum of these: {left}")
     for reason, names in found.left.items():
         lines.append(f"{len(names)} tensors {reason}, left out (first {names[0]})")
     if len(parents) == 1:
