@@ -50,8 +50,8 @@ def closed_form(
 ) -> Adapter:
     """The slider of a spec (its target, positive, negative, preserved attributes, rank) in closed form.
 
-    contexts: put behind all three prompts in turn; the spec's preserved attributes if left out. They should be as various
-    as the prompts of later use; prompts of another length and kind (a bare target) move less.
+    contexts: put behind all three prompts in turn; the spec's preserved attributes if left out. They should be as
+    various as the prompts of later use; prompts of another length and kind (a bare target) move less.
     unmoved: prompts whose keys and values are to stay, weighing `keep` (0 up; together as much as all contexts at 1).
     ridge: share of the mean squared token state, above 0. rank: the spec's where None.
     Scale 1 moves by eta (c+ - c-): at 0.5 about as far as the positive prompt, and -1 as far as the negative.
