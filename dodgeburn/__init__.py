@@ -16,10 +16,12 @@ if TYPE_CHECKING:
     from dodgeburn.merge.compare import compare
     from dodgeburn.merge.delta import extract as extract_delta
     from dodgeburn.merge.run import merge
+    from dodgeburn.merge.run_recipe import run_recipe
+    from dodgeburn.merge.verify import verify
     from dodgeburn.models.loading import load_model as load
     from dodgeburn.sampling.loop import GenerateSettings, generate
 
-__all__ = ["GenerateSettings", "bake", "compare", "extract_delta", "generate", "load", "merge"]
+__all__ = ["GenerateSettings", "bake", "compare", "extract_delta", "generate", "load", "merge", "run_recipe", "verify"]
 
 _HOMES = {
     "load": ("dodgeburn.models.loading", "load_model"),
@@ -27,6 +29,8 @@ _HOMES = {
     "GenerateSettings": ("dodgeburn.sampling.settings", "GenerateSettings"),
     "compare": ("dodgeburn.merge.compare", "compare"),
     "merge": ("dodgeburn.merge.run", "merge"),
+    "run_recipe": ("dodgeburn.merge.run_recipe", "run_recipe"),
+    "verify": ("dodgeburn.merge.verify", "verify"),
     "bake": ("dodgeburn.merge.bake", "bake"),
     "extract_delta": ("dodgeburn.merge.delta", "extract"),
 }

@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_checkpoints import configs, single_file
+from tiny_checkpoints import CONV_IN, configs, single_file, small
 
 import dodgeburn.merge
 from dodgeburn.checkpoint.convert import clip_key_map, open_clip_key_map, unet_key_map, vae_key_map
@@ -36,7 +36,6 @@ from dodgeburn.merge.recipe import MergeRecipe
 from dodgeburn.merge.run import dry_run, merge
 
 Tensors = dict[str, torch.Tensor]
-CONV_IN = "model.diffusion_model.input_blocks.0.0.weight"
 IDS = "cond_stage_model.transformer.text_model.embeddings.position_ids"
 
 
@@ -51,25 +50,6 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
             save_tensors(path, single_file(kind, seed), {CONFIGS: json.dumps(configs(kind)), "author": name})
             setattr(out, f"{kind}_{name}", path)
     return out
-
-
-def small(seed: int, dtype: torch.dtype = torch.float16, **more: torch.Tensor) -> Tensors:
-    """A few tensors with real SDXL names, quick to merge."""
-    generator = torch.Generator().manual_seed(seed)
-    u = "model.diffusion_model."
-    shapes = {
-        CONV_IN: (4, 4),
-        u + "input_blocks.1.0.in_layers.0.weight": (5,),
-        u + "middle_block.0.in_layers.0.weight": (2, 3),
-        u + "output_blocks.0.0.in_layers.0.weight": (3,),
-        u + "out.2.bias": (4,),
-        u + "time_embed.0.weight": (2, 2),
-        u + "label_emb.0.0.weight": (2, 2),
-        "first_stage_model.decoder.conv_out.bias": (3,),
-        "conditioner.embedders.0.transformer.text_model.final_layer_norm.bias": (4,),
-        "conditioner.embedders.1.model.ln_final.bias": (4,),
-    }
-    return {k: torch.randn(s, generator=generator).to(dtype) for k, s in shapes.items()} | more
 
 
 def pair(folder: Path, a: Tensors, b: Tensors, **metadata: str) -> tuple[Path, Path]:

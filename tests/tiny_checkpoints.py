@@ -11,6 +11,7 @@ import torch
 
 from dodgeburn.checkpoint.convert import diffusers_to_single_file, open_clip_key_map
 
+CONV_IN = "model.diffusion_model.input_blocks.0.0.weight"
 _CLIP: dict[str, Any] = {
     "vocab_size": 64,
     "hidden_size": 16,
@@ -104,3 +105,22 @@ def single_file(kind: str, seed: int = 0, dtype: torch.dtype = torch.float16) ->
 def clip_g_keys() -> set[str]:
     """Single-file names of the second text encoder."""
     return set(open_clip_key_map(configs("sdxl")["text_encoder_2"]))
+
+
+def small(seed: int, dtype: torch.dtype = torch.float16, **more: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A few tensors with real SDXL names, quick to merge."""
+    generator = torch.Generator().manual_seed(seed)
+    u = "model.diffusion_model."
+    shapes = {
+        CONV_IN: (4, 4),
+        u + "input_blocks.1.0.in_layers.0.weight": (5,),
+        u + "middle_block.0.in_layers.0.weight": (2, 3),
+        u + "output_blocks.0.0.in_layers.0.weight": (3,),
+        u + "out.2.bias": (4,),
+        u + "time_embed.0.weight": (2, 2),
+        u + "label_emb.0.0.weight": (2, 2),
+        "first_stage_model.decoder.conv_out.bias": (3,),
+        "conditioner.embedders.0.transformer.text_model.final_layer_norm.bias": (4,),
+        "conditioner.embedders.1.model.ln_final.bias": (4,),
+    }
+    return {k: torch.randn(s, generator=generator).to(dtype) for k, s in shapes.items()} | more

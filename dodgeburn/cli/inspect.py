@@ -19,6 +19,7 @@ from dodgeburn.checkpoint.slider_card import SLIDER, card_lines, slider_of
 from dodgeburn.checkpoint.sources import is_index, open_tensors
 from dodgeburn.checkpoint.tensorfile import read_header
 from dodgeburn.errors import UserError
+from dodgeburn.merge.recipe_tree import recipe_lines
 
 HELP = "show what a checkpoint or a LoRA is: layout, components, types, metadata, recipe"
 EXAMPLE = "dodgeburn inspect model.safetensors"
@@ -34,6 +35,8 @@ class Inspect:
 
     file: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
     """A .safetensors file (checkpoint or adapter), a PEFT folder, or a packaged model such as pocket."""
+    recipe: bool = False
+    """Print only the recipe, as text that `dodgeburn merge` runs: redirect it to a .toml file beside the parents."""
     json: bool = False
     """Print one JSON object as the last line, with all metadata in full."""
 
@@ -133,42 +136,21 @@ def _text(found: dict[str, Any]) -> str:
         short = value if len(value) <= _WIDTH else value[:_WIDTH] + f"… ({len(value):,} characters)"
         lines.append(f"  {key}: {short}")
     if found["recipe"]:
-        lines += ["recipe:", *_recipe_lines(found["recipe"], "  ")]
+        lines += ["recipe:", *recipe_lines(found["recipe"])]
     return "\n".join(lines)
 
 
-def _recipe_lines(recipe: dict[str, Any], indent: str) -> list[str]:
-    """A recipe of ours as a tree of parents; other recipes as their plain values."""
-    if recipe.get("kind") in ("bake", "delta_apply") and isinstance(recipe.get("added"), list):
-        return _added_lines(recipe, indent)
-    if recipe.get("kind") != "merge":
-        return [
-            f"{indent}{key}: {value}" for key, value in recipe.items() if not isinstance(value, (dict, list))
-        ]
-    preset = recipe.get("preset") or "no preset"
-    keep = ", ".join(recipe.get("keep") or []) or "nothing"
-    lines = [f"{indent}{recipe.get('method')}: {preset}, base {recipe.get('base')}, kept of A: {keep}"]
-    for name in ("a", "b"):
-        parent = recipe.get(name) or {}
-        lines.append(
-            f"{indent}{name.upper()} = {parent.get('file')} (sha256 {str(parent.get('sha256'))[:10]})"
-        )
-        if isinstance(parent.get("recipe"), dict):
-            lines += _recipe_lines(parent["recipe"], indent + "    ")
-    return lines
+def _recipe_text(found: dict[str, Any]) -> str:
+    """The recipe as TOML; UserError if there is none that can be run."""
+    from dodgeburn.merge.recipe import graph_of
+    from dodgeburn.merge.recipe_text import to_toml
 
-
-def _added_lines(recipe: dict[str, Any], indent: str) -> list[str]:
-    weights = [f"{name} x {w:g}" for name, w in (recipe.get("blocks") or {}).items() if w != 1.0]
-    lines = [f"{indent}{recipe['kind']}: {', '.join(weights) or 'all blocks x 1'}"]
-    model = recipe.get("model") or {}
-    lines.append(f"{indent}model = {model.get('file')} (sha256 {str(model.get('sha256'))[:10]})")
-    if isinstance(model.get("recipe"), dict):
-        lines += _recipe_lines(model["recipe"], indent + "    ")
-    for one in recipe["added"]:
-        strength, title, file = one.get("strength"), one.get("title"), one.get("file")
-        lines.append(f"{indent}+ {strength} x {file} ({title}, sha256 {str(one.get('sha256'))[:10]})")
-    return lines
+    if found["recipe"] is None:
+        raise UserError(f"{found['file']} has no dodgeburn.recipe in its metadata")
+    try:
+        return to_toml(graph_of(found["recipe"]))
+    except UserError as error:
+        raise UserError(f"{found['file']}: {error}") from None
 
 
 def main(args: list[str]) -> int:
@@ -181,6 +163,11 @@ def main(args: list[str]) -> int:
         config=(tyro.conf.FlagCreatePairsOff,),
     )
     found = inspect_file(settings.file)
+    if settings.recipe:
+        if settings.json:
+            raise UserError("--recipe and --json: leave out one of them; the JSON has the recipe too")
+        print(_recipe_text(found), end="")
+        return 0
     print(_text(found))
     if settings.json:
         print(json.dumps(found))

@@ -1,4 +1,4 @@
-"""dodgeburn merge: two checkpoints into one, block by block."""
+"""dodgeburn merge: two checkpoints into one, block by block, or many by a recipe."""
 
 from __future__ import annotations
 
@@ -17,14 +17,16 @@ from dodgeburn.errors import DodgeburnWarning, UserError
 if TYPE_CHECKING:
     from dodgeburn.merge.settings import MergeSettings
 
-HELP = "merge two checkpoints block by block, streamed and written safely"
+HELP = "merge two checkpoints block by block, or many by a recipe, streamed and written safely"
 _ESTIMATES = ("a", "b", "also", "estimate", "simplex", "json")  # options that --estimate goes with
+_RECIPES = ("a", "out", "threads", "dry_run", "json")  # and a recipe
 EXAMPLE = "dodgeburn merge pocket-style pocket-bold -o merged.safetensors --preset ReverseSmoothstep --base 0.4"
+EXAMPLE_RECIPE = "dodgeburn merge recipe.toml -o merged.safetensors"
 
 
 @dataclass
 class Merge:
-    """Merge checkpoint B into checkpoint A, block by block.
+    """Merge checkpoint B into checkpoint A, block by block; or run a recipe, a text with many such steps.
 
     Every share, preset and base is B's: 0 = all A, 1 = all B. (ComfyUI's merge nodes count the other way:
     their ratio is model1's share.) A preset sets the U-Net's blocks only. Base is everything else: time and
@@ -32,8 +34,10 @@ class Merge:
     """
 
     a: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="A")]
-    """Checkpoint A: a .safetensors file (SD1.5 or SDXL names), or a packaged model such as pocket-style."""
-    b: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="B")]
+    """Checkpoint A: a .safetensors file (SD1.5 or SDXL names), an index of shards, a .ckpt, a diffusers folder, or a
+    packaged model such as pocket-style. Or a recipe (.toml, .yaml, .json), and no B.
+    """
+    b: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="B")] = None
     """Checkpoint B, of the same architecture and size."""
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], metavar="OUT")] = None
     """The .safetensors file to write; never one of the inputs."""
@@ -106,17 +110,20 @@ def main(args: list[str]) -> int:
         Merge,
         args=args,
         prog="dodgeburn merge",
-        description=f"{inspect.cleandoc(Merge.__doc__ or '')}\n\nexample: {EXAMPLE}",
+        description=f"{inspect.cleandoc(Merge.__doc__ or '')}\n\nexamples:\n{EXAMPLE}\n{EXAMPLE_RECIPE}",
         config=(tyro.conf.FlagCreatePairsOff,),
     )
     if settings.estimate is not None:
         return _estimate(settings)
     if settings.simplex:
         raise UserError("--simplex has no effect: it belongs to --estimate C")
-    if settings.dry_run:
-        return _dry_run(settings)
-    if settings.out is None:
+    if settings.out is None and not settings.dry_run:
         raise UserError("no output file: say where to write with -o OUT.safetensors, or look first with --dry-run")
+    if settings.b is None:
+        return _recipe(settings)
+    if settings.dry_run:
+        return _dry_run(settings, settings.b)
+    assert settings.out is not None
     from dodgeburn.merge.run import merge
 
     with warnings.catch_warnings(record=True) as caught:
@@ -164,11 +171,47 @@ def _settings(options: Merge) -> MergeSettings:
     return MergeSettings.of(**texts, **{name: getattr(options, name) for name in same})
 
 
-def _dry_run(settings: Merge) -> int:
+def _recipe(options: Merge) -> int:
+    """Run the recipe that stands in place of A and B."""
+    from dodgeburn.merge.recipe_text import ENDINGS, is_recipe_name
+
+    if not is_recipe_name(options.a):
+        raise UserError(f"{options.a} alone: name a second checkpoint B, or a recipe ({', '.join(ENDINGS)})")
+    if asked := _asked(options, _RECIPES):
+        raise UserError(f"--{asked} has no effect: the recipe says how its models are merged")
+    from dodgeburn.cli.bake import print_warnings
+    from dodgeburn.merge.run_recipe import describe_recipe, run_recipe
+
+    if options.dry_run:
+        print(describe_recipe(options.a, options.out))
+        return 0
+    assert options.out is not None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", DodgeburnWarning)
+        result = run_recipe(options.a, options.out, options.threads)
+    print_warnings(caught)
+    size = result.path.stat().st_size
+    print(f"wrote {result.path}: {size / 1e6:,.1f} MB, {result.tensors} tensors")
+    steps, models = len(result.recipe.steps), len(result.recipe.models)
+    print(f"{steps} {'step' if steps == 1 else 'steps'} of {models} models, in {result.seconds:.1f} s")
+    if options.json:
+        found = {
+            "out": str(result.path),
+            "sha256_tensors": result.sha256_tensors,
+            "seconds": round(result.seconds, 3),
+            "bytes": size,
+            "tensors": result.tensors,
+            "recipe": result.recipe.as_dict(),
+        }
+        print(json.dumps(found))
+    return 0
+
+
+def _dry_run(settings: Merge, b: str) -> int:
     from dodgeburn.merge.run import dry_run
 
     plan, text = dry_run(
-        settings.a, settings.b, settings.out, _settings(settings), more=settings.also, base_model=settings.base_model
+        settings.a, b, settings.out, _settings(settings), more=settings.also, base_model=settings.base_model
     )
     print(text)
     if settings.json:
@@ -187,11 +230,11 @@ def _dry_run(settings: Merge) -> int:
 
 def _estimate(options: Merge) -> int:
     """Print the estimated shares; UserError for options that only a merge has."""
-    asked = {f.name for f in fields(Merge) if f.name not in _ESTIMATES and getattr(options, f.name) != _default(f)}
-    if asked:
-        name = min(asked).replace("_", "-")
+    if name := _asked(options, _ESTIMATES):
         hint = ": give that model with --also" if name == "base-model" else ""
         raise UserError(f"--{name} has no effect with --estimate, which only reads{hint}")
+    if options.b is None:
+        raise UserError(f"{options.a} alone: name a second checkpoint B whose shares are estimated")
     assert options.estimate is not None
     from dodgeburn.cli.merge_estimate import text
     from dodgeburn.merge.estimate import estimate
@@ -203,6 +246,12 @@ def _estimate(options: Merge) -> int:
         near = nearest_preset(found) if not options.also else None
         print(json.dumps({**found.as_dict(), "nearest": near.as_dict() if near else None}))
     return 0
+
+
+def _asked(options: Merge, known: tuple[str, ...]) -> str:
+    """The first option given that is none of these, as it is written; empty if there is none."""
+    asked = [f.name for f in fields(Merge) if f.name not in known and getattr(options, f.name) != _default(f)]
+    return min(asked, default="").replace("_", "-")
 
 
 def _default(option: Field[Any]) -> Any:

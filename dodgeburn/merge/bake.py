@@ -105,7 +105,7 @@ def bake(
             raise UserError(f"{Path(path).name}: strength {strength} is no finite number")
     with ExitStack() as stack:
         source = stack.enter_context(open_as_single_file(model))
-        layout = _layout(source)
+        layout = layout_of(source)
         weights = weights_of(layout, block_weights)
         name = source.path.name
         addends = [stack.enter_context(open_addend(path, layout, source.header, name)) for path, _ in adapters]
@@ -142,7 +142,8 @@ def bake(
         return BakeResult(Path(out), digest, recipe(hashes), changed, len(infos), time.perf_counter() - started)
 
 
-def _layout(source: Tensors) -> Layout:
+def layout_of(source: Tensors) -> Layout:
+    """The architecture of an opened model; UserError that names the file if it is none."""
     try:
         return detect_layout(source.header.tensors, {k: i.shape for k, i in source.header.tensors.items()})
     except UserError as error:
