@@ -8,10 +8,9 @@ from hypothesis import strategies as st
 from dodgeburn.errors import UserError
 from dodgeburn.measure.intervals import bootstrap_statistics
 from dodgeburn.pocket.attributes import CATEGORICAL, CONTINUOUS
-from dodgeburn.pocket.captions import parse
 from dodgeburn.slide import measures
 from dodgeburn.slide.measures import Natural, natural_spread
-from dodgeburn.slide.readings import SweepReadings, attribute_of, open_prompts, read_sweep, sweep_rows
+from dodgeburn.slide.readings import SweepReadings, attribute_of, read_sweep, sweep_rows
 
 SCALES = np.array([-2.0, -1.0, 0.0, 1.0, 2.0])
 UNIT = Natural(dict.fromkeys(CONTINUOUS, 0.1), dict.fromkeys(CATEGORICAL, 0.5), dict.fromkeys(CONTINUOUS, 0.02))
@@ -174,14 +173,20 @@ def test_categorical_leak_is_over_what_differs_anyway() -> None:
     assert measures.leak(gone, UNIT, "smile", "hat").absolute == pytest.approx(0.25)
 
 
+def chosen(found: SweepReadings, *others: str) -> float:
+    own = measures.leak(found, UNIT, "smile", "smile")
+    row = measures.leakage(found, UNIT, "smile")
+    return measures.selectivity(own, [row[name] for name in others] if others else row.values())
+
+
 def test_selectivity() -> None:
     found = sweep(smile=rising(), age=rising(0.05), zoom=rising(-0.02))
-    assert measures.selectivity(found, UNIT, "smile", others=["smile", "age", "zoom"]) == pytest.approx(1 / 0.35)
-    everything = len(CONTINUOUS) - 1 + len(CATEGORICAL)
-    assert measures.selectivity(found, UNIT, "smile") == pytest.approx(1 / (0.7 / everything))
+    assert chosen(found, "age", "zoom") == pytest.approx(1 / 0.35)
+    assert chosen(found) == pytest.approx(1 / (0.7 / (len(CONTINUOUS) - 1 + len(CATEGORICAL))))
     # An edit half as strong at every scale is no more selective.
     half = sweep(smile=rising(0.05), age=rising(0.025), zoom=rising(-0.01))
-    assert measures.selectivity(half, UNIT, "smile") == pytest.approx(measures.selectivity(found, UNIT, "smile"))
+    assert chosen(half) == pytest.approx(chosen(found))
+    assert np.isnan(chosen(sweep(smile=rising())))  # nothing else moves: no ratio
 
 
 def test_a_categorical_target() -> None:
@@ -260,14 +265,6 @@ def test_bad_targets_and_scales() -> None:
         sweep((1, 1), scales=np.array([1.0, 2.0]))
     with pytest.raises(ValueError, match="rising"):
         sweep((1, 1), scales=np.array([1.0, 0.0]))
-
-
-def test_open_prompts_leave_the_attribute_open() -> None:
-    rows = ["a face, smiling", "a face, blue backdrop", "a face, blue backdrop", "a doctor", "a face, frowning deeply"]
-    assert open_prompts(rows, "smile", 2) == ["a face, blue backdrop", "a doctor"]
-    assert all("background" not in parse(p) for p in open_prompts(rows, "background=red", 3))
-    with pytest.raises(UserError, match="2 prompts leave smile open, 3 are asked for"):
-        open_prompts(rows, "smile", 3)
 
 
 def test_bootstrap_covers_a_mean_of_magnitudes() -> None:

@@ -7,14 +7,14 @@ leaves everything in peace. An unreadable picture fails its sweep; it is never d
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from scipy.stats import rankdata
 
 from dodgeburn.pocket.attributes import CATEGORICAL, CONTINUOUS
-from dodgeburn.slide.readings import SweepReadings, attribute_of, others_of
+from dodgeburn.slide.readings import SweepReadings, others_of
 
 DISPLACEMENTS = (0.5, 1.0, 2.0)
 LEAST_SIGMA = 1e-3  # of a [0, 1] reading: below it an attribute doesn't vary and a share of it means nothing
@@ -245,17 +245,13 @@ def leakage(sweep: SweepReadings, natural: Natural, target: str, displacement: f
     return {name: leak(sweep, natural, target, name, displacement) for name in others_of(target)}
 
 
-def selectivity(sweep: SweepReadings, natural: Natural, target: str, displacement: float = 1.0,
-                others: Sequence[str] | None = None, strict: bool = False) -> float:  # fmt: skip
-    """Own move / mean of the others' moves, both measured as `Leak.absolute` (or `.strict`) at one displacement.
+def selectivity(own: Leak, others: Iterable[Leak], strict: bool = False) -> float:
+    """Own move / mean of the others' moves: both `Leak.absolute`, or both `Leak.strict`, at one displacement.
 
-    others: the attributes that should stay; all others of the world by default. NaN where it is not reached.
+    NaN where the displacement is not reached, or where nothing else moves at all.
     """
-    names = [n for n in (others_of(target) if others is None else others) if n != attribute_of(target)]
-    kind = "strict" if strict else "absolute"
-    own = getattr(leak(sweep, natural, target, target, displacement), kind)
-    moved = float(np.mean([getattr(leak(sweep, natural, target, n, displacement), kind) for n in names]))
-    return float(own / moved) if moved > 0 else float("nan")
+    moved = float(np.mean([leak.strict if strict else leak.absolute for leak in others]))
+    return float((own.strict if strict else own.absolute) / moved) if moved > 0 else float("nan")
 
 
 def identity_kept(sweep: SweepReadings, natural: Natural, target: str, displacement: float = 1.0) -> np.ndarray:

@@ -10,7 +10,6 @@ import numpy as np
 
 from dodgeburn.errors import UserError
 from dodgeburn.pocket.attributes import CATEGORICAL, CONTINUOUS
-from dodgeburn.pocket.captions import parse
 from dodgeburn.pocket.reader import Readings
 from dodgeburn.slide.edits import Edit
 
@@ -137,15 +136,3 @@ def as_sweep(readings: Readings, prompts: int, seeds: int, scales: Sequence[floa
     shape = (prompts, seeds, len(scales))
     values = {name: np.asarray(v).reshape(shape) for name, v in readings.values.items()}
     return SweepReadings(np.asarray(scales, dtype=np.float64), values, readings.unreadable.reshape(shape))
-
-
-def open_prompts(rows: Sequence[str], target: str, n: int) -> list[str]:
-    """The first n prompts that leave the target's attribute open: where it is named, the prompt holds it in place.
-
-    Raises UserError if there are not so many.
-    """
-    name = attribute_of(target)
-    found = [prompt for prompt in dict.fromkeys(rows) if name not in parse(prompt)]
-    if len(found) < n:
-        raise UserError(f"{len(found)} prompts leave {name} open, {n} are asked for")
-    return found[:n]

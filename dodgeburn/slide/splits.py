@@ -1,0 +1,74 @@
+"""Which prompts and seeds calibrate a slider and which ones judge it; training uses neither.
+
+Calibration and unmixing: captions of the development list. Evaluation: the gate's held-out prompts. All leave the
+sliders' attributes open: where a prompt names one, the prompt holds it in place. The three jobs' seeds are far apart.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from dodgeburn.errors import UserError
+from dodgeburn.pocket.captions import parse
+from dodgeburn.slide.readings import attribute_of
+
+FIRST_CALIBRATION_SEED = 7_000
+FIRST_EVALUATION_SEED = 2_000_000
+
+
+@dataclass(frozen=True)
+class Split:
+    """Prompts and seeds; every prompt is drawn with every seed."""
+
+    prompts: list[str]
+    seeds: list[int]
+
+    @property
+    def sha256(self) -> str:
+        """Of the prompts, in order."""
+        return hashlib.sha256(json.dumps(self.prompts).encode()).hexdigest()
+
+    def first(self, prompts: int, seeds: int) -> Split:
+        """At most so many of either."""
+        return Split(self.prompts[:prompts], self.seeds[:seeds])
+
+
+def open_prompts(rows: Iterable[str], targets: Sequence[str], n: int) -> list[str]:
+    """The first n different prompts that name none of the targets' attributes. UserError if there are not so many."""
+    names = {attribute_of(target) for target in targets}
+    found: dict[str, None] = {}
+    for prompt in rows:
+        if len(found) == n:
+            break
+        if not names & set(parse(prompt)):
+            found[prompt] = None
+    if len(found) < n:
+        raise UserError(f"{len(found)} prompts leave {', '.join(sorted(names))} open, {n} are asked for: take fewer")
+    return list(found)
+
+
+def calibration_split(targets: Sequence[str], prompts: int, seeds: int) -> Split:
+    """Development prompts that leave the targets open."""
+    from dodgeburn.training.pocket import development_prompts
+
+    rows = (row["prompt"] for row in development_prompts(_enough(prompts, seeds)))
+    return Split(open_prompts(rows, targets, prompts), [FIRST_CALIBRATION_SEED + i for i in range(seeds)])
+
+
+def evaluation_split(targets: Sequence[str], prompts: int, seeds: int) -> Split:
+    """Held-out prompts that leave the targets open."""
+    from dodgeburn.training.pocket import gate_prompts
+
+    _enough(prompts, seeds)
+    rows = (row["prompt"] for row in gate_prompts())
+    return Split(open_prompts(rows, targets, prompts), [FIRST_EVALUATION_SEED + i for i in range(seeds)])
+
+
+def _enough(prompts: int, seeds: int) -> int:
+    """How many rows to draw prompts from; UserError for less than one prompt or seed."""
+    if prompts < 1 or seeds < 1:
+        raise UserError(f"{prompts} prompts and {seeds} seeds: give at least 1 of each")
+    return 64 + 40 * prompts
