@@ -84,3 +84,16 @@ def test_bad_input() -> None:
         contact_sheet([[plain(RED)]], ["a", "b"])
     with pytest.raises(UserError, match="lanczos"):
         contact_sheet([[plain(RED)]], resample="lanczos")
+
+
+def test_captions_stand_under_their_pictures() -> None:
+    rows = [[plain(RED), plain(GREEN)], [plain(BLUE)]]
+    bare, said = contact_sheet(rows), contact_sheet(rows, captions=[["+1", "a caption of two lines at least"], [""]])
+    assert said.height > bare.height and said.width == bare.width
+    for colour in (RED, GREEN, BLUE):
+        assert len(area(said, colour)) == 192 * 192  # no caption runs into a picture
+    red = area(said, RED)
+    strip = np.asarray(said)[red[:, 0].max() + 1 : area(said, BLUE)[:, 0].min(), : red[:, 1].max()]
+    assert (strip.sum(-1) < 400).any()  # ink between the rows
+    with pytest.raises(UserError, match="captions do not fit"):
+        contact_sheet(rows, captions=[["+1"], [""]])

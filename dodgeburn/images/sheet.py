@@ -31,11 +31,13 @@ def contact_sheet(
     resample: str = "bicubic",
     font_size: int | None = None,
     gap: int = 6,
+    captions: Sequence[Sequence[str]] | None = None,
 ) -> Image.Image:
     """A sheet of pictures, one list a row; None leaves a cell empty.
 
     `cell` is the longer side in pixels that a picture is drawn at; None draws pictures smaller than 192
     pixels at the next whole multiple that reaches it (64 -> 192, 128 -> 256), others as they are.
+    `captions` are written under the pictures, one each in the same rows.
     `resample` "nearest" shows the model's own pixels, "bicubic" is kinder. Long labels are wrapped. Returns
     RGB. Raises UserError for no pictures, label lists of the wrong length, or an unknown `resample`.
     """
@@ -48,6 +50,8 @@ def contact_sheet(
     for what, labels, wanted in (("row", row_labels, len(rows)), ("column", column_labels, columns)):
         if labels is not None and len(labels) != wanted:
             raise UserError(f"{len(labels)} {what} labels for {wanted} {what}s")
+    if captions is not None and [len(row) for row in captions] != [len(row) for row in rows]:
+        raise UserError("captions do not fit the pictures: give one for each, in the same rows")
     longest = max(max(image.size) for image in pictures)
     side = cell or (longest if longest >= 192 else longest * -(-192 // longest))
     width, height = (max(round(image.size[axis] * side / max(image.size)) for image in pictures) for axis in (0, 1))
@@ -60,8 +64,10 @@ def contact_sheet(
     title_lines = _wrap(title, heading, x0 + columns * (width + gap) - gap) if title else []
     title_height = len(title_lines) * _line_height(heading) + (gap if title_lines else 0)
     y0 = gap + title_height + (top.height + gap if column_labels else 0)
+    under = [[_wrap(text, font, width) for text in row] for row in captions or []]
+    below = max((len(lines) for row in under for lines in row), default=0) * _line_height(font)
 
-    sheet = Image.new("RGB", (x0 + columns * (width + gap), y0 + len(rows) * (height + gap)), BACKGROUND)
+    sheet = Image.new("RGB", (x0 + columns * (width + gap), y0 + len(rows) * (height + below + gap)), BACKGROUND)
     draw = ImageDraw.Draw(sheet)
     if title_lines:
         draw.multiline_text((gap, gap), "\n".join(title_lines), fill=INK, font=heading)
@@ -71,7 +77,7 @@ def contact_sheet(
             anchor="md", align="center",
         )  # fmt: skip
     for r, row in enumerate(rows):
-        y = y0 + r * (height + gap)
+        y = y0 + r * (height + below + gap)
         if row_labels:
             draw.multiline_text((gap, y + height / 2), "\n".join(left.wrapped[r]), fill=INK, font=font, anchor="lm")
         for c in range(columns):
@@ -86,6 +92,10 @@ def contact_sheet(
             if size != image.size:
                 drawn = drawn.resize(size, RESAMPLING[resample])
             sheet.paste(drawn, (x + (width - size[0]) // 2, y + (height - size[1]) // 2))
+        for c, lines in enumerate(under[r] if under else ()):
+            x = x0 + c * (width + gap)
+            draw.multiline_text((x + width / 2, y + height + 2), "\n".join(lines), fill=INK, font=font, anchor="ma",
+                                align="center")  # fmt: skip
     return sheet
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from dodgeburn.errors import UserError
 from dodgeburn.models.adapters import Adapter
 from dodgeburn.slide.edits import Edit
-from dodgeburn.slide.readings import ReadsPictures, attribute_of, sweep_rows
+from dodgeburn.slide.readings import ReadsPictures, attribute_of, sweep_rows, values_of
 
 Scores = Callable[[np.ndarray], np.ndarray]
 """Pictures uint8 [n, h, w, 3] -> float [n], NaN for one that cannot be read."""
@@ -36,15 +36,8 @@ class Scorer:
 
 def reader_scorer(target: str, reader: ReadsPictures, name: str = "reader") -> Scorer:
     """A pocket reader's values of one target. Raises UserError for an unknown attribute."""
-    attribute, _, value = target.partition("=")
     attribute_of(target)
-
-    def scores(pictures: np.ndarray) -> np.ndarray:
-        found = reader.read(pictures)
-        read = found.values[attribute] == value if value else found.values[attribute]
-        return np.where(found.unreadable, np.nan, np.asarray(read, np.float64))
-
-    return Scorer(target, name, scores)
+    return Scorer(target, name, lambda pictures: values_of(reader.read(pictures), target))
 
 
 @dataclass(frozen=True)

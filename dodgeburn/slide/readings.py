@@ -56,6 +56,14 @@ def others_of(target: str) -> tuple[str, ...]:
     return tuple(name for name in ATTRIBUTES if name != attribute_of(target))
 
 
+def values_of(readings: Readings, target: str) -> np.ndarray:
+    """A target's readings as numbers: float64 [n], NaN where unreadable; of "hat=crown" 1 where it is read, else 0."""
+    name, _, value = target.partition("=")
+    attribute_of(target)
+    read = readings.values[name]
+    return np.where(readings.unreadable, np.nan, np.asarray(read == value if value else read, dtype=np.float64))
+
+
 @dataclass(frozen=True)
 class SweepReadings:
     """Readings of sweeps over a strength; k scales in rising order, 0 among them."""
@@ -82,11 +90,7 @@ class SweepReadings:
 
     def of(self, target: str) -> np.ndarray:
         """float64 [prompts, seeds, k], NaN where unreadable; of "hat=crown" 1 where it is read, else 0."""
-        name, _, value = target.partition("=")
-        attribute_of(target)
-        read = self.values[name]
-        numbers = np.asarray(read == value if value else read, dtype=np.float64)
-        return np.where(self.unreadable, np.nan, numbers)
+        return values_of(Readings(dict(self.values), {}, self.unreadable), target)
 
     def changed(self, attribute: str) -> np.ndarray:
         """Whether a categorical attribute is another than in the unedited picture: float64 [prompts, seeds, k].
