@@ -6,7 +6,7 @@ What a strength means is each edit's own affair until it is calibrated (`slide/c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -16,6 +16,7 @@ from dodgeburn.models.adapters import Adapter
 from dodgeburn.models.model import Model
 from dodgeburn.sampling.adapted import ALWAYS, Applied
 from dodgeburn.sampling.loop import GenerateSettings, stream
+from dodgeburn.sampling.prompts import EncodedPrompt
 
 Progress = Callable[[int], None]
 """Told the number of pictures that were just finished."""
@@ -32,10 +33,14 @@ class Edit(Protocol):
 def draw(
     model: Model, prompts: Sequence[str], seeds: Sequence[int], settings: GenerateSettings | None = None,
     adapters: Sequence[Applied] = (), batch_size: int | None = None, progress: Progress | None = None,
+    encoded: Mapping[str, EncodedPrompt] | None = None,
 ) -> np.ndarray:  # fmt: skip
-    """Pictures uint8 [n, h, w, 3] of n prompts and seeds, by a model with adapters. Raises what `generate` raises."""
+    """Pictures uint8 [n, h, w, 3] of n prompts and seeds, by a model with adapters; `encoded` as for `generate`.
+
+    Raises what `generate` raises.
+    """
     found: list[np.ndarray | None] = [None] * len(prompts)
-    for made in stream(model, prompts, seeds, settings, batch_size=batch_size, adapters=adapters):
+    for made in stream(model, prompts, seeds, settings, None, batch_size, encoded, adapters):
         found[made.index] = np.asarray(made.image)
         if progress is not None:
             progress(1)
