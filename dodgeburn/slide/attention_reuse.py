@@ -170,7 +170,7 @@ def reused(unet: Any, reuse: Reuse) -> Iterator[None]:
     handle = unet.register_forward_pre_hook(before, with_kwargs=True)
     try:
         for module in layers:
-            module.processor = ReusedAttention(reuse)
+            setattr(module, "processor", ReusedAttention(reuse))  # noqa: B010 (diffusers declares its default's type)
         yield
     finally:
         handle.remove()
