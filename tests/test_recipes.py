@@ -342,8 +342,15 @@ def test_yaml_and_json_say_the_same(place: Path, tmp_path: Path) -> None:
     (tmp_path / "r.toml").write_text(to_toml(found))
     (tmp_path / "r.json").write_text(json.dumps(found.as_dict()))
     (tmp_path / "r.yaml").write_text(
-        "models: {a: a.safetensors, b: b.safetensors}\nsteps:\n  x:\n    merge: [a, b]\n    preset: GRAD_V\n"
-        "    blocks: {IN00: 1.0e-1}\n    rules: ['::0.5']\n"
+        """\
+models: {a: a.safetensors, b: b.safetensors}
+steps:
+  x:
+    merge: [a, b]
+    preset: GRAD_V
+    blocks: {IN00: 1.0e-1}
+    rules: ['::0.5']
+"""
     )
     for ending in ("toml", "json", "yaml"):
         assert read_recipe(tmp_path / f"r.{ending}") == found
