@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import difflib
 
-from dodgeburn.cli import slider_compose
+from dodgeburn.cli import slider_compose, slider_train
 from dodgeburn.errors import UserError
 
-HELP = "put Concept Sliders together, at any scales, as one file"
+HELP = "Concept Sliders: train them, measure them, put them together"
 # Each has HELP, EXAMPLE and main(args), and imports what is heavy inside functions.
-MODULES = {"compose": slider_compose}
+MODULES = {"train": slider_train, "compose": slider_compose}
 EXAMPLES = {verb: module.EXAMPLE for verb, module in MODULES.items()}
 
 

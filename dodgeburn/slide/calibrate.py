@@ -79,18 +79,18 @@ class Calibration:
 
 def calibrate(
     edit: Edit, scorer: Scorer, prompts: Sequence[str], seeds: Sequence[int], spread_seeds: Sequence[int] = (),
-    settings: CalibrationSettings | None = None,
+    settings: CalibrationSettings | None = None, sigma: float | None = None,
 ) -> Calibration:  # fmt: skip
     """Find an edit's unit, safe range and response on every prompt with every seed.
 
-    spread_seeds: further seeds for sigma alone, which needs more pictures than the mean does (unedited ones, shared by
-    all sliders of a run). The unit is where half the distance between the mean moves at +s and -s is sigma. The safe
-    range goes out from 0 on either side, step by step, as long as the mean still moves on (`least_gain`) and no more
-    than `parse_loss` of the readable pictures are lost. Raises UserError if nothing can be read, if the attribute does
-    not vary, or if the edit does not move it.
+    sigma: the natural standard deviation, where it is known already. spread_seeds: further seeds for it alone, which
+    needs more pictures than the mean does (unedited ones, shared by all sliders of a run). The unit is where half the
+    distance between the mean moves at +s and -s is sigma. The safe range goes out from 0 on either side, step by step,
+    as long as the mean still moves on (`least_gain`) and no more than `parse_loss` of the readable pictures are lost.
+    Raises UserError if nothing can be read, if the attribute does not vary, or if the edit does not move it.
     """
     settings = settings or CalibrationSettings()
-    probe = _Probe(edit, scorer, list(prompts), list(seeds), list(spread_seeds))
+    probe = _Probe(edit, scorer, list(prompts), list(seeds), list(spread_seeds), sigma)
     unit = _find_unit(probe, settings)
     low, high = (sign * _safe_end(probe, unit, sign, settings) for sign in (-1, 1))
     if not low < high:
@@ -107,7 +107,9 @@ def calibrate(
 class _Probe:
     """Mean moves and parse rates at raw scales, each measured once."""
 
-    def __init__(self, edit: Edit, scorer: Scorer, prompts: list[str], seeds: list[int], more: list[int]) -> None:
+    def __init__(
+        self, edit: Edit, scorer: Scorer, prompts: list[str], seeds: list[int], more: list[int], sigma: float | None
+    ) -> None:
         self.edit, self.scorer, self.prompts, self.seeds = edit, scorer, prompts, seeds
         if not prompts or not seeds:
             raise UserError("calibration needs at least one prompt and one seed")
@@ -116,7 +118,7 @@ class _Probe:
         known = score[~np.isnan(score)]
         if len(known) < 2:
             raise UserError(f"{len(known)} of {score.size} unedited pictures can be read: calibration needs 2 at least")
-        self.sigma = float(np.std(known, ddof=1))
+        self.sigma = float(np.std(known, ddof=1)) if sigma is None else sigma
         if self.sigma < 1e-6:
             raise UserError(f"{scorer.attribute} is the same in all {len(known)} unedited pictures: it has no unit")
         self.plain = score[:, [both.index(seed) for seed in seeds]].ravel()
@@ -172,6 +174,10 @@ def _find_unit(probe: _Probe, settings: CalibrationSettings) -> float:
         else:
             raw = low[0] + (1 - low[1]) / (high[1] - low[1]) * (high[0] - low[0])
         last_side = side
+    if best[0] > 0.03 and high[1] < math.inf:
+        # Out of rounds between two scales: on the straight line between them.
+        between = low[0] + (1 - low[1]) / (high[1] - low[1]) * (high[0] - low[0])
+        return math.copysign(between, best[1]) if best[0] < math.inf else between
     if best[0] <= 0.25:
         return best[1]
     reached = max((abs(move) for move, _ in probe.seen.values() if not math.isnan(move)), default=0.0)

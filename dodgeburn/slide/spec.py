@@ -6,8 +6,9 @@ trained on one cache.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -37,13 +38,22 @@ class SliderSpec(BaseModel):
     latents: int = Field(default=24, ge=1)  # clean latents, made once
     latent_steps: int = Field(default=8, ge=1)
     guidance: float = 4.0  # of the clean latents
-    points: int = Field(default=128, ge=1)  # noised latents with cached frozen predictions
+    points: int = Field(default=96, ge=1)  # noised latents with cached frozen predictions
     contexts: int = Field(default=1, ge=1)  # preserved attributes summed over at each point
     unconditional: float = Field(default=0.25, ge=0, le=1)  # share of rows trained with the empty prompt
-    steps: int = Field(default=36, ge=1)
-    batch: int = Field(default=24, ge=1)
+    steps: int = Field(default=30, ge=1)
+    batch: int = Field(default=18, ge=1)
     lr: float = Field(default=2e-3, gt=0)
+    stop: Literal["auto", "measure", "loss", "never"] = "auto"  # early: on the reader's measure or held-out loss;
+    # auto is the measure in trainings of over 60 steps, where there is a reader, else the loss
     seed: int = Field(default=0, ge=0)
+
+    @field_validator("name")
+    @classmethod
+    def _name(cls, value: str) -> str:
+        if not re.fullmatch(r"[\w.+-]+", value):
+            raise ValueError(f"{value!r} is no name for a file: expected letters, digits and . _ - +")
+        return value
 
     @field_validator("rank")
     @classmethod

@@ -16,12 +16,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dodgeburn.errors import UserError
 from dodgeburn.models.adapters import Adapter, attached, layers_of, new_adapter
 from dodgeburn.models.model import Model
 from dodgeburn.slide.cache import Points, directions
 from dodgeburn.slide.predict import Predictor, set_rows
 from dodgeburn.slide.spec import SliderSpec
+from dodgeburn.slide.stopping import Watch
 from dodgeburn.training.loop import LoopSettings, train
+
+HELD_OUT = 12  # points that no step trains on
+Progress = Callable[[int, Adapter], None]
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,7 @@ class Trained:
 
     adapter: Adapter
     loss: float
+    steps: int
     forwards: int  # samples through the U-Net for this slider alone, students included
     seconds: float
 
@@ -40,12 +46,15 @@ def train_text(
     points: Points,
     spec: SliderSpec,
     folder: Path,
-    callback: Callable[[int, dict[str, float]], None] | None = None,
+    progress: Progress | None = None,
     first: Adapter | None = None,
+    measure: Callable[[Adapter], float] | None = None,
 ) -> Trained:
-    """Train a slider on a class's points. `folder` holds the checkpoint to resume from; `first` is another start.
+    """Train a slider on a class's points.
 
-    Raises UserError for layers or a rank that cannot be, FloatingPointError when the loss is no longer finite.
+    folder: for the checkpoint to resume from. first: a start other than 0. measure: what early stopping looks at where
+    the spec asks for it (the higher the better); the loss on held-out points otherwise. progress(step, adapter) is
+    called every 5 steps. Raises UserError for layers or a rank that cannot be, and where the loss is no longer finite.
     """
     began, before = time.perf_counter(), predictor.forwards
     components = model.components()
@@ -54,26 +63,60 @@ def train_text(
     shift = directions(predictor, points, spec) * spec.eta
     for module in components.values():
         module.requires_grad_(False)
-    n = len(points.x)
+    held = HELD_OUT if len(points.x) > 4 * HELD_OUT else 0
+    n = len(points.x) - held
+    reached = 0
 
     with attached(components, [adapter], trains=True) as attachment:
 
+        def error(rows: Tensor, scales: Tensor) -> Tensor:
+            set_rows(attachment, scales)
+            said = predictor(points.x[rows], points.timesteps[rows], [points.texts[int(i)] for i in rows])
+            wanted = points.neutral[rows] + scales.view(-1, 1, 1, 1) * shift[rows]
+            return (said - wanted.to(said.device)).square().mean()
+
         def batch(step: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
             rows = torch.randint(n, (spec.batch,), generator=generator)
-            # Magnitudes spread evenly, signs in turn: half of every batch pulls each way.
+            # Magnitudes spread evenly over both signs.
             spread = (torch.arange(spec.batch) + torch.rand(spec.batch, generator=generator)) / spec.batch
             return rows, (spread * 2 - 1) * spec.reach
 
         def losses(drawn: tuple[Tensor, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-            rows, scales = drawn
-            set_rows(attachment, scales)
-            said = predictor(points.x[rows], points.timesteps[rows], [points.texts[int(i)] for i in rows])
-            wanted = points.neutral[rows] + scales.view(-1, 1, 1, 1) * shift[rows]
-            return {"loss": (said - wanted.to(said.device)).square().mean()}
+            return {"loss": error(*drawn)}
+
+        def held_out() -> float:
+            scales = torch.tensor([spec.reach / 2, -spec.reach / 2]).repeat(held)[:held]
+            with torch.no_grad():
+                return -float(error(torch.arange(n, n + held), scales))
+
+        def measured() -> float:
+            attachment.set(0.0)  # the measure attaches the adapter itself
+            return measure(adapter) if measure is not None else held_out()
+
+        long = measure is not None and spec.steps > 60
+        by_measure = measure is not None and (spec.stop == "measure" or (spec.stop == "auto" and long))
+        watch = None
+        if spec.stop != "never" and (by_measure or held):
+            watch = Watch(measured if by_measure else held_out, folder / f"{spec.name}.held-out.json")
+
+        def after(step: int, _: dict[str, float]) -> bool:
+            nonlocal reached
+            reached = step
+            if progress is not None:
+                attachment.set(0.0)
+                progress(step, adapter)
+            return watch is None or not watch.look(step)
 
         settings = LoopSettings(
             steps=spec.steps, lr=spec.lr, weight_decay=0.0, warmup=max(1, spec.steps // 20), constant=0.3, final=0.02,
-            ema=0.9, precision="no", seed=spec.seed, checkpoint_every=25, log_every=5, settings=spec.model_dump(),
+            ema=0.9, precision="no", seed=spec.seed, checkpoint_every=10, log_every=5, settings=spec.model_dump(),
         )  # fmt: skip
-        means = train(spec.name, {"adapter": adapter}, batch, losses, folder, settings, callback, str(model.device))
-    return Trained(adapter, means.get("loss", float("nan")), predictor.forwards - before, time.perf_counter() - began)
+        try:
+            means = train(spec.name, {"adapter": adapter}, batch, losses, folder, settings, after, str(model.device))
+        except FloatingPointError as failure:
+            raise UserError(
+                f"slider {spec.name}: {failure}; the last good state is in {folder}; train with a smaller lr than "
+                f"{spec.lr:g}"
+            ) from None
+    forwards = predictor.forwards - before
+    return Trained(adapter, means.get("loss", float("nan")), reached, forwards, time.perf_counter() - began)

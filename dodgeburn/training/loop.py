@@ -29,7 +29,8 @@ from dodgeburn.errors import UserError
 
 BatchFn = Callable[[int, torch.Generator], Any]
 LossFn = Callable[[Any, torch.Generator], dict[str, Tensor]]
-Callback = Callable[[int, dict[str, float]], None]
+Callback = Callable[[int, dict[str, float]], object]
+"""Told (step, mean losses) every `log_every` steps; False ends the training there (early stopping)."""
 
 
 @dataclass
@@ -146,8 +147,8 @@ def train(
                 row = {"step": step + 1, **means, "seconds": round(time.perf_counter() - began, 1)}
                 with log.open("a", encoding="utf-8") as f:
                     f.write(json.dumps(row) + "\n")
-                if callback is not None:
-                    callback(step + 1, means)
+                if callback is not None and callback(step + 1, means) is False:
+                    break
             if (step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.steps:
                 _save(checkpoint, modules, optimizer, average, settings, step + 1)
     except KeyboardInterrupt:
