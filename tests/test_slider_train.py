@@ -1,0 +1,224 @@
+"""Text sliders: specs, the shared cache, training, early stopping, the command."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dodgeburn.checkpoint.tensorfile import sha256_tensors
+from dodgeburn.cli.main import main
+from dodgeburn.errors import UserError
+from dodgeburn.models.loading import load_model
+from dodgeburn.models.model import Model
+from dodgeburn.pocket.reader import Reader
+from dodgeburn.slide.cache import directions, make_points
+from dodgeburn.slide.calibrate import reader_scorer
+from dodgeburn.slide.natural import known_sigma, spread
+from dodgeburn.slide.predict import Predictor, alphas_cumprod
+from dodgeburn.slide.spec import SliderSpec, load_specs
+from dodgeburn.slide.stopping import Watch
+from dodgeburn.slide.train import QuickCalibration, train_sliders
+
+SMALL = {"latents": 3, "latent_steps": 2, "points": 6, "batch": 4, "rank": 2, "layers": "selfattn"}
+WORDS = {
+    "target": "a person",
+    "positive": "a person, smiling broadly",
+    "negative": "a person, frowning deeply",
+    "preserve": ("", "wearing glasses", "black hair"),
+}
+
+
+@pytest.fixture(scope="module")
+def pocket() -> Model:
+    return load_model("pocket", device="cpu", dtype="fp32")
+
+
+def small(name: str = "smile", **more: object) -> SliderSpec:
+    return SliderSpec(**{"name": name, **WORDS, **SMALL, "steps": 4, **more})  # type: ignore[arg-type]
+
+
+# -------------------- specs
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "is empty"),
+        ("- smile", "no mapping"),
+        ("name: [", "YAML"),
+        ("name: smile\ntarget: a\npositive: b", "negative is missing"),
+        ("name: smile\ntarget: a\npositive: b\nnegative: b", "there is no direction"),
+        ("name: smile\ntarget: a\npositive: b\nnegative: c\nlayers: all", "unknown layer set"),
+        ("name: smile\ntarget: a\npositive: b\nnegative: c\nrank: 0", "rank 0"),
+        ("name: a/b\ntarget: a\npositive: b\nnegative: c", "no name for a file"),
+        ("name: smile\ntarget: a\npositive: ''\nnegative: c", "positive is empty"),
+        ("name: smile\ntarget: a\npositive: b\nnegative: c\nranks: 3", "ranks is not known"),
+        ("target: a\nsliders: []", "empty"),
+        ("target: a\npositive: b\nnegative: c\nsliders: [{name: x}, {name: x}]", "two sliders are named x"),
+    ],
+)
+def test_bad_specs_are_one_line_that_names_the_thing(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "spec.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=said) as caught:
+        load_specs(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_examples_are_valid() -> None:
+    for path in sorted((Path(__file__).parents[1] / "examples" / "sliders").glob("*.yaml")):
+        assert load_specs(path)
+
+
+def test_a_class_shares_what_its_file_says(tmp_path: Path) -> None:
+    path = tmp_path / "class.yaml"
+    path.write_text(
+        "target: a person\npreserve: [waving]\nsliders:\n"
+        "- {name: smile, positive: a, negative: b}\n- {name: age, positive: c, negative: d, eta: 2}\n"
+    )
+    smile, age = load_specs(path)
+    assert smile.cache_key() == age.cache_key() and age.eta == 2
+    assert smile.prompts("waving") == ("a person, waving", "a, waving", "b, waving")
+
+
+# -------------------- cache
+
+
+def test_points_are_at_the_noise_level_that_the_network_is_told(pocket: Model) -> None:
+    predictor = Predictor(pocket, 64, 64)
+    points = make_points(pocket, predictor, small(points=12, unconditional=0.5))
+    assert predictor.forwards == 3 * 2 * 2 + 12
+    assert int(points.timesteps.max()) < 850 and len(set(points.timesteps.tolist())) == 12
+    again = make_points(pocket, Predictor(pocket, 64, 64), small(points=12, unconditional=0.5))
+    assert torch.equal(points.x, again.x) and torch.equal(points.neutral, again.neutral)
+    # One clean latent noised: what is left after taking sqrt(1 - alpha_bar) noise has variance about alpha_bar x its own
+    late = points.x[points.timesteps.argmax()]
+    assert abs(float(late.std()) - 1) < 0.35
+    assert {"", "a person"} & set(points.texts)
+
+
+def test_directions_are_the_frozen_difference(pocket: Model) -> None:
+    spec = small(contexts=1)
+    predictor = Predictor(pocket, 64, 64)
+    points = make_points(pocket, predictor, spec)
+    found = directions(predictor, points, spec)
+    i = 1
+    _, plus, minus = spec.prompts(points.contexts[i])
+    one = predictor.frozen(points.x[i : i + 1].repeat(2, 1, 1, 1), points.timesteps[i : i + 1].repeat(2), [plus, minus])
+    assert torch.allclose(found[i], one[0] - one[1], atol=1e-4)
+    both = directions(predictor, points, small(contexts=2))
+    assert not torch.allclose(both, found) and float((both * found).sum()) > 0
+
+
+def test_alpha_bar_falls_to_the_schedules_end(pocket: Model) -> None:
+    alpha = alphas_cumprod(pocket)
+    assert len(alpha) == 1000 and alpha[0] > 0.99 and abs(float(alpha[-1]) - 0.00466) < 1e-4
+
+
+# -------------------- stopping
+
+
+def test_stops_when_nothing_gets_better(tmp_path: Path) -> None:
+    values = iter([-1.0, -0.5, -0.499, -0.4989, -0.2])
+    watch = Watch(lambda: next(values), tmp_path / "seen.json", every=10, least=0.02, patience=2)
+    assert [watch.look(step) for step in (5, 10, 20, 30, 40)] == [False, False, False, False, True]
+    # A resumed run decides from what was seen, without measuring again.
+    again = Watch(lambda: 1 / 0, tmp_path / "seen.json", every=10, least=0.02, patience=2)
+    assert [again.look(step) for step in (10, 20, 30, 40)] == [False, False, False, True]
+
+
+def test_goes_on_while_it_gets_better(tmp_path: Path) -> None:
+    values = iter([0.1, 0.2, 0.2, 0.3])
+    watch = Watch(lambda: next(values), tmp_path / "seen.json", every=1, patience=2)
+    assert not any(watch.look(step) for step in (1, 2, 3, 4))
+
+
+# -------------------- natural spread
+
+
+def test_the_shipped_units_are_the_shipped_models(pocket: Model) -> None:
+    sigma = known_sigma(pocket, "smile")
+    assert sigma is not None and 0.1 < sigma < 0.3
+    assert known_sigma(load_model("pocket-style", device="cpu", dtype="fp32"), "smile") is None
+    assert known_sigma(pocket, "charm") is None
+
+
+def test_spread_leaves_out_prompts_that_name_the_attribute() -> None:
+    blank = np.zeros((4, 64, 64, 3), np.uint8)
+    readings = Reader.load("reader").read(blank)
+    readings.values["smile"] = np.array([0.2, 0.4, 0.9, 0.0], np.float32)
+    readings.unreadable[:] = [False, False, False, True]
+    found = spread(readings, ["a person", "a face", "a person, smiling broadly", "a person"])
+    assert found["smile"] == pytest.approx(np.std([0.2, 0.4], ddof=1))
+
+
+# -------------------- training
+
+
+def test_trains_what_it_promises_and_the_file_says_so(pocket: Model, tmp_path: Path) -> None:
+    from dodgeburn.models.adapter_file import load_adapter
+
+    spec = small(attribute="smile", layers="noxattn", steps=12, lr=4e-3, batch=8, points=16, stop="never")
+    quick = QuickCalibration(pictures=2, steps=4)
+    (made,) = train_sliders(
+        pocket, [spec], lambda s: tmp_path / "smile.safetensors", lambda a: reader_scorer(a, Reader.load("reader")),
+        lambda a: known_sigma(pocket, a), quick,
+    )  # fmt: skip
+    assert made.card.sigma == known_sigma(pocket, "smile") and "smile" in made.card.unit
+    assert made.training == 2 * 16 + 12 * 8 and made.shared == 3 * 2 * 2 + 16
+    assert made.calibration % (4 * 2) == 0 and made.calibration > 0
+    loaded = load_adapter(made.path, pocket)
+    assert loaded.origin is not None and loaded.origin.card == made.card
+    name = loaded.modules_changed[0]
+    assert torch.allclose(loaded.down(name), made.adapter.down(name), atol=1e-3)
+    assert not (tmp_path / "smile.safetensors.training").exists()
+
+
+def test_a_killed_training_ends_with_the_same_file(tmp_path: Path) -> None:
+    spec = tmp_path / "smile.yaml"
+    lines = [f"{key}: {value}" for key, value in {**SMALL, "steps": 20, "name": "smile", "stop": "never"}.items()]
+    spec.write_text("\n".join([*lines, "target: a person", "positive: a person, smiling broadly", "negative: sad"]))
+    whole, cut = tmp_path / "whole.safetensors", tmp_path / "cut.safetensors"
+    command = [sys.executable, "-m", "dodgeburn", "slider", "train", str(spec), "-o"]
+    assert subprocess.run([*command, str(whole)], capture_output=True).returncode == 0
+    running = subprocess.Popen([*command, str(cut)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    folder = cut.with_name(cut.name + ".training")
+    while running.poll() is None and not (folder / "smile.checkpoint.pt").exists():
+        pass
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    assert not cut.exists() and (folder / "smile.checkpoint.pt").exists()
+    assert subprocess.run([*command, str(cut)], capture_output=True).returncode == 0
+    assert sha256_tensors(whole) == sha256_tensors(cut) and not folder.exists()
+
+
+def test_a_loss_that_is_not_finite_stops_with_a_line(pocket: Model, tmp_path: Path) -> None:
+    out = tmp_path / "smile.safetensors"
+    with pytest.raises(UserError, match="no longer finite.*smaller lr"):
+        list(train_sliders(pocket, [small(lr=1e30, steps=10, stop="never")], lambda s: out))
+    assert not out.exists()
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spec = tmp_path / "class.yaml"
+    shared = "\n".join(f"{key}: {value}" for key, value in {**SMALL, "steps": 5}.items())
+    spec.write_text(
+        f"{shared}\ntarget: a person\nsliders:\n- {{name: smile, positive: smiling broadly, negative: frowning deeply}}\n"
+        "- {name: age, positive: a very old face, negative: a very young face}\n"
+    )
+    folder = tmp_path / "sliders"
+    assert main(["slider", "train", str(spec), "-o", str(folder), "--strips", "5", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["sliders"]
+    assert [one["name"] for one in found] == ["smile", "age"]
+    assert found[0]["shared"] == found[1]["shared"] == 3 * 2 * 2 + 6
+    assert sorted(path.name for path in folder.glob("*.safetensors")) == ["age.safetensors", "smile.safetensors"]
+    assert (folder / "smile.safetensors.strips" / "step-0005.png").exists()
+    assert main(["slider", "train", str(spec), "-o", str(tmp_path / "one.safetensors")]) == 2
+    assert "give a folder" in capsys.readouterr().err
+    assert main(["slider", "train", str(tmp_path / "none.yaml"), "-o", str(folder)]) == 2
+    assert "none.yaml" in capsys.readouterr().err
