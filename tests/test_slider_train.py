@@ -96,7 +96,7 @@ def test_points_are_at_the_noise_level_that_the_network_is_told(pocket: Model) -
     assert int(points.timesteps.max()) < 850 and len(set(points.timesteps.tolist())) == 12
     again = make_points(pocket, Predictor(pocket, 64, 64), small(points=12, unconditional=0.5))
     assert torch.equal(points.x, again.x) and torch.equal(points.neutral, again.neutral)
-    # One clean latent noised: what is left after taking sqrt(1 - alpha_bar) noise has variance about alpha_bar x its own
+    # Clean latents have about unit variance, and so has every noised one.
     late = points.x[points.timesteps.argmax()]
     assert abs(float(late.std()) - 1) < 0.35
     assert {"", "a person"} & set(points.texts)
@@ -208,7 +208,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     spec = tmp_path / "class.yaml"
     shared = "\n".join(f"{key}: {value}" for key, value in {**SMALL, "steps": 5}.items())
     spec.write_text(
-        f"{shared}\ntarget: a person\nsliders:\n- {{name: smile, positive: smiling broadly, negative: frowning deeply}}\n"
+        f"{shared}\ntarget: a person\nsliders:\n- {{name: smile, positive: smiling broadly, negative: frowning}}\n"
         "- {name: age, positive: a very old face, negative: a very young face}\n"
     )
     folder = tmp_path / "sliders"
