@@ -107,13 +107,18 @@ def test_calibration_error_is_of_a_prompts_mean() -> None:
     found = sweep((1, 2), smile=over[None])
     assert measures.calibration_error(found, UNIT, "smile") == pytest.approx(0.0)
     assert measures.calibration_error(found, UNIT, "smile", per_picture=True) == pytest.approx(0.75)  # .5 .5 1 1
-    assert measures.calibration_error(sweep((1, 1), smile=rising(0.12)), UNIT, "smile") == pytest.approx(0.3)
+    steep = sweep((1, 1), smile=rising(0.12))  # off by 0.2 at one and 0.4 at two
+    assert measures.calibration_error(steep, UNIT, "smile") == pytest.approx(0.3)
+    assert measures.calibration_error(steep, UNIT, "smile", up_to=1.0) == pytest.approx(0.2)
+    assert np.isnan(measures.calibration_error(steep, UNIT, "smile", up_to=0.5))
 
 
 def test_symmetry() -> None:
     assert measures.symmetry(sweep(smile=rising()), "smile") == pytest.approx(1.0)
     uneven = [0.3, 0.45, 0.5, 0.6, 0.7]  # 0.1 against 0.05 at one, 0.2 against 0.2 at two
     assert measures.symmetry(sweep(smile=uneven), "smile") == pytest.approx(0.75)
+    assert measures.symmetry(sweep(scales=np.array([-2, -1, 0, 1.5, 3]), smile=[0.4, 0.45, 0.5, 0.575, 0.65]), "smile"
+                             ) == pytest.approx(1.0)  # scales that do not pair up
     same_side = [0.7, 0.6, 0.5, 0.6, 0.7]
     assert measures.symmetry(sweep(smile=same_side), "smile") == 0.0
 

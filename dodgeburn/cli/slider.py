@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import difflib
 
-from dodgeburn.cli import slider_compose, slider_train
+from dodgeburn.cli import (
+    slider_calibrate,
+    slider_compose,
+    slider_evaluate,
+    slider_sweep,
+    slider_train,
+    slider_unmix,
+)
 from dodgeburn.errors import UserError
 
-HELP = "Concept Sliders: train them, measure them, put them together"
+HELP = "Concept Sliders: train, look at, calibrate and measure them, put them together, take them apart"
 # Each has HELP, EXAMPLE and main(args), and imports what is heavy inside functions.
-MODULES = {"train": slider_train, "compose": slider_compose}
+MODULES = {
+    "train": slider_train, "sweep": slider_sweep, "calibrate": slider_calibrate, "evaluate": slider_evaluate,
+    "compose": slider_compose, "unmix": slider_unmix,
+}  # fmt: skip
 EXAMPLES = {verb: module.EXAMPLE for verb, module in MODULES.items()}
 
 

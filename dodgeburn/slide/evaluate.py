@@ -87,6 +87,7 @@ def figures_of(sweep: SweepReadings, natural: Natural, target: str, others: Sequ
         "selectivity_picture": measures.selectivity(own, leaks.values(), strict=True),
         "linearity": measures.linearity(sweep, target),
         "calibration_error": measures.calibration_error(sweep, natural, target),
+        "calibration_error_unit": measures.calibration_error(sweep, natural, target, up_to=1.0),
         "calibration_error_picture": measures.calibration_error(sweep, natural, target, per_picture=True),
         "symmetry": measures.symmetry(sweep, target),
         "parse_loss": measures.parse_loss(sweep),
@@ -158,8 +159,8 @@ def number(value: float | None) -> float | None:
 
 REPORTED = (
     "monotone", "monotone_drawdown", "spearman", "selectivity", "selectivity_picture", "selectivity_among",
-    "calibration_error", "calibration_error_picture", "range_sigma", "symmetry", "parse_loss", "linearity", "identity",
-    "unreadable",
+    "calibration_error", "calibration_error_unit", "calibration_error_picture", "range_sigma", "symmetry", "parse_loss",
+    "linearity", "identity", "unreadable",
 )  # fmt: skip
 
 
@@ -215,7 +216,8 @@ def summary(found: Mapping[str, Any]) -> str:
         f"by the {found['reader']}",
         f"  monotone {said('monotone', '.1%')}, Spearman {said('spearman', '.3f')}",
         f"  selectivity {said('selectivity', '.2f')}, identity kept {said('identity', '.1%')}",
-        f"  calibration error {said('calibration_error', '.2f')} sigma, range {said('range_sigma', '.1f')} sigma, "
+        f"  calibration error {said('calibration_error', '.2f')} sigma over the whole range, "
+        f"{said('calibration_error_unit', '.2f')} up to 1.0; range {said('range_sigma', '.1f')} sigma, "
         f"symmetry {said('symmetry', '.2f')}, parse loss {said('parse_loss', '.1%')}",
     ]
     leaks = sorted(((k, v) for k, v in found["leakage"].items() if v is not None), key=lambda item: -item[1])

@@ -100,7 +100,7 @@ def end_to_end(sweep: SweepReadings, natural: Natural, target: str) -> np.ndarra
 
 def response(sweep: SweepReadings, natural: Natural, target: str) -> np.ndarray:
     """Mean move of the target in sigma at each scale, over the readable pictures: float64 [k]; NaN where none is."""
-    return _mean(sweep.moves(target) / natural.sigma[target], (0, 1))
+    return mean_known(sweep.moves(target) / natural.sigma[target], (0, 1))
 
 
 def linearity(sweep: SweepReadings, target: str) -> float:
@@ -119,30 +119,31 @@ def linearity(sweep: SweepReadings, target: str) -> float:
     return float(1 - ((m - slope * s) ** 2).sum() / (m**2).sum())
 
 
-def calibration_error(sweep: SweepReadings, natural: Natural, target: str, per_picture: bool = False) -> float:
-    """Median of |reached - requested| in sigma, where scale s requests s sigma.
+def calibration_error(sweep: SweepReadings, natural: Natural, target: str, per_picture: bool = False,
+                      up_to: float = np.inf) -> float:  # fmt: skip
+    """Median of |reached - requested| in sigma, where scale s requests s sigma, over scales up to `up_to` in magnitude.
 
     Reached is the mean over a prompt's readable seeds, the median over prompts and scales other than 0; `per_picture`
     takes every picture by itself, which adds the reader's error and the spread between seeds.
     """
-    moves = np.delete(sweep.moves(target), sweep.zero, 2) / natural.sigma[target]
-    error = np.abs((moves if per_picture else _mean(moves, 1)) - np.delete(sweep.scales, sweep.zero))
+    asked = np.flatnonzero((sweep.scales != 0) & (np.abs(sweep.scales) <= up_to + 1e-9))
+    moves = sweep.moves(target)[:, :, asked] / natural.sigma[target]
+    error = np.abs((moves if per_picture else mean_known(moves, 1)) - sweep.scales[asked])
     return float(np.nanmedian(error)) if not np.isnan(error).all() else float("nan")
 
 
 def symmetry(sweep: SweepReadings, target: str) -> float:
-    """|effect(+s)| against |effect(-s)|: the smaller over the larger, averaged over the pairs +s, -s in the sweep.
+    """|effect(+s)| against |effect(-s)|: the smaller over the larger, averaged over the sweep's magnitudes s.
 
-    1 is even. An effect is the mean move; a pair whose effects do not point in opposite directions counts 0. NaN
-    without a pair.
+    1 is even. An effect is the mean move, linear between scales; magnitudes that only one side reaches are left out. A
+    pair whose effects do not point in opposite directions counts 0. NaN without a pair.
     """
-    mean = _mean(sweep.moves(target), (0, 1))
-    at = {round(float(s), 6): float(m) for s, m in zip(sweep.scales, mean, strict=True)}
+    mean, scales = mean_known(sweep.moves(target), (0, 1)), sweep.scales
+    reach = min(-float(scales[0]), float(scales[-1])) + 1e-9
     ratios = []
-    for scale in (s for s in at if s > 0 and -s in at):
-        up, down = at[scale], at[-scale]
-        even = min(abs(up), abs(down)) / max(abs(up), abs(down)) if up * down < 0 else 0.0
-        ratios.append(even)
+    for size in sorted({round(abs(float(s)), 6) for s in scales if 0 < abs(s) <= reach}):
+        up, down = (float(np.interp(s, scales, mean)) for s in (size, -size))
+        ratios.append(min(abs(up), abs(down)) / max(abs(up), abs(down)) if up * down < 0 else 0.0)
     return float(np.mean(ratios)) if ratios else float("nan")
 
 
@@ -225,9 +226,9 @@ def leak(sweep: SweepReadings, natural: Natural, target: str, attribute: str, di
         moves = moves_at(sweep, natural, target, attribute, sign * displacement)
         if moves is None or np.isnan(moves).all():
             continue
-        by_prompt = _mean(moves, 1)
+        by_prompt = mean_known(moves, 1)
         known = np.maximum(1, (~np.isnan(moves)).sum(1))
-        floor = np.sqrt(2 / np.pi) * np.sqrt(_mean(moves**2, 1)) / np.sqrt(known)
+        floor = np.sqrt(2 / np.pi) * np.sqrt(mean_known(moves**2, 1)) / np.sqrt(known)
         categorical = attribute in CATEGORICAL and attribute != target
         found.append((
             np.nan if categorical else sign * float(np.nanmean(by_prompt)),
@@ -289,8 +290,8 @@ def off_class_effect(off_class: np.ndarray, in_class: np.ndarray) -> float:
     return float(np.mean(off_class)) / there if there > 0 else float("nan")
 
 
-def _mean(values: np.ndarray, axis: int | tuple[int, ...]) -> np.ndarray:
-    """Mean over the known values; NaN (without a warning) where there is none."""
+def mean_known(values: np.ndarray, axis: int | tuple[int, ...]) -> np.ndarray:
+    """Mean over the values that are not NaN; NaN (without a warning) where there is none."""
     known = ~np.isnan(values)
     count = known.sum(axis)
     total = np.where(known, values, 0.0).sum(axis)

@@ -17,7 +17,7 @@ from dodgeburn.errors import UserError
 from dodgeburn.models.adapters import Adapter
 from dodgeburn.slide.compose import concatenated, recompressed
 from dodgeburn.slide.edits import Edit
-from dodgeburn.slide.measures import natural_spread
+from dodgeburn.slide.measures import mean_known, natural_spread
 from dodgeburn.slide.readings import ReadsPictures, SweepReadings, attribute_of, read_sweep
 from dodgeburn.slide.splits import Split
 
@@ -56,12 +56,14 @@ def mixing_of(sweeps: Sequence[SweepReadings], targets: Sequence[str]) -> Mixing
     for sweep in sweeps:
         step = float(sweep.scales[-1])
         by_prompt = np.stack([
-            np.nanmean((sweep.of(t)[:, :, -1] - sweep.of(t)[:, :, 0]) / (2 * step * natural.sigma[t]), axis=1)
+            mean_known((sweep.of(t)[:, :, -1] - sweep.of(t)[:, :, 0]) / (2 * step * natural.sigma[t]), 1)
             for t in targets
         ])  # fmt: skip
-        rows.append(np.nanmean(by_prompt, axis=1))
-        spread = np.nanstd(by_prompt, axis=1, ddof=1) if prompts > 1 else np.zeros(len(targets))
-        errors.append(spread / np.sqrt(prompts))
+        mean = mean_known(by_prompt, 1)
+        known = (~np.isnan(by_prompt)).sum(1)
+        squares = mean_known((by_prompt - mean[:, None]) ** 2, 1)
+        rows.append(mean)
+        errors.append(np.sqrt(squares / np.maximum(known - 1, 1)))  # of the mean: sqrt(sum / (n - 1) / n)
     return Mixing(list(targets), np.stack(rows), np.stack(errors), prompts, seeds)
 
 
@@ -85,6 +87,8 @@ def unmixing(mixing: Mixing, ridge: float = 0.02) -> np.ndarray:
         raise UserError(f"ridge {ridge:g}: expected 0 or more")
     own = np.diag(mixing.matrix)
     for target, moved in zip(mixing.targets, own, strict=True):
+        if np.isnan(moved):
+            raise UserError(f"no picture of the slider for {target} can be read at this scale: take a smaller one")
         if not moved > 0.1:
             raise UserError(
                 f"the slider for {target} moves it by {moved:.2f} natural standard deviations at scale 1: calibrate it "

@@ -1,0 +1,206 @@
+"""dodgeburn slider evaluate: what a slider does to prompts and seeds that it has never seen, read by the judge."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from dodgeburn.cli.slider_model import OnModel, drawing, need_files, numbers, of_pocket
+from dodgeburn.errors import UserError
+
+if TYPE_CHECKING:
+    from dodgeburn.models.model import Model
+    from dodgeburn.slide.edits import Unedited
+    from dodgeburn.slide.evaluate import Evaluation
+    from dodgeburn.slide.slider_file import Slider
+    from dodgeburn.slide.splits import Split
+
+HELP = "measure sliders on held-out prompts and seeds: monotone, selective, calibrated, composable"
+EXAMPLE = "dodgeburn slider evaluate smile.safetensors age.safetensors --prompts 16 --seeds 4 --json"
+
+
+@dataclass
+class Evaluate(OnModel):
+    """Sweep every slider over its safe range on held-out prompts and seeds, and let the judge read the pictures.
+
+    Several files: also how many pairs and triples keep all their directions, the leakage matrix, and what unmixing
+    would make of their selectivity. Sliders of the pocket world only. Definitions: docs/sliders.md.
+    """
+
+    files: Annotated[list[str], tyro.conf.Positional, tyro.conf.arg(metavar="FILE")] = field(default_factory=list)
+    """Slider files."""
+    attribute: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """What a file moves that doesn't say so itself: smile, or hat=crown."""
+    prompts: int = 16
+    """Held-out prompts, of those that leave the sliders' attributes open."""
+    seeds: int = 4
+    """Held-out seeds; every prompt is drawn with each."""
+    scales: str = "9"
+    """How many scales across the safe range (odd), or the scales themselves (say --scales=-2,-1,0,1,2)."""
+    compose_prompts: int = 8
+    """Of these prompts, how many for pairs and triples; as many calibration prompts for unmixing."""
+    unmix: bool = True
+    """Several files: measure the selectivity after unmixing too (as many pictures again)."""
+    certify: bool = False
+    """Write the figures into the files."""
+
+
+def main(args: list[str]) -> int:
+    """Run `dodgeburn slider evaluate`; raises UserError for bad input."""
+    options = tyro.cli(
+        Evaluate,
+        args=args,
+        prog="dodgeburn slider evaluate",
+        description=f"{inspect.cleandoc(Evaluate.__doc__ or '')}\n\nexample: {EXAMPLE}",
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+    need_files(options.files, EXAMPLE)
+    if options.attribute is not None and len(options.files) > 1:
+        raise UserError("--attribute names one slider's attribute: evaluate one file with it")
+    if options.compose_prompts < 1:
+        raise UserError(f"--compose-prompts {options.compose_prompts}: expected at least 1")
+    found = _run(options)
+    if options.json:
+        print(json.dumps(found))
+    return 0
+
+
+def _scales(options: Evaluate, slider: Slider) -> list[float]:
+    from dodgeburn.slide.evaluate import even_scales
+
+    if options.scales.strip().isdigit():
+        return even_scales(slider.card.safe_range, int(options.scales))
+    found = numbers(options.scales, "scales")
+    if len(found) < 2:
+        raise UserError(f"--scales {options.scales}: expected a number of scales, or at least two scales")
+    return found
+
+
+def _run(options: Evaluate) -> dict[str, Any]:
+    from dodgeburn.pocket.reader import Reader
+    from dodgeburn.slide.edits import AdapterEdit
+    from dodgeburn.slide.evaluate import as_json, evaluate, leakage_matrix, summary
+    from dodgeburn.slide.slider_file import certificate_of, open_sliders, write_card
+    from dodgeburn.slide.splits import evaluation_split
+
+    model = options.load()
+    of_pocket(model, "slider evaluate")
+    judge = Reader.load("judge")
+    with drawing(model, options, "evaluate") as unedited:
+        sliders = open_sliders(options.files, model)
+        targets = [slider.target(options.attribute) for slider in sliders]
+        scales = [_scales(options, slider) for slider in sliders]
+        split = evaluation_split(targets, options.prompts, options.seeds)
+        several = targets if len(set(targets)) > 1 else None
+        evaluations = []
+        for slider, target, swept in zip(sliders, targets, scales, strict=True):
+            if not slider.calibrated:
+                print(f"note: {slider.path.name} is not calibrated, swept over {swept[0]:g} to {swept[-1]:g}: what 1.0 "
+                      "means is anyone's guess (dodgeburn slider calibrate)")  # fmt: skip
+            edit = AdapterEdit(model, slider.adapter, slider.start, unedited=unedited)
+            evaluations.append(evaluate(edit, target, split, swept, judge, "judge", slider.name, several))
+            print(summary(as_json(evaluations[-1])))
+        rows = [as_json(one) for one in evaluations]
+        together = _together(options, model, sliders, targets, evaluations, split, unedited) if several else {}
+    for row, unmixed in zip(rows, together.pop("unmixed_rows", [None] * len(rows)), strict=True):
+        row["selectivity_unmixed"] = None if unmixed is None else unmixed["selectivity"]
+        row["selectivity_among_unmixed"] = None if unmixed is None else unmixed["selectivity_among"]
+        row["unmixed"] = unmixed
+    if options.certify:
+        for slider, one in zip(sliders, evaluations, strict=True):
+            write_card(slider.path, slider.card.model_copy(update={"certificate": certificate_of(one)}))
+            print(f"certified: {slider.path}")
+    found = dict(rows[0]) if len(rows) == 1 else _means(rows)
+    found |= {"pairs_kept": None, "triples_kept": None, **together, "files": [str(s.path) for s in sliders]}
+    found["leakage_matrix"] = leakage_matrix(evaluations)
+    if len(rows) > 1:
+        found["sliders"] = rows
+    return found
+
+
+MEANS = (
+    "monotone", "monotone_drawdown", "spearman", "selectivity", "selectivity_picture", "selectivity_among",
+    "selectivity_unmixed", "selectivity_among_unmixed", "calibration_error", "calibration_error_unit", "range_sigma",
+    "symmetry", "parse_loss", "identity", "linearity", "unreadable",
+)  # fmt: skip
+
+
+def _means(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Figures of several sliders: their means; null if one of them has none. `sliders` has them one by one."""
+    out: dict[str, Any] = {}
+    for name in MEANS:
+        known = [row[name] for row in rows if row.get(name) is not None]
+        out[name] = round(sum(known) / len(known), 4) if len(known) == len(rows) else None
+    return out
+
+
+def _together(
+    options: Evaluate, model: Model, sliders: list[Slider], targets: list[str], evaluations: list[Evaluation],
+    split: Split, unedited: Unedited,
+) -> dict[str, Any]:  # fmt: skip
+    """Pairs, triples, and the sliders unmixed."""
+    from dodgeburn.pocket.reader import Reader
+    from dodgeburn.slide.composition import Member, kept, read_alone
+    from dodgeburn.slide.evaluate import number
+
+    judge = Reader.load("judge")
+    members = [Member(s.adapter, target, s.start) for s, target in zip(sliders, targets, strict=True)]
+    small = split.first(options.compose_prompts, options.seeds)
+    alone = read_alone(model, members, small, judge, unedited)
+    out: dict[str, Any] = {}
+    for size, name in ((2, "pairs_kept"), (3, "triples_kept")):
+        if len(members) < size:
+            continue
+        found = kept(model, members, size, small, judge, unedited, alone)
+        out[name] = number(found.prompts.mean)
+        out[f"{name}_interval"] = found.prompts.ends
+        out[f"{name}_picture"] = number(found.pictures.mean)
+        out[f"{name}_by_combination"] = found.by_combination
+        print(f"{name.replace('_', ' ')}: {found.prompts.mean:.1%} of prompts, {found.pictures.mean:.1%} of pictures")
+    if options.unmix:
+        out["unmixed_rows"] = _unmixed(options, model, sliders, targets, evaluations, split, unedited)
+    return out
+
+
+def _unmixed(
+    options: Evaluate, model: Model, sliders: list[Slider], targets: list[str], evaluations: list[Evaluation],
+    split: Split, unedited: Unedited,
+) -> list[dict[str, Any] | None]:  # fmt: skip
+    """Each slider unmixed (measured on calibration prompts by the reader), judged as the sliders themselves are."""
+    from dodgeburn.pocket.reader import Reader
+    from dodgeburn.slide.edits import AdapterEdit
+    from dodgeburn.slide.evaluate import as_json, evaluate
+    from dodgeburn.slide.splits import calibration_split
+    from dodgeburn.slide.unmix import measure_mixing, unmixed, unmixing
+
+    nothing: list[dict[str, Any] | None] = [None] * len(sliders)
+    if len({s.start for s in sliders}) > 1:
+        print("not unmixed: the sliders start at different time steps, a combination has one")
+        return nothing
+    edits = [AdapterEdit(model, s.adapter, s.start, unedited=unedited) for s in sliders]
+    try:
+        calibration = calibration_split(targets, options.compose_prompts, options.seeds)
+        mixing = measure_mixing(edits, targets, calibration, Reader.load("reader"))
+        combined = unmixed([s.adapter for s in sliders], unmixing(mixing))
+    except UserError as error:
+        print(f"not unmixed: {error}")
+        return nothing
+    rows: list[dict[str, Any] | None] = []
+    for made, slider, target, before in zip(combined, sliders, targets, evaluations, strict=True):
+        edit = AdapterEdit(model, made, slider.start, unedited=unedited)
+        swept = [float(s) for s in before.sweep.scales]
+        judge = Reader.load("judge")
+        found = as_json(evaluate(edit, target, split, swept, judge, "judge", f"{slider.name} unmixed", targets))
+        print(f"{slider.name} unmixed: selectivity {_said(before.mean('selectivity'))} -> "
+              f"{_said(found['selectivity'])}, among these sliders' attributes "
+              f"{_said(before.mean('selectivity_among'))} -> {_said(found['selectivity_among'])}")  # fmt: skip
+        rows.append(found)
+    return rows
+
+
+def _said(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"

@@ -1,0 +1,123 @@
+"""What the verbs of `dodgeburn slider` that make pictures have in common: on which model, and how."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from dodgeburn.errors import DodgeburnWarning, UserError
+
+if TYPE_CHECKING:
+    from dodgeburn.models.model import Model
+    from dodgeburn.sampling.settings import GenerateSettings
+    from dodgeburn.slide.edits import Unedited
+
+
+@dataclass
+class OnModel:
+    """Options of pictures made on a model."""
+
+    model: str = "pocket"
+    """A packaged model, a .safetensors file, a diffusers folder or a hub id."""
+    steps: int = 20
+    """Denoising steps."""
+    guidance: float = 4.0
+    """Classifier-free guidance scale."""
+    sampler: str = "dpmpp_2m"
+    """Any that `generate` has."""
+    batch_size: int | None = None
+    """Pictures at a time; none: chosen by their size."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+    dtype: Annotated[str | None, tyro.conf.arg(metavar="TYPE")] = None
+    """fp32, fp16 or bf16; none: what suits the device."""
+    tokenizer: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """A CLIP tokenizer's folder, for single files of real Stable Diffusion."""
+    json: bool = False
+    """Print one JSON object as the last line."""
+
+    def settings(self) -> GenerateSettings:
+        """How pictures are made."""
+        from dodgeburn.sampling.settings import GenerateSettings
+
+        return GenerateSettings(steps=self.steps, guidance=self.guidance, sampler=self.sampler)
+
+    def load(self) -> Model:
+        """The model."""
+        from dodgeburn.models.loading import load_model
+
+        return load_model(self.model, self.device, self.dtype, self.tokenizer)
+
+
+def of_pocket(model: Model, what: str) -> None:
+    """UserError if the model's pictures are not of the pocket world, where `what` reads attributes."""
+    from dodgeburn.merge.compare import speaks_pocket
+
+    if not speaks_pocket(model):
+        raise UserError(
+            f"{model.name} is no model of the pocket world: there is no reader for its pictures, so {what} has no "
+            "figures for it; look at it with dodgeburn slider sweep"
+        )
+
+
+@contextmanager
+def drawing(model: Model, options: OnModel, what: str) -> Iterator[Unedited]:
+    """Unedited pictures to share, with a bar on a terminal that counts what is drawn; warnings are said at once."""
+    from tqdm import tqdm
+
+    from dodgeburn.slide.edits import Unedited
+
+    def say(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+        if issubclass(category, DodgeburnWarning):
+            tqdm.write(f"warning: {message}", file=sys.stderr)
+
+    with warnings.catch_warnings(), tqdm(unit="picture", desc=what, disable=None, file=sys.stderr, leave=False) as bar:
+        warnings.simplefilter("always", DodgeburnWarning)
+        warnings.showwarning = say
+        yield Unedited(model, options.settings(), options.batch_size, lambda n: None if bar.update(n) else None)
+
+
+def numbers(text: str, option: str) -> list[float]:
+    """Numbers separated by commas, or "LOW..HIGH/COUNT" as in -2..2/9. UserError that names the option."""
+    low, dots, rest = text.partition("..")
+    try:
+        if dots:
+            high, _, count = rest.partition("/")
+            n = int(count or 9)
+            if n < 2 or n > 1000:
+                raise UserError(f"--{option} {text}: {n} scales, expected 2 to 1000")
+            return [round(float(low) + (float(high) - float(low)) * i / (n - 1), 6) for i in range(n)]
+        found = [float(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise UserError(f"--{option} {text}: expected numbers such as -2,-1,0,1,2 or -2..2/9") from None
+    if not found or not all(abs(x) <= 1e4 for x in found):
+        raise UserError(f"--{option} {text}: expected at least one number, none beyond 10000")
+    return found
+
+
+def seeds_of(text: str) -> list[int]:
+    """Seeds separated by commas, or FIRST-LAST. UserError for anything else."""
+    first, dash, last = text.partition("-")
+    try:
+        if dash and first:
+            found = list(range(int(first), int(last) + 1))
+        else:
+            found = [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise UserError(f"--seeds {text}: expected whole numbers such as 0,1,2 or 0-7") from None
+    if not 0 < len(found) <= 10_000:
+        raise UserError(f"--seeds {text}: {len(found)} seeds, expected 1 to 10000")
+    return found
+
+
+def need_files(files: Sequence[str], example: str) -> None:
+    """UserError without a file."""
+    if not files:
+        raise UserError(f"no slider: name at least one file, as in {example}")
