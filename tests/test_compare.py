@@ -10,12 +10,13 @@ from tiny import tiny_model, tiny_tokenizer
 from dodgeburn.cli.compare import main, numbers
 from dodgeburn.errors import DodgeburnWarning, UserError
 from dodgeburn.merge import compare_pictures as job
-from dodgeburn.merge.blocks import alphas
 from dodgeburn.merge.compare import CompareSettings, Comparison, compare, read_prompts
-from dodgeburn.merge.live import LiveMerge, stored_tensors
+from dodgeburn.merge.live import LiveMerge
 from dodgeburn.merge.presets import preset_names
 from dodgeburn.merge.ranking import Measured, Row, rank
 from dodgeburn.merge.run import merge
+from dodgeburn.merge.settings import MergeSettings
+from dodgeburn.models.as_single_file import open_as_single_file
 from dodgeburn.models.loading import load_model
 from dodgeburn.models.saving import save_diffusers_folder, save_single_file
 from dodgeburn.pocket.attributes import CATEGORICAL, CONTINUOUS
@@ -64,6 +65,12 @@ def weights(model) -> dict[str, torch.Tensor]:
             for key, tensor in module.state_dict().items()}  # fmt: skip
 
 
+def live_merge(model, *others: Path, limit: int | None = None) -> LiveMerge:
+    """Of a loaded model and files named B, C, ... in order."""
+    files = {name: open_as_single_file(path) for name, path in zip("ABCDE", (model.source, *others), strict=False)}
+    return LiveMerge(model, files, limit)
+
+
 def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
     return one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
 
@@ -81,9 +88,9 @@ def test_live_model_is_the_written_and_reloaded_file_bit_for_bit(pair, tmp_path,
     a, b = pair
     model = load_model(a, "cpu")
     before = weights(model)
-    live = LiveMerge(model, stored_tensors(model), stored_tensors(load_model(b, "cpu")))
+    live = live_merge(model, b)
     for preset, base in (("ReverseSmoothstep", 0.4), ("Wrap2", 1.0), ("GradV", 0.0)):
-        live.apply(live.plan(alphas(model.layout, preset, base), keep))
+        live.apply(live.plan(MergeSettings(preset=preset, base=base, keep=keep)))
         merge(a, b, tmp_path / "m.safetensors", preset=preset, base=base, keep=keep)
         written = load_model(tmp_path / "m.safetensors", "cpu", tokenizer=a.parent / "tokenizer")
         assert same(weights(model), weights(written))
@@ -95,14 +102,13 @@ def test_live_model_is_the_written_and_reloaded_file_bit_for_bit(pair, tmp_path,
 def test_all_shares_one_is_b_and_only_what_changes_is_touched(pair) -> None:
     a, b = pair
     model, other = load_model(a, "cpu"), load_model(b, "cpu")
-    live = LiveMerge(model, stored_tensors(model), stored_tensors(other))
-    everything = dict.fromkeys(model.layout.all_blocks, 1.0)
-    assert live.apply(live.plan(everything)) == set(model.components())
+    live = live_merge(model, b)
+    assert live.apply(live.plan(MergeSettings(base=1.0))) == set(model.components())
     assert same(weights(model), weights(other))
-    assert live.apply(live.plan(everything)) == set()
-    assert live.apply(live.plan({**everything, "IN03": 0.5})) == {"unet"}
+    assert live.apply(live.plan_b()) == set()
+    assert live.apply(live.plan(MergeSettings(base=1.0, blocks={"IN03": 0.5}))) == {"unet"}
     touched: list[str] = []
-    live.apply(live.plan({**everything, "IN04": 0.5}), touched.append)
+    live.apply(live.plan(MergeSettings(base=1.0, blocks={"IN04": 0.5})), touched.append)
     assert {model.layout.block(name) for name in touched} == {"IN03", "IN04"}
 
 
@@ -111,9 +117,11 @@ def test_folders_merge_like_files_and_stay_as_they_are(pair, tmp_path) -> None:
     save_diffusers_folder(load_model(a, "cpu"), tmp_path / "folder")
     model = load_model(tmp_path / "folder", "cpu")
     before = weights(model)
-    live = LiveMerge(model, stored_tensors(model), stored_tensors(load_model(b, "cpu")))
-    live.apply(live.plan(alphas(model.layout, "Cosine", 0.5)))
-    assert not same(weights(model), before)
+    live = live_merge(model, b)
+    live.apply(live.plan(MergeSettings(preset="Cosine", base=0.5)))
+    merge(tmp_path / "folder", b, tmp_path / "m.safetensors", preset="Cosine", base=0.5)
+    written = load_model(tmp_path / "m.safetensors", "cpu", tokenizer=a.parent / "tokenizer")
+    assert same(weights(model), weights(written))
     live.restore()
     assert same(weights(model), before)
 
@@ -125,10 +133,9 @@ def test_nan_in_b_is_an_error_and_leaves_a(pair, tmp_path) -> None:
     save_single_file(broken, tmp_path / "nan.safetensors", dtype=torch.float16)
     model = load_model(a, "cpu")
     before = weights(model)
-    nan = load_model(tmp_path / "nan.safetensors", "cpu", tokenizer=a.parent / "tokenizer")
-    live = LiveMerge(model, stored_tensors(model), stored_tensors(nan), "nan.safetensors")
+    live = live_merge(model, tmp_path / "nan.safetensors")
     with pytest.raises(UserError, match="middle_block.0.*nan.safetensors"):
-        live.apply(live.plan(alphas(model.layout, "Flat_25", 0.5), ("text", "vae")))
+        live.apply(live.plan(MergeSettings(preset="Flat_25", base=0.5, keep=("text", "vae"))))
     assert same(weights(model), before)
 
 

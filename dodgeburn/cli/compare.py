@@ -1,4 +1,4 @@
-"""dodgeburn compare: every preset and base of two models, seen and measured side by side."""
+"""dodgeburn compare: many merges of two models, seen and measured side by side."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import json
 import sys
 import warnings
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -38,10 +38,26 @@ class Compare:
     """Model B, of the same architecture and size."""
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], metavar="DIR")] = None
     """The folder to write to: a new or empty one, or that of an interrupted run."""
-    presets: Annotated[str, tyro.conf.arg(metavar="NAMES")] = "all"
-    """Presets separated by commas, or all (the card's 16), or published (all 38)."""
-    bases: Annotated[str, tyro.conf.arg(metavar="NUMBERS")] = "0.4,0.5,0.6"
-    """B's shares of what is outside the U-Net's blocks, separated by commas, 0 to 1."""
+    presets: Annotated[str | None, tyro.conf.arg(metavar="NAMES")] = None
+    """Presets separated by commas; all (the card's 16), published (all 38), or none (every block at the base). Not
+    given: all, or none with --methods.
+    """
+    bases: Annotated[str | None, tyro.conf.arg(metavar="NUMBERS")] = None
+    """B's shares of what is outside the U-Net's blocks, separated by commas, 0 to 1, or default, the method's own. Not
+    given: 0.4,0.5,0.6, or default with --methods.
+    """
+    methods: Annotated[str | None, tyro.conf.arg(metavar="NAMES")] = None
+    """Merge methods separated by commas, each NAME[:PARAMETER=NUMBER ...][:seed=N][:clip], such as
+    slerp,ties:density=0.1,ties:density=0.3; see dodgeburn merge --help. Not given: weighted_sum.
+    """
+    variants: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """A .toml, .yaml or .json file of variants with names and any settings of a merge; compared alone, or beside the
+    grid that --presets, --bases and --methods make.
+    """
+    also: Annotated[list[str], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="C")] = field(default_factory=list)
+    """One more model, for methods that take three or more. Repeatable."""
+    base_model: Annotated[str | None, tyro.conf.arg(metavar="MODEL")] = None
+    """The model that the others were tuned from, for methods that take differences."""
     prompts: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """A text file with one prompt a line (lines beginning with # are left out); none: eight of the pocket world."""
     seeds: Annotated[str, tyro.conf.arg(metavar="NUMBERS")] = "0,1,2,3"
@@ -95,14 +111,12 @@ def main(args: list[str]) -> int:
     )  # fmt: skip
     if chosen.out is None:
         raise UserError("no output folder: say where to write with -o DIR")
-    bases = numbers(chosen.bases, "bases", float)
     seeds = numbers(chosen.seeds, "seeds", int)
     from dodgeburn.merge.compare import CompareSettings, compare, read_prompts
     from dodgeburn.sampling.settings import GenerateSettings
 
     settings = CompareSettings(
-        presets=tuple(name for name in chosen.presets.split(",") if name.strip()),
-        bases=tuple(bases),
+        **_merges(chosen),
         prompts=read_prompts(chosen.prompts),
         seeds=tuple(int(seed) for seed in seeds),
         keep=() if chosen.keep.strip().lower() == "none" else (chosen.keep,),
@@ -115,8 +129,9 @@ def main(args: list[str]) -> int:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", DodgeburnWarning)
         result = compare(
-            chosen.a, chosen.b, settings, chosen.out, chosen.device, chosen.dtype, tokenizer=chosen.tokenizer
-        )
+            chosen.a, chosen.b, settings, chosen.out, chosen.device, chosen.dtype, tokenizer=chosen.tokenizer,
+            more=chosen.also, base_model=chosen.base_model,
+        )  # fmt: skip
     counted = Counter(str(w.message) for w in caught if issubclass(w.category, DodgeburnWarning))
     for message, times in counted.items():
         print(f"warning: {message}{f' ({times} times)' if times > 1 else ''}", file=sys.stderr)
@@ -129,9 +144,37 @@ def main(args: list[str]) -> int:
     return 0
 
 
+def _merges(chosen: Compare) -> dict[str, Any]:
+    """What is merged: the grid's presets, bases and methods, and the file's variants."""
+    given = (chosen.presets, chosen.bases, chosen.methods)
+    found: dict[str, Any] = {}
+    if chosen.variants is not None:
+        from dodgeburn.merge.variants import read_variants
+
+        found["variants"] = read_variants(chosen.variants, chosen.also, chosen.base_model)
+        if given == (None, None, None):
+            return {**found, "presets": (), "bases": (), "methods": ()}
+    presets, bases, methods = given
+    if presets is None:
+        presets = "all" if methods is None else "none"
+    if bases is None:
+        bases = "0.4,0.5,0.6" if methods is None else "default"
+    found["presets"] = tuple(name for name in presets.split(",") if name.strip())
+    words = [word.strip() for word in bases.split(",") if word.strip()]
+    own = [None] if any(word.lower() == "default" for word in words) else []
+    found["bases"] = (*own, *numbers(",".join(w for w in words if w.lower() != "default"), "bases", float))
+    if methods is not None:
+        found["methods"] = tuple(name.strip() for name in methods.split(",") if name.strip())
+    return found
+
+
 def table(result: Comparison, top: int = TOP) -> str:
     """The first rows and both parents, as text."""
-    lines = [f"{'rank':>4}  {'preset':<25}{'base':>5}  {'fidelity':<22}{'like A':>7}{'like B':>8}  Pareto"]
+    plain = all(row.method == "weighted_sum" and row.preset for row in result.rows)
+    names = {row.name: row.preset if plain and row.preset else row.name for row in [*result.parents, *result.rows]}
+    wide = max(25, *(len(name) + 2 for name in names.values()))
+    what = "preset" if plain else "variant"
+    lines = [f"{'rank':>4}  {what:<{wide}}{'base':>5}  {'fidelity':<22}{'like A':>7}{'like B':>8}  Pareto"]
     read = result.rows[0].measured.resemblance_a is not None
     prefix = "resemblance" if read else "pixel_resemblance"
     for row in [*result.parents, *result.rows[:top]]:
@@ -139,7 +182,8 @@ def table(result: Comparison, top: int = TOP) -> str:
         ends = f" [{found.low:.3f}, {found.high:.3f}]" if found and found.ends else ""
         fidelity = f"{found.mean:.3f}{ends}" if found else "-"
         like = [f"{row.mean(f'{prefix}_{side}') or 0.0:.3f}" for side in "ab"]
-        first = f"{row.rank:>4}  {row.preset:<25}{row.base:>5g}" if row.rank else f"{'':>4}  {row.name:<25}{'':>5}"
+        base = "" if row.base is None else f"{row.base:g}"
+        first = f"{row.rank or '':>4}  {names[row.name]:<{wide}}{base:>5}"
         lines.append(f"{first}  {fidelity:<22}{like[0]:>7}{like[1]:>8}  {'yes' if row.pareto else ''}".rstrip())
     if len(result.rows) > top:
         lines.append(f"      and {len(result.rows) - top} more")

@@ -7,7 +7,6 @@ import json
 import time
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,58 +14,49 @@ import numpy as np
 from tqdm import tqdm
 
 from dodgeburn.jobs import PartStore
-from dodgeburn.merge.live import LiveMerge
+from dodgeburn.merge.live import LiveMerge, LivePlan
+from dodgeburn.merge.variants import Variant
 from dodgeburn.models.model import Model
 from dodgeburn.sampling.loop import GenerateSettings, Step, default_batch_size, generate
 from dodgeburn.sampling.prompts import EncodedPrompt, encode
 
-
-@dataclass(frozen=True)
-class Variant:
-    """One merge to look at: a preset with a base, and the block shares that they make."""
-
-    preset: str
-    base: float
-    shares: dict[str, float]
-
-    @property
-    def name(self) -> str:
-        """Also the name of its pictures' file."""
-        return f"{self.preset}-{self.base:g}"
+FOLDER = "pictures"
 
 
-def part_name(name: str) -> str:
+def part_name(name: str, folder: str = FOLDER) -> str:
     """Where the pictures of a variant or a parent lie, within the job's folder."""
-    return f"pictures/{name}.npz"
+    return f"{folder}/{name}.npz"
 
 
-def load_pictures(path: Path) -> np.ndarray | None:
-    """uint8 [prompts, seeds, h, w, 3], or None for a file that is missing or damaged (it is made again
-    then).
+def load_pictures(path: Path, merge: Mapping[str, Any] | None = None) -> np.ndarray | None:
+    """uint8 [prompts, seeds, h, w, 3], or None for a file that is missing or damaged (it is made again then), or is of
+    another merge than `merge` (a Variant's dump).
     """
     try:
         with np.load(path, allow_pickle=False) as stored:
+            if merge is not None and json.loads(str(stored["about"]))["merge"] != merge:
+                return None
             return np.asarray(stored["pictures"])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
         return None
 
 
-def twins_of(live: LiveMerge, variants: Sequence[Variant], keep: tuple[str, ...]) -> dict[str, str]:
-    """Variants whose tensors equal an earlier one's, by name -> that one's name (A and B count as earlier
-    ones).
-    """
-    everything = dict.fromkeys(live.model.layout.all_blocks, 1.0)
-    seen = {live.fingerprint(live.plan(everything)): "B", (): "A"}
-    out: dict[str, str] = {}
-    for variant in variants:
-        first = seen.setdefault(live.fingerprint(live.plan(variant.shares, keep)), variant.name)
-        if first != variant.name:
-            out[variant.name] = first
-    return out
+class Twins:
+    """Which variants have the very same tensors as an earlier one; A and B count as earlier ones."""
+
+    def __init__(self, live: LiveMerge) -> None:
+        self._live = live
+        self._seen = {live.fingerprint(live.plan_b()): "B", frozenset[Any](): "A"}
+
+    def first(self, variant: Variant) -> str | None:
+        """The name of the earlier one, or None for a variant that is new (and is an earlier one from now on)."""
+        plan = self._live.plan(variant.merge, variant.more, variant.base_model)
+        first = self._seen.setdefault(self._live.fingerprint(plan), variant.name)
+        return None if first == variant.name else first
 
 
 def twin_notes(twins: Mapping[str, str]) -> list[str]:
-    """What the reader of a report should know of `twins_of`."""
+    """What the reader of a report should know of variants (by name) that equal another one."""
     if not twins:
         return []
     shown = "; ".join(f"{name} = {first}" for name, first in list(twins.items())[:8])
@@ -74,52 +64,76 @@ def twin_notes(twins: Mapping[str, str]) -> list[str]:
     return [f"{len(twins)} variants have the very same tensors as another, so they share its pictures: {shown}{more}"]
 
 
-def make_pictures(
-    live: LiveMerge,
-    variants: Sequence[Variant],
-    twins: Mapping[str, str],
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    settings: GenerateSettings,
-    keep_of_a: tuple[str, ...],
-    store: PartStore,
-) -> int:
-    """Make the pictures of A, B and the variants (but twins) that are not in the store; returns how many files were.
+class PictureMaker:
+    """Makes the same prompts' and seeds' pictures with one merge after another, each into a file of its own."""
 
-    Each file holds every prompt with every seed. The model is left as the last variant.
-    """
-    layout = live.model.layout
-    jobs: list[tuple[str, dict[str, float], tuple[str, ...]]] = [
-        ("A", dict.fromkeys(layout.all_blocks, 0.0), ("text", "vae")),
-        ("B", dict.fromkeys(layout.all_blocks, 1.0), ()),
-        *((v.name, v.shares, keep_of_a) for v in variants if v.name not in twins),
-    ]
-    todo = [job for job in jobs if load_pictures(store.path(part_name(job[0]))) is None]
-    texts = [*prompts, settings.negative, ""]
-    every_prompt = [prompt for prompt in prompts for _ in seeds]
-    every_seed = [seed for _ in prompts for seed in seeds]
-    shape = (len(prompts), len(seeds))
-    encoded: dict[str, EncodedPrompt] | None = None
-    with _Progress(live.model, settings, len(every_seed), len(todo), len(jobs) - len(todo)) as progress:
-        for name, shares, keep in todo:
-            progress.begin(name)
-            changed = live.apply(live.plan(shares, keep))
-            if encoded is None or any(part.startswith("text_encoder") for part in changed):
-                encoded = encode(live.model, texts, settings.clip_skip, settings.prompt_syntax)
-            start = time.perf_counter()
-            made = generate(live.model, every_prompt, every_seed, settings, progress.step, encoded=encoded)
-            pictures = np.stack([np.asarray(picture.image) for picture in made])
-            _save(store, name, pictures.reshape(*shape, *pictures.shape[1:]), time.perf_counter() - start)
-            progress.end()
-    return len(jobs) - len(todo)
+    def __init__(
+        self,
+        live: LiveMerge,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        settings: GenerateSettings,
+        store: PartStore,
+        folder: str = FOLDER,
+    ) -> None:
+        self.live, self.prompts, self.seeds, self.settings = live, list(prompts), list(seeds), settings
+        self.store, self.folder = store, folder
+        self.resumed = 0  # files that were there
+        self._encoded: tuple[int, dict[str, EncodedPrompt]] | None = None
+
+    def make(self, variants: Sequence[Variant], parents: bool = False) -> None:
+        """Make the pictures of the variants that are not in the store, after A's and B's with `parents`. The model is
+        left as the last one.
+        """
+        jobs: list[tuple[str, dict[str, Any] | None, LivePlan]] = []
+        if parents:
+            jobs = [("A", None, self.live.plan_a()), ("B", None, self.live.plan_b())]
+        for v in variants:
+            jobs.append((v.name, about_merge(v), self.live.plan(v.merge, v.more, v.base_model)))
+        todo = [job for job in jobs if self.load(job[0], job[1]) is None]
+        self.resumed += len(jobs) - len(todo)
+        n = len(self.prompts) * len(self.seeds)
+        with _Progress(self.live.model, self.settings, n, len(todo), len(jobs) - len(todo)) as progress:
+            for name, merge, plan in todo:
+                progress.begin(name)
+                self._make(name, merge, plan, progress)
+                progress.end()
+
+    def load(self, name: str, merge: Mapping[str, Any] | None = None) -> np.ndarray | None:
+        """A variant's pictures, as `load_pictures`."""
+        return load_pictures(self.store.path(part_name(name, self.folder)), merge)
+
+    def _make(self, name: str, merge: dict[str, Any] | None, plan: LivePlan, progress: _Progress) -> None:
+        self.live.apply(plan)
+        settings = self.settings
+        if self._encoded is None or self._encoded[0] != self.live.text_changes:
+            texts = [*self.prompts, settings.negative, ""]
+            encoded = encode(self.live.model, texts, settings.clip_skip, settings.prompt_syntax)
+            self._encoded = (self.live.text_changes, encoded)
+        prompts = [prompt for prompt in self.prompts for _ in self.seeds]
+        seeds = [seed for _ in self.prompts for seed in self.seeds]
+        start = time.perf_counter()
+        made = generate(self.live.model, prompts, seeds, settings, progress.step, encoded=self._encoded[1])
+        seconds = time.perf_counter() - start
+        pictures = np.stack([np.asarray(picture.image) for picture in made])
+        about = {
+            "variant": name, "merge": merge, "seconds": round(seconds, 3), "job": self.store.hash,
+            **self.store.settings,
+        }  # fmt: skip
+        buffer = io.BytesIO()
+        shaped = pictures.reshape(len(self.prompts), len(self.seeds), *pictures.shape[1:])
+        np.savez_compressed(buffer, pictures=shaped, about=np.array(json.dumps(about)))
+        with self.store.writing(part_name(name, self.folder)) as part:
+            part.write_bytes(buffer.getvalue())
 
 
-def _save(store: PartStore, name: str, pictures: np.ndarray, seconds: float) -> None:
-    about = json.dumps({"variant": name, "seconds": round(seconds, 3), "job": store.hash, **store.settings})
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, pictures=pictures, about=np.array(about))
-    with store.writing(part_name(name)) as part:
-        part.write_bytes(buffer.getvalue())
+def about_merge(variant: Variant) -> dict[str, Any]:
+    """A variant as plain values, its models without local folders."""
+    found = variant.model_dump(mode="json", exclude={"name"})
+    found["more"] = [Path(name).name for name in variant.more]
+    if variant.base_model is not None:
+        found["base_model"] = Path(variant.base_model).name
+    return found
 
 
 class _Progress:

@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dodgeburn.measure.report import Report, Theme
+from dodgeburn.merge.variants import FOUND
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # by base
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # by group
+GROUPS = len(MARKERS)
 OFFSETS = ((0, 10), (10, 3), (-10, 3), (9, -8), (-9, -8))  # of the first ranks' numbers, so that they keep apart
 
 
@@ -25,7 +27,8 @@ def add_plot(report: Report, variants: Sequence[Mapping[str, Any]], parents: Seq
             (f"{prefix}_a", "fidelity", "resemblance to A", "prompt fidelity"),
             (f"{prefix}_b", "fidelity", "resemblance to B", "prompt fidelity"),
         ]
-    bases = sorted({row["base"] for row in variants})
+    groups = grouped(variants)
+    titles = sorted(set(groups.values()))
 
     def draw(theme: Theme) -> Figure:
         from matplotlib.figure import Figure as NewFigure
@@ -37,7 +40,7 @@ def add_plot(report: Report, variants: Sequence[Mapping[str, Any]], parents: Seq
             axes = figure.add_subplot(down, across, i + 1)
             _style(axes, theme, x_title, y_title)
             for row in variants:
-                at = bases.index(row["base"])
+                at = titles.index(groups[row["name"]])
                 colour = theme.accents[at % len(theme.accents)]
                 axes.plot(
                     row[x], row[y], MARKERS[at % len(MARKERS)], ms=7 if row["pareto"] else 5, mec=colour, mew=1.2,
@@ -51,9 +54,9 @@ def add_plot(report: Report, variants: Sequence[Mapping[str, Any]], parents: Seq
             _mark_parents(axes, parents, x, y, theme)
             _front_line(axes, [(row[x], row[y]) for row in variants], theme)
             if i == 0:
-                for at, base in enumerate(bases):
+                for at, title in enumerate(titles):
                     axes.plot([], [], MARKERS[at % len(MARKERS)], color=theme.accents[at % len(theme.accents)],
-                              label=f"base {base:g}")  # fmt: skip
+                              label=title)  # fmt: skip
                 axes.legend(frameon=False, fontsize=9, labelcolor=theme.ink, loc="best")
         return figure
 
@@ -62,6 +65,21 @@ def add_plot(report: Report, variants: Sequence[Mapping[str, Any]], parents: Seq
         "Filled: on the Pareto front of fidelity and both resemblances. Numbers: the first five ranks. Lines A and B: "
         "the parents' fidelity, and their resemblance to one another. Dashed: the front of each panel alone.",
     )  # fmt: skip
+
+
+def grouped(variants: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Variant's name -> what its marker stands for: its base, or its method where there are several, or one for all
+    where those are too many to be told apart. What a search found stands apart.
+    """
+    found = {row["name"] for row in variants if row["name"].startswith(FOUND)}
+    others = [row for row in variants if row["name"] not in found]
+    several = len({row["method"] for row in others}) > 1
+    names = {row["name"]: row["method"] if several else f"base {row['base']:g}" for row in others}
+    if len(set(names.values())) > GROUPS - 1:
+        names = {name: text.partition(":")[0] for name, text in names.items()}
+    if len(set(names.values())) > GROUPS - 1:
+        names = dict.fromkeys(names, "variants")
+    return names | dict.fromkeys(found, "found by search")
 
 
 def _style(axes: Any, theme: Theme, x_title: str, y_title: str) -> None:

@@ -11,21 +11,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from dodgeburn.checkpoint.tensorfile import write_atomic
-from dodgeburn.images.png import png_bytes
-from dodgeburn.images.sheet import contact_sheet
 from dodgeburn.measure.fidelity import TOLERANCE
 from dodgeburn.measure.intervals import RESAMPLES
 from dodgeburn.measure.machine import machine
 from dodgeburn.measure.report import Column, Report
+from dodgeburn.merge.command import merge_command
 from dodgeburn.merge.compare import PARENTS, Comparison
+from dodgeburn.merge.compare_pictures import about_merge
 from dodgeburn.merge.compare_plot import add_plot
+from dodgeburn.merge.compare_sheets import add_sheets, shown_settings, write_sheets
 from dodgeburn.merge.ranking import FIGURES
-
-COLUMNS_A_SHEET = 8  # variants beside A and B: ten pictures of 64 pixels, each drawn twice as large, fill a screen
-CELL = 144  # pixels a picture has in the PNG sheets, at least
 
 
 def write_outputs(result: Comparison) -> None:
@@ -35,7 +32,7 @@ def write_outputs(result: Comparison) -> None:
     folder = result.folder
     result.files["table"] = str(folder / "table.csv")
     write_atomic(folder / "table.csv", _csv(parents + variants).encode())
-    sheets = _write_sheets(result)
+    sheets = write_sheets(result)
     result.files["sheets"] = str(folder / "sheets")
     report = Report(_title(result), summary(result, variants, parents))
     add_sections(report, result, variants, parents)
@@ -56,6 +53,7 @@ def as_json(
         "rows": list(variants if variants is not None else [row.as_dict() for row in result.rows]),
         "parents": list(parents if parents is not None else [row.as_dict() for row in result.parents]),
         "held_out": result.held_out,
+        "full_reads": round(result.full_reads, 3),
         "resumed": result.resumed,
         "read_by": result.read_by,
         "notes": result.notes,
@@ -72,12 +70,14 @@ def _details(result: Comparison) -> dict[str, Any]:
     return {
         "a": result.a,
         "b": result.b,
+        "others": [facts for key, facts in result.models.items() if key not in PARENTS],
         "layout": result.layout,
-        "settings": result.settings.model_dump(mode="json"),
+        "settings": shown_settings(result),
         "asked": result.asked,
         "machine": machine(result.device),
         "fidelity_by_prompt": {row.name: by_prompt(row.measured.fidelity) for row in [*result.parents, *result.rows]},
         "shares": {row.name: row.shares for row in result.rows},
+        "merges": {row.name: about_merge(result.variants[row.name]) for row in result.rows},
     }
 
 
@@ -99,59 +99,6 @@ def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
     return out.getvalue()
 
 
-# ----------------------------------------------------------------------------------------------------- sheets
-
-
-def sheet_groups(result: Comparison) -> list[tuple[str, list[str]]]:
-    """(title, names of its variants) of every contact sheet: base by base, a few presets on each, as in the
-    settings.
-    """
-    presets = result.settings.presets
-    groups = []
-    for base in result.settings.bases:
-        for start in range(0, len(presets), COLUMNS_A_SHEET):
-            part = presets[start : start + COLUMNS_A_SHEET]
-            title = f"base {base:g}: {part[0]} to {part[-1]}" if len(part) > 1 else f"base {base:g}: {part[0]}"
-            groups.append((title, [f"{preset}-{base:g}" for preset in part]))
-    return groups
-
-
-def _first_seed(result: Comparison, name: str) -> np.ndarray:
-    same = next((row.same_as for row in result.rows if row.name == name), None)
-    return result.pictures(same or name)[:, 0]
-
-
-def _write_sheets(result: Comparison) -> list[str]:
-    (result.folder / "sheets").mkdir(exist_ok=True)
-    written = []
-    parents = {name: _first_seed(result, name) for name in PARENTS}
-    for number, (title, names) in enumerate(sheet_groups(result), 1):
-        columns = [parents["A"], *(_first_seed(result, name) for name in names), parents["B"]]
-        rows: list[list[Image.Image | None]] = [
-            [Image.fromarray(column[r]) for column in columns] for r in range(len(result.settings.prompts))
-        ]
-        labels = [
-            "A: " + result.a["name"],
-            *(_spaced(name.rpartition("-")[0]) for name in names),
-            "B: " + result.b["name"],
-        ]
-        image = contact_sheet(
-            rows, list(result.settings.prompts), labels, f"{title}, seed {result.settings.seeds[0]}",
-            cell=max(CELL, *columns[0].shape[1:3]),
-        )  # fmt: skip
-        path = result.folder / "sheets" / f"{number:02d}.png"
-        about = {"sheet": title, "seed": result.settings.seeds[0], "a": result.a, "b": result.b,
-                 **result.settings.model_dump(mode="json")}  # fmt: skip
-        write_atomic(path, png_bytes(image, own=about))
-        written.append(str(path))
-    return written
-
-
-def _spaced(name: str) -> str:
-    """TrueCubicHermite -> True Cubic Hermite, so that it can be wrapped."""
-    return "".join(f" {c}" if i and c.isupper() and name[i - 1].islower() else c for i, c in enumerate(name))
-
-
 # ------------------------------------------------------------------------------------------------------- page
 
 
@@ -165,12 +112,12 @@ def summary(result: Comparison, variants: Sequence[Mapping[str, Any]], parents: 
     if best["fidelity"] is None:
         kind = "resemblance" if best["resemblance_a"] is not None else "pixel_resemblance"
         return (
-            f"{best['preset']} at base {best['base']:g} is the merge that stays closest to both models "
+            f"{called(best)} is the merge that stays closest to both models "
             f"({best[kind + '_a']:.3f} to A, {best[kind + '_b']:.3f} to B, where 1 is the same picture)."
         )
     a, b = parents
     text = (
-        f"{best['preset']} at base {best['base']:g} follows its prompts best: it shows {best['fidelity']:.1%} of what "
+        f"{called(best)} follows its prompts best: it shows {best['fidelity']:.1%} of what "
         f"they ask for{_ends(best['fidelity_ci'])}; A shows {a['fidelity']:.1%}, B {b['fidelity']:.1%}. "
     )
     if result.held_out:
@@ -179,6 +126,14 @@ def summary(result: Comparison, variants: Sequence[Mapping[str, Any]], parents: 
             f"{result.held_out['fidelity']:.1%}{_ends(result.held_out['fidelity_ci'])}: {_verdict(result.held_out)}."
         )
     return text
+
+
+def called(row: Mapping[str, Any]) -> str:
+    """A row's variant in words: GradV at base 0.4, with its method where that is no weighted sum."""
+    if not row["preset"]:
+        return str(row["name"])
+    method = f" by {row['method']}" if row["method"] != "weighted_sum" else ""
+    return f"{row['preset']} at base {row['base']:g}{method}"
 
 
 def _ends(ends: Sequence[float] | None) -> str:
@@ -220,15 +175,9 @@ def add_sections(
     report.heading("All variants, best first")
     _add_table(report, result, variants, parents)
     report.heading("Contact sheets")
-    _add_sheets(report, result)
+    add_sheets(report, result)
     report.heading("The best one as a file")
-    best = variants[0]
-    keep = ",".join(result.settings.keep)
-    convention = f" --xl-presets {result.settings.xl_presets}" if result.settings.xl_presets != "curve" else ""
-    report.code(
-        f"dodgeburn merge {result.a['name']} {result.b['name']} -o merged.safetensors --preset {best['preset']} "
-        f"--base {best['base']:g}{f' --keep {keep}' if keep else ''}{convention}"
-    )
+    report.code(merge_command(result.variants[variants[0]["name"]], result.typed))
     report.text(
         "At the same settings and batch size the file gives the very pictures shown here, bit for bit.", note=True
     )
@@ -246,8 +195,9 @@ def _add_table(
     shares = {row.name: [row.shares[b] for b in row.shares if b not in ("BASE", "VAE")] for row in result.rows}
     names = {"A": f"A: {result.a['name']}", "B": f"B: {result.b['name']}"}
     rows = [
-        {**row, "preset": names.get(row["name"], row["preset"]), "front": "yes" if row["pareto"] else "",
-         "shares": shares.get(row["name"], ()), "note": f"same as {row['same_as']}" if row["same_as"] else ""}
+        {**row, "preset": names.get(row["name"]) or row["preset"] or row["name"],
+         "front": "yes" if row["pareto"] else "", "shares": shares.get(row["name"], ()),
+         "note": f"same as {row['same_as']}" if row["same_as"] else ""}
         for row in [*parents, *variants]
     ]  # fmt: skip
     low = {key: min([r[key + "_ci"][0] for r in rows if r[key + "_ci"]], default=0.0) for key in FIGURES}
@@ -258,6 +208,7 @@ def _add_table(
     columns = [
         Column("rank", "rank", "number", 0),
         Column("preset", "preset"),
+        Column("method", "method", hint="with its numbers"),
         Column("base", "base", "number", 2, "B's share of everything outside the U-Net's blocks, unless kept"),
         column("fidelity", "fidelity", "share of what the prompts name that the pictures show"),
         Column("fidelity_judge", "by the judge", "number", 3, "the same, read by the judge, who decides no rank"),
@@ -276,6 +227,8 @@ def _add_table(
     ]
     columns = [c for c in columns if c.kind == "text" or any(row.get(c.key) is not None for row in rows)]
     columns = [c for c in columns if c.key != "note" or any(row["note"] for row in rows)]
+    if all(row["method"] in (None, "weighted_sum") for row in rows):
+        columns = [c for c in columns if c.key != "method"]
     report.table(
         columns, rows,
         "Numbers in brackets are 95 % intervals over prompts and seeds. Tinted rows are on the Pareto front. A click "
@@ -284,42 +237,27 @@ def _add_table(
     )  # fmt: skip
 
 
-def _add_sheets(report: Report, result: Comparison) -> None:
-    prompts = list(result.settings.prompts)
-    parents = {name: _first_seed(result, name) for name in PARENTS}
-    report.text(
-        f"One row a prompt, the same seed ({result.settings.seeds[0]}) in every picture. A, the base of the merges, "
-        "stands first, B last.",
-        note=True,
-    )
-    for number, (title, names) in enumerate(sheet_groups(result)):
-        columns = [parents["A"], *(_first_seed(result, name) for name in names), parents["B"]]
-        labels = [f"A {result.a['name']}", *(name.rpartition("-")[0] for name in names), f"B {result.b['name']}"]
-        if number == 0:
-            report.heading(title, 3)
-        report.sheet(
-            [[column[r] for column in columns] for r in range(len(prompts))], prompts, labels,
-            parents=(labels[0], labels[-1]), summary=None if number == 0 else title,
-        )  # fmt: skip
-
-
 def _add_method(report: Report, result: Comparison) -> None:
     settings, generation = result.settings, result.settings.generate
     report.settings(
         {
             "A": f"{result.a['name']}, sha256 {result.a['sha256'] or 'unknown'}",
             "B": f"{result.b['name']}, sha256 {result.b['sha256'] or 'unknown'}",
-            "merge": "weighted sum by block; preset = B's share of each U-Net block, base = B's share of the rest",
+            **{f"model {facts['name']}": f"sha256 {facts['sha256'] or 'unknown'}"
+               for key, facts in result.models.items() if key not in PARENTS},
+            "merge": "by block; preset = B's share of each U-Net block, base = B's share of the rest",
+            "methods": sorted({str(v.choice) for v in result.variants.values()}),
             "kept of A": settings.keep,
             "presets on SDXL": settings.xl_presets,
-            "bases": [f"{base:g}" for base in settings.bases],
+            "bases": sorted({f"{v.base:g}" for v in result.variants.values()}),
+            "read to merge": f"{result.full_reads:.2f} times all the models' tensors",
             "seeds": settings.seeds,
             "sampler": f"{generation.sampler}, {generation.spacing}, {generation.steps} steps",
             "guidance": f"{generation.guidance:g}",
             "negative prompt": generation.negative,
             **machine(result.device),
         }
-    )
+    )  # fmt: skip
     report.heading("Prompts", 3)
     report.bullets([f"{p} (asks for {_wishes(w)})" for p, w in zip(settings.prompts, result.asked, strict=True)])
     report.heading("Figures", 3)

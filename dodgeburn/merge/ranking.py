@@ -40,12 +40,13 @@ class Measured:
 
 @dataclass
 class Row:
-    """One line of the table: a variant, or a parent ("A", "B": no preset, no base, no rank)."""
+    """One line of the table: a variant, or a parent ("A", "B": no method, no preset, no base, no rank)."""
 
     name: str
     preset: str | None
     base: float | None
     measured: Measured
+    method: str | None = None  # with its numbers, as variants.MethodChoice writes it
     shares: dict[str, float] = field(default_factory=dict)
     rank: int | None = None
     pareto: bool = False
@@ -80,6 +81,7 @@ class Row:
             out[f"{key}_ci"] = [_rounded(end) for end in ends] if ends else None
         unreadable = self.measured.unreadable
         out["unreadable"] = None if unreadable is None else _rounded(float(unreadable.mean()))
+        out["method"] = self.method
         out["pareto"] = self.pareto
         out["same_as"] = self.same_as
         return out

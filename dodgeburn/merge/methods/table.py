@@ -43,7 +43,8 @@ class Method:
 
     `models` is the least and the greatest number of models, without the base. `elementwise`: each output
     value depends on the inputs at the same place only, so tensors may be cut into tiles. `needs_base`: takes
-    the model that the others were tuned from. `random`: takes a generator. `zero_is_a` and `one_is_b`: alpha
+    the model that the others were tuned from. `random`: takes a generator. `lerps`: the result is (1 - alpha) A
+    + alpha M with an M that does not depend on alpha, by torch.lerp. `zero_is_a` and `one_is_b`: alpha
     0 gives A (alpha 1 gives B) exactly, so that those tensors are copied as bytes. `alpha` is the default.
     """
 
@@ -54,6 +55,7 @@ class Method:
     elementwise: bool = False
     needs_base: bool = False
     random: bool = False
+    lerps: bool = False
     zero_is_a: bool = True
     one_is_b: bool = False
     alpha: float = 0.5
@@ -146,20 +148,20 @@ _TABLE = (
     ),
     Method(
         "ties", task_vectors.ties, "(1 - alpha) A + alpha (base + strength TIES of all)", _MANY,
-        needs_base=True, alpha=1.0, params=(_DENSITY, _STRENGTH),
+        needs_base=True, lerps=True, alpha=1.0, params=(_DENSITY, _STRENGTH),
     ),
     Method(
         "dare", task_vectors.dare, "(1 - alpha) A + alpha (base + strength mean of thinned differences)", _MANY,
-        needs_base=True, random=True, alpha=1.0, params=(_DENSITY, _STRENGTH),
+        needs_base=True, random=True, lerps=True, alpha=1.0, params=(_DENSITY, _STRENGTH),
     ),
     Method(
         "della", task_vectors.della, "(1 - alpha) A + alpha (base + strength DELLA of all)", _MANY,
-        needs_base=True, random=True, alpha=1.0,
+        needs_base=True, random=True, lerps=True, alpha=1.0,
         params=(_DENSITY, Param("window", 0.1, 0, 1, "spread of the probabilities to be kept"), _STRENGTH),
     ),
     Method(
         "model_stock", statistics.model_stock, "(1 - alpha) A + alpha (t mean + (1 - t) base)", _MANY,
-        needs_base=True, alpha=1.0,
+        needs_base=True, lerps=True, alpha=1.0,
     ),
     Method(
         "geometric_median", statistics.geometric_median, "(1 - alpha) A + alpha geometric median of all", _MANY,
