@@ -58,8 +58,8 @@ def strips(sliders: Sequence[Slider], prompts: Sequence[str], seeds: Sequence[in
                 names += [prompt] if len(prompts) > 1 else []
                 labels.append("\n".join([*names, f"seed {seed}"]))
                 shown.append([(at,)] * len(scales))
-    title = prompts[0] if len(prompts) == 1 else ", ".join(slider.name for slider in sliders)
-    return Plan(title, rows, labels, [f"{s:+g}" if s else "0" for s in scales], shown)
+    names = [", ".join(slider.name for slider in sliders), *(prompts if len(prompts) == 1 else [])]
+    return Plan(": ".join(names), rows, labels, [f"{s:+g}" if s else "0" for s in scales], shown)
 
 
 def grids(sliders: Sequence[Slider], prompt: str, seed: int, scales: Sequence[float]) -> Plan:
