@@ -42,6 +42,21 @@ def denormalise(latents: Tensor, config: Any) -> Tensor:
     return latents * std / config["scaling_factor"] + mean
 
 
+@torch.no_grad()
+def encode_pictures(vae: Any, pictures: Tensor) -> Tensor:
+    """Pictures uint8 [n, height, width, 3] to U-Net latents float32 [n, c, h, w] on the CPU: the VAE's means.
+
+    Sides must be multiples of the VAE's factor.
+    """
+    like = next(vae.parameters())
+    n = max(1, DECODE_PIXELS // (pictures.shape[1] * pictures.shape[2]))
+    parts = []
+    for start in range(0, len(pictures), n):
+        x = pictures[start : start + n].permute(0, 3, 1, 2).to(like.device, like.dtype) / 127.5 - 1
+        parts.append(normalise(vae.encode(x).latent_dist.mean, vae.config).float().cpu())
+    return torch.cat(parts)
+
+
 def decode_pictures(vae: Any, latents: Tensor) -> Tensor:
     """U-Net latents [n, c, h, w] to pictures uint8 [n, height, width, 3] on the CPU; NaN becomes black."""
     dtype = next(vae.parameters()).dtype
