@@ -45,7 +45,8 @@ def test_as_is_the_weights_are_bf16_and_repaired_they_are_not() -> None:
     def exact(adapter: Adapter) -> bool:
         return all(torch.equal(p, p.bfloat16().float()) for p in adapter.parameters())
 
-    runs = [train_official(tiny_model(), SPEC, OfficialSettings(repaired=r, steps=2, layers="xattn")) for r in (False, True)]
+    of = [OfficialSettings(repaired=repaired, steps=2, layers="xattn") for repaired in (False, True)]
+    runs = [train_official(tiny_model(), SPEC, settings) for settings in of]
     assert exact(runs[0].adapter) and not exact(runs[1].adapter)
     assert all(p.dtype == torch.float32 for run in runs for p in run.adapter.parameters())
 

@@ -36,7 +36,7 @@ def mean_gradients(
             weight.grad = None
         with torch.enable_grad():
             for i in range(count):
-                loss(i).backward()  # type: ignore[no-untyped-call]
+                loss(i).backward()
         found = {name: w.grad.detach().float().cpu() / count for name, w in weights.items() if w.grad is not None}
     finally:
         for name, weight in weights.items():

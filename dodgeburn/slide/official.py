@@ -97,7 +97,7 @@ def train_official(
             context = contexts[int(torch.randint(len(contexts), (1,), generator=generator))]
             loss = loop.loss(spec, context, k, generator)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             losses.append(float(loss.detach()))
             bar.update()

@@ -50,11 +50,11 @@ class PairSpec(BaseModel):
     layers: str = "noxattn"
     eta: float = Field(default=2.0, gt=0)  # difference: how much of it at a pair's own scale
     start: int = Field(default=850, ge=1, le=1000)  # trained, and to be used, at time steps up to this
-    points: int = Field(default=192, ge=1)  # difference: pairs with noise whose frozen predictions are kept
+    points: int = Field(default=96, ge=1)  # difference: pairs with noise whose frozen predictions are kept
     unconditional: float = Field(default=0.25, ge=0, le=1)  # share trained with the empty prompt
-    steps: int = Field(default=120, ge=1)
+    steps: int = Field(default=40, ge=1)
     batch: int = Field(default=8, ge=1)  # pairs a step, two samples each
-    lr: float = Field(default=2e-3, gt=0)
+    lr: float = Field(default=3e-3, gt=0)
     seed: int = Field(default=0, ge=0)
 
 
