@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
@@ -47,6 +48,12 @@ class Evaluate(OnModel):
     """Several files: measure the selectivity after unmixing too (as many pictures again)."""
     certify: bool = False
     """Write the figures into the files."""
+    clip: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """Any model: measure the CLIP score's change instead (a proxy), with the CLIP model of this local folder."""
+    lpips: bool = False
+    """With --clip: LPIPS to the unedited pictures too (pip install 'dodgeburn[proxies]', weights in torch's cache)."""
+    prompt: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT ...")] = ()
+    """With --clip: the prompts; none: the slider's own subject."""
 
 
 def main(args: list[str]) -> int:
@@ -63,7 +70,11 @@ def main(args: list[str]) -> int:
         raise UserError("--attribute names one slider's attribute: evaluate one file with it")
     if options.compose_prompts < 1:
         raise UserError(f"--compose-prompts {options.compose_prompts}: expected at least 1")
-    found = _run(options)
+    if options.clip is None and (options.lpips or options.prompt):
+        raise UserError("--lpips and --prompt have no effect without --clip FOLDER")
+    if options.clip is not None and (options.certify or options.attribute is not None):
+        raise UserError("--certify and --attribute have no effect with --clip: proxies are no certificate")
+    found = _run(options) if options.clip is None else _proxies(options, options.clip)
     if options.json:
         print(json.dumps(found))
     return 0
@@ -120,6 +131,37 @@ def _run(options: Evaluate) -> dict[str, Any]:
     if len(rows) > 1:
         found["sliders"] = rows
     return found
+
+
+def _proxies(options: Evaluate, clip: Path) -> dict[str, Any]:
+    """CLIP score change and LPIPS of each slider."""
+    from dodgeburn.slide.edits import AdapterEdit
+    from dodgeburn.slide.proxies import ClipScore, Lpips, proxy_figures
+    from dodgeburn.slide.slider_file import open_sliders
+    from dodgeburn.slide.splits import FIRST_EVALUATION_SEED
+
+    if options.seeds < 1:
+        raise UserError(f"--seeds {options.seeds}: expected at least 1")
+    model = options.load()
+    score = ClipScore(clip, str(model.device))
+    apart = Lpips(str(model.device)) if options.lpips else None
+    seeds = [FIRST_EVALUATION_SEED + i for i in range(options.seeds)]
+    rows = []
+    with drawing(model, options, "evaluate") as unedited:
+        for slider in open_sliders(options.files, model):
+            if not slider.card.positive:
+                raise UserError(f"{slider.path.name} does not say its positive prompt: CLIP has nothing to compare with")
+            prompts = list(options.prompt) or [slider.card.target or slider.card.positive]
+            edit = AdapterEdit(model, slider.adapter, slider.start, unedited=unedited)
+            scales = _scales(options, slider)
+            row = proxy_figures(edit, slider.card.positive, prompts, seeds, scales, score, apart)
+            print(f"{slider.name}, proxy: {score.name}, {slider.card.positive!r}: rank correlation with the scale "
+                  f"{row['clip_spearman']:.3f}")  # fmt: skip
+            for at in row["scales"]:
+                far = f", LPIPS {at['lpips']:.3f}" if "lpips" in at else ""
+                print(f"  {at['scale']:+6.2f}: CLIP {at['clip_change']:+.2f}{far}")
+            rows.append({"name": slider.name, "file": str(slider.path), "by": f"proxy: {score.name}", **row})
+    return {"proxies": rows}
 
 
 MEANS = (

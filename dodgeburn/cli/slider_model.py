@@ -58,12 +58,12 @@ class OnModel:
 
 def of_pocket(model: Model, what: str) -> None:
     """UserError if the model's pictures are not of the pocket world, where `what` reads attributes."""
-    from dodgeburn.merge.compare import speaks_pocket
+    from dodgeburn.merge.compare_measure import speaks_pocket
 
     if not speaks_pocket(model):
         raise UserError(
             f"{model.name} is no model of the pocket world: there is no reader for its pictures, so {what} has no "
-            "figures for it; look at it with dodgeburn slider sweep"
+            "figures for it; look at it with slider sweep, or measure proxies with slider evaluate --clip FOLDER"
         )
 
 

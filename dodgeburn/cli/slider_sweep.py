@@ -88,7 +88,7 @@ def _run(options: Sweep, seeds: list[int], scales: list[float] | None) -> dict[s
     from dataclasses import replace
 
     from dodgeburn.images.png import write_picture
-    from dodgeburn.merge.compare import speaks_pocket
+    from dodgeburn.merge.compare_measure import speaks_pocket
     from dodgeburn.pocket.reader import Reader
     from dodgeburn.slide import sweep
     from dodgeburn.slide.slider_file import open_sliders

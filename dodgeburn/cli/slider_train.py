@@ -88,7 +88,7 @@ def _paths(specs: list[SliderSpec], out: Path) -> dict[str, Path]:
 
 def _train(settings: Train, specs: list[SliderSpec], paths: dict[str, Path]) -> list[Made]:
     from dodgeburn.checkpoint.tensorfile import check_output
-    from dodgeburn.merge.compare import speaks_pocket
+    from dodgeburn.merge.compare_measure import speaks_pocket
     from dodgeburn.models.loading import load_model
     from dodgeburn.pocket.reader import Reader
     from dodgeburn.slide.calibrate import Scorer, reader_scorer
