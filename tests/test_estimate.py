@@ -13,11 +13,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dodgeburn.checkpoint.outside import RULES
 from dodgeburn.checkpoint.tensorfile import load_tensors, save_tensors
 from dodgeburn.cli.main import main
 from dodgeburn.errors import UserError
 from dodgeburn.merge.estimate import Estimate, _on_simplex, estimate
-from dodgeburn.merge.nearest import nearest_preset
+from dodgeburn.merge.nearest import nearest_preset, rest_of
 from dodgeburn.merge.presets import find_preset, preset_alphas
 from dodgeburn.merge.run import merge
 
@@ -163,7 +164,8 @@ def test_presets_of_pocket_merges_are_recovered(tmp_path: Path, preset: str, rul
     merge("pocket-style", "pocket-bold", out, preset=preset, base=0.4, xl_presets=rule)
     found = estimate(out, "pocket-style", "pocket-bold")
     true = dict(zip(found.layout.blocks, preset_alphas(preset, 9, 9, rule), strict=True))
-    true |= {name: 0.4 for name in ("time_embed", "label_emb", "clip_l", "clip_g")} | {"out": true["OUT08"]}
+    outside = ("time_embed", "label_emb", "clip_l", "clip_g", "text_other")
+    true |= dict.fromkeys(outside, 0.4) | {"out": true["OUT08"]}
     apart = {name: abs((found.parts[name].share or 0.0) - share) for name, share in true.items()}
     recovered = {name: far for name, far in apart.items() if name != "out"}
     assert max(recovered.values()) < 0.001, f"recovered error {max(recovered.values()):.5f}"
@@ -173,6 +175,26 @@ def test_presets_of_pocket_merges_are_recovered(tmp_path: Path, preset: str, rul
     near = nearest_preset(found)
     assert near is not None and near.fits and near.worst < 0.001
     assert near.names == ((find_preset(preset).name, rule),)
+
+
+@pytest.mark.parametrize(("outside", "keep"), [*((rule, ()) for rule in RULES), ("supermerger", ("text",))])
+def test_base_and_rule_outside_the_blocks_are_found(tmp_path: Path, outside: Any, keep: tuple[str, ...]) -> None:
+    """Or others that make the same tensors: the two VAEs are equal, and what is kept no longer shows a base."""
+    out = tmp_path / "m.safetensors"
+    merge("pocket-style", "pocket-bold", out, preset="Cosine", base=0.4, outside=outside, keep=keep)
+    found = estimate(out, "pocket-style", "pocket-bold")
+    near = nearest_preset(found)
+    rest = near and rest_of(found, near)
+    assert rest is not None
+    if not keep:
+        same_here = {"mecha": "dodgeburn"}
+        assert (rest.outside, rest.keep) == (same_here.get(outside, outside), ())
+        assert rest.base == pytest.approx(0.4, abs=0.001)
+    base = None if rest.base is None else round(rest.base, 3)
+    again = tmp_path / "again.safetensors"
+    merge("pocket-style", "pocket-bold", again, preset="Cosine", base=base, outside=rest.outside, keep=rest.keep)
+    one, two = load_tensors(out), load_tensors(again)
+    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_no_preset_is_named_where_none_fits(tmp_path: Path) -> None:

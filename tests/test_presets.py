@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dodgeburn.errors import UserError
-from dodgeburn.merge.presets import PRESETS, find_preset, preset_alphas, preset_names
+from dodgeburn.merge.presets import PRESETS, find_preset, preset_alphas, preset_name, preset_names
 
 TABLE = json.loads((Path(__file__).parent / "data" / "block_presets.json").read_text())
 
@@ -132,6 +132,30 @@ def test_both_spellings_in_any_case() -> None:
     assert find_preset("smoothstep*2").name == "SmoothstepTimes2" and find_preset("R_SMOOTHSTEP/2") is not None
     with pytest.raises(UserError, match="SmoothstepTimes2"):
         find_preset("SMOOTHSTEP2")
+
+
+@given(st.sampled_from(preset_names("published")), st.sampled_from(preset_names("published")), st.floats(0, 1))
+def test_between_two_presets(one: str, two: str, share: float) -> None:
+    text = f"{PRESETS[one].published}:{two.lower()}:{share!r}"
+    assert preset_name(text) == f"{one}:{two}:{share!r}" == preset_name(preset_name(text))
+    for shape, rule in (((9, 9), "curve"), ((9, 9), "cut"), ((12, 12), "curve")):
+        a, b = (preset_alphas(name, *shape, rule) for name in (one, two))  # type: ignore[arg-type]
+        found = preset_alphas(text, *shape, rule)  # type: ignore[arg-type]
+        assert found == pytest.approx([(1 - share) * x + share * y for x, y in zip(a, b, strict=True)], abs=1e-15)
+        assert all(0 <= value <= 1 for value in found)
+        ends = [preset_alphas(f"{one}:{two}:{end}", *shape, rule) for end in (0, 1)]  # type: ignore[arg-type]
+        assert ends == [a, b]
+
+
+@pytest.mark.parametrize("text", ["Cosine:GradV", "Cosine:GradV:1.5", "Cosine:GradV:x", "Cosine:GradV:nan", "a:b:0:1"])
+def test_two_presets_need_a_share(text: str) -> None:
+    with pytest.raises(UserError, match="NAME:NAME:SHARE, such as Cosine:GradV:0.3"):
+        preset_alphas(text)
+
+
+def test_unknown_names_among_two_are_named() -> None:
+    with pytest.raises(UserError, match="'GradW'.*GradV"):
+        preset_alphas("Cosine:GradW:0.3")
 
 
 def test_wrong_names_list_near_ones() -> None:

@@ -187,6 +187,8 @@ def _merge_command(recipe: dict[str, Any], out: str) -> str:
         parts += ["--keep", ",".join(map(str, recipe["keep"]))]
     if recipe.get("xl_presets", "curve") != "curve":
         parts += ["--xl-presets", str(recipe["xl_presets"])]
+    if recipe.get("outside", "dodgeburn") != "dodgeburn":
+        parts += ["--outside", str(recipe["outside"])]
     return " ".join(_shell(part) for part in parts)
 
 

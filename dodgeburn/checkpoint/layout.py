@@ -4,9 +4,9 @@ The layouts are those of Stable Diffusion 1.x ("sd15") and SDXL base ("sdxl"), i
 A1111, ComfyUI and diffusers' `from_single_file` read. Only the topology is fixed: widths and the number of
 blocks are read from the keys, so a narrow model with SDXL's key names *is* the sdxl layout.
 
-Conventions for keys outside the U-Net's blocks (tools differ; recipes name ours "dodgeburn"): `time_embed`
-and `label_emb` are BASE, `diffusion_model.out.` belongs to the last OUT block, text encoders are BASE, and
-the VAE is a block of its own, VAE, in both layouts.
+Tools differ on keys outside the U-Net's blocks (outside.py has their rules). By ours, "dodgeburn": `time_embed` and
+`label_emb` are BASE, `diffusion_model.out.` belongs to the last OUT block, text encoders are BASE, and the VAE is a
+block of its own, VAE, in both layouts.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from dodgeburn.checkpoint.outside import FIRST, LAST, NOT_MERGED, RULES, Outside
 from dodgeburn.errors import UserError
 
 BASE = "BASE"
@@ -34,7 +35,7 @@ class Layout:
     """One checkpoint's architecture: `name` "sdxl" or "sd15", numbers of input and output blocks, key
     prefixes.
 
-    `text_prefixes` are in the order text_encoder, text_encoder_2.
+    `text_prefixes` are in the order text_encoder, text_encoder_2. `outside` names the rule for keys outside the blocks.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Layout:
     text_prefixes: tuple[str, ...]
     unet_prefix: str = _UNET
     vae_prefix: str = _VAE
+    outside: Outside = "dodgeburn"
 
     @property
     def title(self) -> str:
@@ -58,8 +60,21 @@ class Layout:
 
     @property
     def all_blocks(self) -> tuple[str, ...]:
-        """BASE, the U-Net's blocks, VAE."""
-        return (BASE, *self.blocks, VAE)
+        """BASE, the U-Net's blocks, and what the rule has besides: VAE, or TIME_EMBED …, NOT_MERGED."""
+        return (BASE, *self.blocks, *(block for block in self.held if block not in (BASE, *self.blocks)))
+
+    @property
+    def held(self) -> dict[str, list[str]]:
+        """Block -> the kinds of keys outside the blocks that it holds: time_embed, label_emb, out, text, vae."""
+        out: dict[str, list[str]] = {}
+        for kind in RULES[self.outside].of(self.name):
+            if kind != "label_emb" or self.name == "sdxl":
+                out.setdefault(self._home(kind), []).append(kind)
+        return out
+
+    def _home(self, kind: str) -> str:
+        block = RULES[self.outside].of(self.name)[kind]
+        return self.blocks[0] if block == FIRST else self.blocks[-1] if block == LAST else block
 
     def is_unet(self, key: str) -> bool:
         return key.startswith(self.unet_prefix)
@@ -82,13 +97,14 @@ class Layout:
         return "other"
 
     def block(self, key: str) -> str | None:
-        """The block a key belongs to, by the conventions above; None for keys outside all components."""
-        if self.is_vae(key):
-            return VAE
-        if self.is_text(key):
-            return BASE
-        if not self.is_unet(key):
+        """The block a key belongs to, by the rule of `outside`; None for keys outside all components."""
+        vae, text = self.is_vae(key), self.is_text(key)
+        if not (vae or text or self.is_unet(key)):
             return None
+        if RULES[self.outside].weights_only and self.name == "sdxl" and not ("weight" in key or "bias" in key):
+            return NOT_MERGED
+        if vae or text:
+            return self._home("vae" if vae else "text")
         rest = key[len(self.unet_prefix) :]
         kind, _, tail = rest.partition(".")
         if kind in ("input_blocks", "output_blocks"):
@@ -98,9 +114,7 @@ class Layout:
             return f"{'IN' if kind == 'input_blocks' else 'OUT'}{int(number):02d}"
         if kind == "middle_block":
             return "M00"
-        if kind == "out":
-            return f"OUT{self.n_out - 1:02d}"
-        return BASE  # time_embed, label_emb
+        return self._home(kind if kind in ("out", "label_emb") else "time_embed")
 
 
 def detect_layout(keys: Iterable[str], shapes: Mapping[str, Sequence[int]] | None = None) -> Layout:

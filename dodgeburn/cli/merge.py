@@ -43,7 +43,7 @@ class Merge:
     """The .safetensors file to write; never one of the inputs."""
     preset: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     """One of the 38 published block presets, 16 of them the card's, by either's name (GradV = GRAD_V); docs/merge.md
-    lists them. None: every block is base.
+    lists them. Or what lies between two: Cosine:GradV:0.3 is 0.7 Cosine + 0.3 GradV. None: every block is base.
     """
     base: float | None = None
     """B's share of everything outside the U-Net's blocks (without a preset, of all), 0 to 1; none: the
@@ -58,6 +58,10 @@ class Merge:
     xl_presets: Literal["curve", "cut"] = "curve"
     """How the presets, made for SD1.5's 25 blocks, become SDXL's 19: formulas on 19 points, or
     supermerger's cut.
+    """
+    outside: Literal["dodgeburn", "mecha", "mbw", "supermerger", "comfyui"] = "dodgeburn"
+    """Whose rule puts keys outside the U-Net's blocks (time_embed, label_emb, out, text encoders, VAE) into blocks;
+    docs/merge.md has the table.
     """
     method: str = "weighted_sum"
     """The merge method: weighted_sum, sum_twice, triple_sum, average, add_difference, train_difference,
@@ -124,6 +128,7 @@ def main(args: list[str]) -> int:
     if settings.dry_run:
         return _dry_run(settings, settings.b)
     assert settings.out is not None
+    from dodgeburn.merge.formula import formula_lines, formula_text
     from dodgeburn.merge.run import merge
 
     with warnings.catch_warnings(record=True) as caught:
@@ -138,8 +143,9 @@ def main(args: list[str]) -> int:
     copied = len(result.plan.work) - merged
     size = result.path.stat().st_size
     print(f"wrote {result.path}: {size / 1e6:,.1f} MB, {merged} tensors merged, {copied} copied")
-    print(f"{result.plan.method.name}: {result.plan.method.summary}")
-    print(f"in {result.seconds:.1f} s; shares are B's ({result.recipe.b.file})")
+    print(f"{result.plan.method.name}: {result.plan.method.summary}, alpha is B's share (ComfyUI's ratio is model1's)")
+    print("\n".join(formula_text(result.plan, result.recipe.files)))
+    print(f"in {result.seconds:.1f} s")
     if settings.json:
         found = {
             "out": str(result.path),
@@ -149,6 +155,7 @@ def main(args: list[str]) -> int:
             "tensors": len(result.plan.work),
             "merged": merged,
             "counts": result.plan.counts,
+            "formula": [line.as_dict() for line in formula_lines(result.plan, len(result.recipe.models))],
             "recipe": result.recipe.as_dict(),
         }
         print(json.dumps(found))
@@ -208,6 +215,7 @@ def _recipe(options: Merge) -> int:
 
 
 def _dry_run(settings: Merge, b: str) -> int:
+    from dodgeburn.merge.formula import formula_lines
     from dodgeburn.merge.run import dry_run
 
     plan, text = dry_run(
@@ -223,6 +231,7 @@ def _dry_run(settings: Merge, b: str) -> int:
             "tensors": len(plan.work),
             "bytes_written": plan.bytes_written,
             "counts": plan.counts,
+            "formula": [line.as_dict() for line in formula_lines(plan, 2 + len(settings.also))],
         }
         print(json.dumps(found))
     return 0

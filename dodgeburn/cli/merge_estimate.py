@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dodgeburn.merge.estimate import Estimate, Part
-from dodgeburn.merge.nearest import CLOSE, ERRORS, NOTHING, Nearest, nearest_preset
+from dodgeburn.merge.nearest import CLOSE, ERRORS, NOTHING, Nearest, nearest_preset, rest_of
 
 MUCH = 0.05  # residuals above it are worth a line
 _LETTERS = "BDEFGHI"  # parents after A; C is the merged model
@@ -64,11 +64,11 @@ def summary(found: Estimate) -> list[str]:
         f"fits {title}: no block further than {max(CLOSE, near.worst):.2g} or {ERRORS:g} errors "
         f"(worst {near.block}, {near.worst:.2g})"
     ]
-    command = reproduce(found, near)
-    if command:
-        lines.append(f"such a merge: {command}")
+    made = command(found, near)
+    if made:
+        lines.append(f"such a merge: {made}")
     else:
-        lines.append("BASE, text encoders and VAE have shares that no one --base gives: see the table")
+        lines.append("BASE, text encoders and VAE have shares that no one --base and --outside give: see the table")
     return lines
 
 
@@ -85,39 +85,21 @@ def _title(near: Nearest) -> str:
     return " and ".join(words)
 
 
-def reproduce(found: Estimate, near: Nearest) -> str | None:
-    """The command that makes a merge of these shares; None if no base and keep give them."""
-    keep = []
-    text = _known(found, "clip_l", "clip_g")
-    vae = _known(found, "VAE")
-    rest = _known(found, "time_embed", "label_emb")
-    name, rule = near.names[0]
-    flat = found.parts[near.block].share if name == NOTHING else None
-    shares = rest + [part for part in text + vae if not _is(part, 0.0)]
-    if any(_is(part, 0.0) for part in text) and not all(_is(part, 0.0) for part in text):
+def command(found: Estimate, near: Nearest) -> str | None:
+    """The command that makes a merge of these shares; None if no base, rule and parts to keep give them."""
+    rest = rest_of(found, near)
+    if rest is None:
         return None
-    base = shares[0].share if shares else flat
-    if flat is not None and base is not None and abs(base - flat) > CLOSE:
-        return None
-    if any(not _is(part, base or 0.0) for part in shares):
-        return None
-    if base is not None and abs(base) > CLOSE:
-        keep = [word for word, parts in (("text", text), ("vae", vae)) if parts and all(_is(p, 0.0) for p in parts)]
     words = ["dodgeburn merge", found.names[1], found.names[2], "-o OUT.safetensors"]
+    name, rule = near.names[0]
     if name != NOTHING:
         words.append(f"--preset {name}")
         if rule == "cut" and (name, "curve") not in near.names:
             words.append("--xl-presets cut")
-    if base is not None:
-        words.append(f"--base {round(min(1.0, max(0.0, base)), 3):g}")
-    if keep:
-        words.append(f"--keep {','.join(keep)}")
+    if rest.base is not None:
+        words.append(f"--base {round(rest.base, 3):g}")
+    if rest.outside != "dodgeburn":
+        words.append(f"--outside {rest.outside}")
+    if rest.keep:
+        words.append(f"--keep {','.join(rest.keep)}")
     return " ".join(words)
-
-
-def _known(found: Estimate, *names: str) -> list[Part]:
-    return [found.parts[name] for name in names if name in found.parts and found.parts[name].share is not None]
-
-
-def _is(part: Part, share: float) -> bool:
-    return abs((part.share or 0.0) - share) <= max(CLOSE, ERRORS * (part.error or 0.0))

@@ -1,7 +1,6 @@
 """Every block's alpha, the share of model B, from a preset, a base and single numbers.
 
-Which key is in which block is the layout's knowledge (`Layout.block`): time and label embeddings and text
-encoders are BASE, `diffusion_model.out.` is in the last OUT block, the VAE is VAE.
+Which key is in which block is the layout's knowledge (`Layout.block`), by the rule that `Layout.outside` names.
 """
 
 from __future__ import annotations
@@ -10,7 +9,8 @@ import difflib
 import math
 from collections.abc import Mapping, Sequence
 
-from dodgeburn.checkpoint.layout import BASE, VAE, Layout
+from dodgeburn.checkpoint.layout import Layout
+from dodgeburn.checkpoint.outside import NOT_MERGED
 from dodgeburn.errors import UserError
 from dodgeburn.merge.presets import Convention, preset_alphas
 
@@ -36,16 +36,18 @@ def alphas(
     """Alpha by block name, for every block of the layout: BASE, IN00 …, M00, OUT00 …, VAE; 0 = all A, 1 =
     all B.
 
-    The preset sets the U-Net's blocks and nothing else; without one they are all `base`. BASE and VAE are
-    `base`. `blocks` then replaces single blocks by name. `xl_presets` says how the SD1.5 presets become 19
-    blocks (see presets). Raises UserError for shares outside 0..1, unknown presets and unknown block names.
+    The preset sets the U-Net's blocks and nothing else; without one they are all `base`. All others are `base`, but
+    NOT_MERGED, which is 0. `blocks` then replaces single blocks by name. `xl_presets` says how the SD1.5 presets
+    become 19 blocks (see presets). Raises UserError for shares outside 0..1, unknown presets and unknown block names.
     """
     base = check_share(base, "base")
     if preset is None:
         shares = [base] * len(layout.blocks)
     else:
         shares = preset_alphas(preset, layout.n_in, layout.n_out, xl_presets)
-    out = {BASE: base, **dict(zip(layout.blocks, shares, strict=True)), VAE: base}
+    out = dict.fromkeys(layout.all_blocks, base) | dict(zip(layout.blocks, shares, strict=True))
+    if NOT_MERGED in out:
+        out[NOT_MERGED] = 0.0
     for name, share in (blocks or {}).items():
         block = _find_block(layout, name)
         out[block] = check_share(share, f"block {block}")

@@ -43,6 +43,8 @@ def options(merge: MergeSettings) -> list[str]:
         words += ["--keep", ",".join(merge.keep)]
     if merge.xl_presets != plain.xl_presets:
         words += ["--xl-presets", merge.xl_presets]
+    if merge.outside != plain.outside:
+        words += ["--outside", merge.outside]
     if merge.seed != plain.seed:
         words += ["--seed", str(merge.seed)]
     if merge.clip:

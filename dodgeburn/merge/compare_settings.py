@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
 from dodgeburn.errors import UserError
 from dodgeburn.merge.blocks import check_share
-from dodgeburn.merge.presets import Convention, find_preset, preset_names
+from dodgeburn.merge.presets import Convention, preset_name, preset_names
 from dodgeburn.merge.settings import check_keep
 from dodgeburn.merge.variants import UNIFORM, MethodChoice, Variant, check_names, grid
 from dodgeburn.sampling.loop import GenerateSettings
@@ -48,7 +48,7 @@ class CompareSettings(BaseModel):
             if word in ("all", "published"):
                 names += preset_names("card" if word == "all" else "published")
             else:
-                names.append(UNIFORM if word == UNIFORM else find_preset(name).name)
+                names.append(UNIFORM if word == UNIFORM else preset_name(name))
         return tuple(dict.fromkeys(names))
 
     @field_validator("bases", mode="before")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dodgeburn.checkpoint.layout import VAE
+from dodgeburn.merge.formula import formula_text
 from dodgeburn.merge.plan import Models, Plan, issue_line
 
 
@@ -20,18 +20,19 @@ def peak_memory(plan: Plan, models: int, threads: int, tile: int) -> int:
 
 def describe(plan: Plan, models: Models, memory: int = 0) -> str:
     """The plan in words: the share of B by block, what is kept, what is odd, how much is read and written."""
-    (name_a, _), (name_b, _), *more = models
+    (name_a, _), (name_b, _), *_ = models
     settings = plan.settings
+    width = max(len(block) for block in plan.blocks) + 2
     lines = [
         f"{plan.method.name} of {plan.layout.title} checkpoints: A = {name_a}, B = {name_b}",
         "shares are B's: 0 = all A, 1 = all B (ComfyUI's ratio is model1's share, the other way round)",
+        f"keys outside the U-Net's blocks by the rule of {plan.layout.outside}",
         f"formula: {plan.method.summary}"
         + "".join(f", {name} = {value:g}" for name, value in plan.params.items())
         + (f", seed {settings.seed}" if plan.method.random else "")
         + (", clipped between A and B" if settings.clip else ""),
-        *(f"with {name}" for name, _ in more),
         "",
-        f"{'block':<7}{'share of B':>10}{'tensors':>9}{'MB':>10}",
+        f"{'block':<{width}}{'share of B':>10}{'tensors':>9}{'MB':>10}",
     ]
     for block, share in plan.blocks.items():
         of_block = [w for w in plan.work if w.block == block]
@@ -44,10 +45,9 @@ def describe(plan: Plan, models: Models, memory: int = 0) -> str:
                 + "in fact "
                 + (f"{taken[0]:g}" if len(taken) == 1 else f"{taken[0]:g} to {taken[-1]:g}")
             )
-        elif plan.method.name == "weighted_sum" and not note:
-            note = f"A {100 * (1 - share):.4g} % + B {100 * share:.4g} %"
-        lines.append(f"{block:<7}{share:>10.4f}{len(of_block):>9}{size:>10.2f}{'  ' + note if note else ''}")
+        lines.append(f"{block:<{width}}{share:>10.4f}{len(of_block):>9}{size:>10.2f}{'  ' + note if note else ''}")
     actions = {action: sum(w.action == action for w in plan.work) for action in ("merge", "copy_a", "copy_b", "cast_a")}
+    lines += ["", *formula_text(plan, [name for name, _ in models])]
     lines += [
         "",
         f"{actions['merge']} tensors merged, {actions['copy_a']} copied from A, {actions['copy_b']} from B"
@@ -61,12 +61,18 @@ def describe(plan: Plan, models: Models, memory: int = 0) -> str:
     return "\n".join(lines)
 
 
+_HELD = {
+    "time_embed": "time embedding", "label_emb": "label embedding", "out": "output convolution",
+    "text": "text encoders", "vae": "VAE",
+}  # fmt: skip
+
+
 def _note(block: str, plan: Plan) -> str:
-    if block == VAE:
-        if "vae" in plan.components:
-            return f"component vae: {plan.components['vae']:g}"
-        return "kept from A" if "vae" in plan.settings.keep else "follows base"
-    if block == "BASE":
-        rest = "time embedding" + (", label embedding" if plan.layout.name == "sdxl" else "")
-        return f"{rest} (text encoders kept from A)" if "text" in plan.settings.keep else f"text encoders, {rest}"
-    return ""
+    """What a block holds that is no U-Net block's, and what of it is kept from A."""
+    kinds = plan.layout.held.get(block, [])
+    if block in plan.layout.blocks:
+        kinds = [kind for kind in kinds if kind != "out"]  # usual
+        return "with " + ", ".join(_HELD[kind] for kind in kinds) if kinds else ""
+    if block == "VAE" and "vae" in plan.components:
+        return f"component vae: {plan.components['vae']:g}"
+    return ", ".join(_HELD[kind] + (" (kept from A)" if kind in plan.settings.keep else "") for kind in kinds)

@@ -40,8 +40,9 @@ if TYPE_CHECKING:
 Matrix = np.ndarray[Any, np.dtype[np.float64]]
 SAMPLE = 1024  # values of a tensor that standard errors are worked out from
 MAX_PARENTS = 8
-# Keys that no two tools put into the same block are parts of their own, so that an estimate shows which tool it was.
+# Keys that tools put into different blocks are parts of their own, so that an estimate shows which rule it was.
 OUTSIDE = {"time_embed": "time_embed.", "label_emb": "label_emb.", "out": "out."}
+TEXT_OTHER = "text_other"  # of the text encoders, what is called neither weight nor bias
 _TITLES = {theirs: ours for ours, theirs in COMPONENTS.items()}
 _DEPENDENT = 1e-10  # smallest eigenvalue of the differences' correlations below which they count as dependent
 
@@ -173,13 +174,13 @@ def part_of(key: str, layout: Layout) -> str:
             if rest.startswith(prefix):
                 return name
     elif layout.is_text(key):
-        return _TITLES[layout.component(key)]
+        return _TITLES[layout.component(key)] if "weight" in key or "bias" in key else TEXT_OTHER
     return layout.block(key) or ""
 
 
 def part_names(layout: Layout) -> list[str]:
     """All parts in order."""
-    return [*layout.blocks, *OUTSIDE, "clip_l", "clip_g", VAE]
+    return [*layout.blocks, *OUTSIDE, "clip_l", "clip_g", TEXT_OTHER, VAE]
 
 
 def _usable(sources: Sequence[Tensors], found: Estimate) -> list[str]:

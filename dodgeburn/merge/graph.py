@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from dodgeburn.errors import UserError
-from dodgeburn.merge.presets import find_preset
+from dodgeburn.merge.presets import preset_name
 from dodgeburn.merge.settings import DTYPES, MergeSettings, first_problem
 
 VERSION = 1
@@ -90,7 +90,7 @@ class BakeStep(BaseModel):
     @field_validator("preset")
     @classmethod
     def _preset(cls, value: str | None) -> str | None:
-        return None if value is None else find_preset(value).name
+        return None if value is None else preset_name(value)
 
     @field_validator("dtype")
     @classmethod

@@ -1,12 +1,13 @@
-"""Which published preset, and which base, an estimate of shares comes nearest to."""
+"""Which published preset, base and rule for keys outside the blocks an estimate of shares comes nearest to."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from dodgeburn.merge.estimate import Estimate, Part
+from dodgeburn.checkpoint.outside import NOT_MERGED, RULES, Outside
+from dodgeburn.merge.estimate import TEXT_OTHER, Estimate, Part
 from dodgeburn.merge.presets import CONVENTIONS, Convention, preset_alphas, preset_names
 
 CLOSE = 0.01  # shares within it are the same
@@ -79,3 +80,76 @@ def _judge(numbers: tuple[float, ...], names: list[tuple[str, Convention | None]
     worst = max(apart, key=lambda block: apart[block])
     fits = all(far <= max(CLOSE, ERRORS * (known[block].error or 0.0)) for block, far in apart.items())
     return Nearest(tuple(names), mean, apart[worst], worst, fits)
+
+
+# -------------------- what else a merge is told
+
+
+@dataclass(frozen=True)
+class Rest:
+    """The settings besides the preset: the rule for keys outside the blocks, base (None where nothing depends on it),
+    and the parts kept from A.
+    """
+
+    outside: Outside
+    base: float | None
+    keep: tuple[str, ...]
+
+
+_PARTS = {
+    "time_embed": ("time_embed",), "label_emb": ("label_emb",), "out": ("out",), "text": ("clip_l", "clip_g"),
+    "text_other": (TEXT_OTHER,), "vae": ("VAE",),
+}  # fmt: skip
+
+
+def rest_of(found: Estimate, near: Nearest) -> Rest | None:
+    """Settings that give the parts outside the U-Net's blocks their shares, the project's own rule first; None if there
+    are none: several bases, for instance, or shares by component.
+    """
+    for outside in RULES:
+        rest = _by_rule(found, near, outside)  # type: ignore[arg-type]
+        if rest is not None:
+            return rest
+    return None
+
+
+def _by_rule(found: Estimate, near: Nearest, outside: Outside) -> Rest | None:
+    layout = replace(found.layout, outside=outside)
+    homes = {kind: block for block, kinds in layout.held.items() for kind in kinds}
+    bare = RULES[outside].weights_only and layout.name == "sdxl"
+    homes["text_other"] = NOT_MERGED if bare else homes["text"]
+    free: dict[str, list[Part]] = {}  # follow base, by kind
+    for kind, home in homes.items():
+        parts = [found.parts[name] for name in _PARTS[kind] if name in found.parts]
+        parts = [part for part in parts if part.share is not None]
+        home_share = found.parts[home].share if home in layout.blocks and home in found.parts else None
+        if home == NOT_MERGED or home_share is not None:
+            if not all(_is(part, home_share or 0.0) for part in parts):
+                return None
+        elif home not in layout.blocks:
+            free[kind] = parts
+    text = free.get("text", []) + free.pop("text_other", [])
+    kept = []
+    for word, parts in (("text", text), ("vae", free.get("vae", []))):
+        if parts and all(_is(part, 0.0) for part in parts):
+            kept.append(word)
+            free.pop(word)
+    if "text" in free:
+        free["text"] = text
+    rest = [part for parts in free.values() for part in parts]
+    flat = _mean(found.parts[block] for block in layout.blocks if _known(found, block))
+    base = flat if near.names[0][0] == NOTHING else rest[0].share if rest else 0.0 if kept else None
+    if base is None:
+        return Rest(outside, None, ())
+    if not all(_is(part, base) for part in rest):
+        return None
+    # A base of 0 keeps everything by itself.
+    return Rest(outside, min(1.0, max(0.0, base)), tuple(kept) if abs(base) > CLOSE else ())
+
+
+def _known(found: Estimate, block: str) -> bool:
+    return block in found.parts and found.parts[block].share is not None
+
+
+def _is(part: Part, share: float) -> bool:
+    return abs((part.share or 0.0) - share) <= max(CLOSE, ERRORS * (part.error or 0.0))

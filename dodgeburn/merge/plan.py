@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from dodgeburn.checkpoint.header import DTYPE_BITS, FLOAT_DTYPES, Header, TensorInfo
@@ -132,6 +132,7 @@ def plan_merge(models: Models, settings: MergeSettings, has_base: bool = False) 
     found.check_models(len(models) - has_base, has_base)
     (name_a, a), *others = models
     layout = [check_layouts(a, other, name_a, name) for name, other in others][0]
+    layout = replace(layout, outside=settings.outside)
     keep, named = settings.keep, {*settings.blocks}
     base = found.alpha if settings.base is None else settings.base
     shares = alphas(layout, settings.preset, base, settings.blocks, settings.xl_presets)
@@ -144,6 +145,8 @@ def plan_merge(models: Models, settings: MergeSettings, has_base: bool = False) 
         raise UserError("component unet replaces every share of the preset: leave out one of the two")
     if settings.xl_presets != "curve" and (settings.preset is None or layout.name != "sdxl"):
         raise UserError(f"--xl-presets {settings.xl_presets} has no effect: it says how a preset becomes SDXL's blocks")
+    if settings.outside != "dodgeburn" and len(set(shares.values())) == 1:
+        raise UserError(f"--outside {settings.outside} has no effect: every block has the same share")
     if settings.clip and found.name == "weighted_sum":
         raise UserError("clipping has no effect: a weighted sum lies between A and B already")
     if settings.seed and not found.random:
@@ -164,7 +167,7 @@ def make_plan(models: Models, layout: Layout, blocks: Mapping[str, float], setti
     (_, a), (name_b, b), *more = models
     method, kept, clip, dtype = find_method(settings.method), settings.keep, settings.clip, settings.dtype
     shares = dict(blocks)
-    if "vae" in kept:
+    if "vae" in kept and VAE in shares:
         shares[VAE] = 0.0
     plan = Plan(
         layout, method, settings, shares, method.check_params(settings.params),

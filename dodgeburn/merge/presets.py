@@ -209,14 +209,50 @@ def find_preset(name: str) -> Preset:
     return found
 
 
-def preset_alphas(
-    name: str, n_in: int = 12, n_out: int = 12, convention: Convention = "curve"
-) -> list[float]:
-    """The preset's alphas for IN00 …, M00, OUT00 …: n_in + 1 + n_out numbers in 0..1.
+def parse_preset(text: str) -> tuple[tuple[Preset, float], ...]:
+    """The preset that a text names, or the two of `NAME:NAME:SHARE` with their weights: 1 - SHARE and SHARE, which is
+    the second's, 0 to 1.
+
+    Raises UserError for unknown names and anything else.
+    """
+    if ":" not in text:
+        return ((find_preset(text), 1.0),)
+    parts = text.split(":")
+    try:
+        share = float(parts[2]) if len(parts) == 3 else math.nan
+    except ValueError:
+        share = math.nan
+    if not 0.0 <= share <= 1.0:
+        raise UserError(
+            f"preset {text!r} is not NAME:NAME:SHARE, such as Cosine:GradV:0.3 for 0.7 Cosine + 0.3 GradV: "
+            "SHARE is the second's, 0 to 1"
+        )
+    return (find_preset(parts[0]), 1.0 - share), (find_preset(parts[1]), share)
+
+
+def preset_name(text: str) -> str:
+    """The text of a preset, or of two and a share, in our spelling; UserError as parse_preset."""
+    found = parse_preset(text)
+    if len(found) == 1:
+        return found[0][0].name
+    (one, _), (two, share) = found
+    return f"{one.name}:{two.name}:{share!r}"
+
+
+def preset_alphas(name: str, n_in: int = 12, n_out: int = 12, convention: Convention = "curve") -> list[float]:
+    """The preset's alphas for IN00 …, M00, OUT00 …: n_in + 1 + n_out numbers in 0..1. Of two presets and a share
+    (parse_preset), the weighted mean, block by block.
 
     For SD1.5's 12 + 1 + 12 blocks both conventions give the published 25 numbers.
     """
-    preset = find_preset(name)
+    found = [(_alphas(preset, n_in, n_out, convention), weight) for preset, weight in parse_preset(name)]
+    if len(found) == 1:
+        return found[0][0]
+    (one, _), (two, share) = found
+    return [a + share * (b - a) if share < 1 else b for a, b in zip(one, two, strict=True)]
+
+
+def _alphas(preset: Preset, n_in: int, n_out: int, convention: Convention) -> list[float]:
     if convention not in CONVENTIONS:
         raise UserError(f"no convention is named {convention!r}: expected curve or cut")
     if convention == "curve":

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dodgeburn.checkpoint.layout import VAE
 from dodgeburn.checkpoint.metadata import NO_HASH, recipe_of
+from dodgeburn.checkpoint.outside import OWN
 from dodgeburn.checkpoint.sources import Tensors
 from dodgeburn.errors import UserError
 from dodgeburn.merge.graph import Graph, parse_graph
@@ -54,9 +55,8 @@ class MergeRecipe(MergeSettings):
     """How a file was merged: the settings, resolved, and the models.
 
     `blocks` has the number of every block (BASE, IN00 …, M00, OUT00 …, VAE) and decides alone; `preset`, `base` and
-    `xl_presets` say where the numbers came from. `conventions` names the rule for keys outside the U-Net's blocks
-    (checkpoint/layout.py). `counts` has the tensors that could not be merged, by kind. `more` are the models after B,
-    `base_model` the one that differences are taken from.
+    `xl_presets` say where the numbers came from. `counts` has the tensors that could not be merged, by kind. `more` are
+    the models after B, `base_model` the one that differences are taken from.
     """
 
     model_config = ConfigDict(extra="ignore")
@@ -70,7 +70,6 @@ class MergeRecipe(MergeSettings):
     base_model: Parent | None = None
     base: float
     blocks: dict[str, float]
-    conventions: str = "dodgeburn"
     counts: dict[str, int] = {}
 
     @classmethod
@@ -93,8 +92,18 @@ class MergeRecipe(MergeSettings):
         return {
             "interp_method": "Weighted sum" if self.method == "weighted_sum" else self.method,
             "multiplier": self.base,
-            "weights_alpha": ",".join(f"{share:g}" for share in self.blocks.values()),
+            "weights_alpha": ",".join(f"{share:g}" for name, share in self.blocks.items() if name not in OWN),
         }
+
+    @property
+    def models(self) -> list[Parent]:
+        """A, B and further models, without the base."""
+        return [self.a, self.b, *self.more]
+
+    @property
+    def files(self) -> list[str]:
+        """File names of all models, the base last."""
+        return [parent.file for parent in (*self.models, *([self.base_model] if self.base_model else []))]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON and metadata."""

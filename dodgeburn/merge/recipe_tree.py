@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from dodgeburn.checkpoint.outside import OWN
 from dodgeburn.errors import UserError
 from dodgeburn.merge.presets import preset_alphas
 from dodgeburn.merge.settings import MergeSettings
@@ -86,7 +87,7 @@ def _own_blocks(step: Mapping[str, Any]) -> list[str]:
     blocks = step.get("blocks")
     if not isinstance(blocks, dict):
         return []
-    unet = [name for name in blocks if name not in ("BASE", "VAE")]
+    unet = [name for name in blocks if name not in ("BASE", "VAE", *OWN)]
     shares: Sequence[Any] = [step.get("base")] * len(unet)
     if step.get("preset"):
         n_in, n_out = (sum(name.startswith(side) for name in unet) for side in ("IN", "OUT"))

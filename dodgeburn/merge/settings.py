@@ -7,10 +7,11 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
+from dodgeburn.checkpoint.outside import Outside
 from dodgeburn.errors import UserError
 from dodgeburn.merge.blocks import check_share
 from dodgeburn.merge.methods import find_method
-from dodgeburn.merge.presets import Convention, find_preset
+from dodgeburn.merge.presets import Convention, preset_name
 
 KEEPABLE = ("text", "vae")
 DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "fp8_e4m3fn": "F8_E4M3"}
@@ -19,8 +20,9 @@ DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "fp8_e4m3fn": "F8_E4M3"}
 class MergeSettings(BaseModel):
     """How models are merged. All shares are model B's: 0 = all A, 1 = all B.
 
-    `preset` sets the U-Net's blocks, `base` everything else (time and label embeddings, text encoders, VAE),
-    `blocks` single blocks by name; without a preset every block is `base` (None: the method's default).
+    `preset` sets the U-Net's blocks (two as `NAME:NAME:SHARE`, between which they lie), `base` everything else (time
+    and label embeddings, text encoders, VAE), `blocks` single blocks by name; without a preset every block is `base`
+    (None: the method's default). `outside` names the rule for keys outside the U-Net's blocks (checkpoint/outside.py).
     `components` (unet, clip_l, clip_g, vae) and then `rules` (rules.py) replace shares; `keep` takes parts
     ("text", "vae") from A whatever the shares say. `params` are the method's numbers (methods/table.py), `seed` of
     random ones, which depend on it and on tensor names alone. `clip` bounds every value by A's and B's; `dtype`
@@ -37,6 +39,7 @@ class MergeSettings(BaseModel):
     blocks: dict[str, float] = {}
     keep: tuple[str, ...] = ()
     xl_presets: Convention = "curve"
+    outside: Outside = "dodgeburn"
     params: dict[str, float] = {}
     components: dict[str, float] = {}
     rules: tuple[str, ...] = ()
@@ -64,7 +67,7 @@ class MergeSettings(BaseModel):
     @field_validator("preset")
     @classmethod
     def _preset(cls, value: str | None) -> str | None:
-        return None if value is None else find_preset(value).name
+        return None if value is None else preset_name(value)
 
     @field_validator("base", mode="before")
     @classmethod
