@@ -278,11 +278,14 @@ def test_the_command_writes_the_very_variant(result, five, tmp_path) -> None:
 @settings(max_examples=40, deadline=None)
 @given(
     method=st.sampled_from(["weighted_sum", "ties", "della"]), base=st.none() | st.floats(0, 1),
-    preset=st.none() | st.sampled_from(["GradV", "SmoothstepTimes2"]), shares=st.lists(st.floats(0, 1), max_size=3),
+    preset=st.none() | st.sampled_from(["GradV", "SmoothstepTimes2", "Cosine:GradV:0.3"]),
+    outside=st.sampled_from(["dodgeburn", "mbw", "comfyui"]), shares=st.lists(st.floats(0, 1), max_size=3),
     keep=st.sampled_from([(), ("vae",), ("text", "vae")]), seed=st.integers(0, 9), clip=st.booleans(),
     dtype=st.none() | st.just("fp16"), density=st.none() | st.floats(0.1, 0.9),
 )  # fmt: skip
-def test_options_are_read_back_as_they_were(method, base, preset, shares, keep, seed, clip, dtype, density) -> None:
+def test_options_are_read_back_as_they_were(
+    method, base, preset, outside, shares, keep, seed, clip, dtype, density
+) -> None:
     import tyro
 
     from dodgeburn.cli.merge import Merge, _settings
@@ -291,7 +294,7 @@ def test_options_are_read_back_as_they_were(method, base, preset, shares, keep, 
     chosen = MergeSettings(
         method=method, base=base, preset=preset, blocks={f"IN0{i}": s for i, s in enumerate(shares)}, keep=keep,
         seed=seed, clip=clip, dtype=dtype, params=params, components={"clip_l": 0.25} if "text" not in keep else {},
-        rules=("NOT M00:NOT norm:0.2", "::0.3"),
+        rules=("NOT M00:NOT norm:0.2", "::0.3"), outside=outside,
     )  # fmt: skip
     words = shlex.split(merge_command(Variant(name="x", merge=chosen), {"A": "a b", "B": "b"}))
     parsed = tyro.cli(Merge, args=words[2:], config=(tyro.conf.FlagCreatePairsOff,))
