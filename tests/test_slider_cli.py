@@ -151,6 +151,9 @@ def test_sweep_draws_strips_grids_compositions_and_animations(calibrated, tmp_pa
     (["evaluate", "FILE", "--prompts", "0"], "at least 1"),
     (["evaluate", "FILE", "--attribute", "grin"], "no attribute 'grin'"),
     (["evaluate", "FILE", "--prompts", "2000"], "take fewer"),
+    (["evaluate", "FILE", "--lpips"], "without --clip"),
+    (["evaluate", "FILE", "--clip", "OUT"], "no CLIP model's folder"),
+    (["evaluate", "FILE", "--clip", "OUT", "--certify"], "no certificate"),
     (["calibrate", "FILE"], "-o OUT.safetensors"),
     (["calibrate", "FILE", "-o", "FILE"], "input"),
     (["unmix", "FILE", "-o", "OUT"], "at least two"),
@@ -177,6 +180,28 @@ def test_another_worlds_model_is_not_read(files, tmp_path, capsys) -> None:
     args = ["slider", "evaluate", str(files[0]), "--model", str(tmp_path / "tiny.safetensors")]
     assert dodgeburn([*args, "--tokenizer", str(tmp_path / "tokenizer")]) == 2
     assert "no model of the pocket world" in capsys.readouterr().err
+
+
+def test_proxies_for_any_model(files, tmp_path, capsys, monkeypatch) -> None:
+    class Clip:
+        def __init__(self, folder, device):
+            self.name = "CLIP stand-in"
+
+        def scores(self, pictures, text):
+            assert text == "crisp"
+            return pictures.mean((1, 2, 3), dtype=float)
+
+    monkeypatch.setattr("dodgeburn.slide.proxies.ClipScore", Clip)
+    raw, named = load_adapter(files[0]), tmp_path / "named.safetensors"
+    save_adapter(raw, named, "sdxl", card=SliderCard(name="crisp", positive="crisp", target="a person"))
+    args = ["slider", "evaluate", str(named), "--clip", str(tmp_path), "--steps", "2", "--seeds", "2", "--scales", "3"]
+    assert dodgeburn([*args, "--json"]) == 0
+    found = last_json(capsys)["proxies"][0]
+    assert found["by"] == "proxy: CLIP stand-in" and found["prompts"] == 1 and found["seeds"] == 2
+    assert [at["scale"] for at in found["scales"]] == [-2, 0, 2] and found["scales"][1]["clip_change"] == 0
+    assert found["scales"][0]["clip_change"] != 0
+    assert dodgeburn(["slider", "evaluate", str(files[0]), "--clip", str(tmp_path)]) == 2
+    assert "positive prompt" in capsys.readouterr().err
 
 
 def test_numbers_and_seeds() -> None:

@@ -150,7 +150,7 @@ def _proxies(options: Evaluate, clip: Path) -> dict[str, Any]:
     with drawing(model, options, "evaluate") as unedited:
         for slider in open_sliders(options.files, model):
             if not slider.card.positive:
-                raise UserError(f"{slider.path.name} does not say its positive prompt: CLIP has nothing to compare with")
+                raise UserError(f"{slider.path.name} does not say its positive prompt, which CLIP compares with")
             prompts = list(options.prompt) or [slider.card.target or slider.card.positive]
             edit = AdapterEdit(model, slider.adapter, slider.start, unedited=unedited)
             scales = _scales(options, slider)
