@@ -28,6 +28,7 @@ class SliderSpec(BaseModel):
     negative: str  # what -1 should look like
     neutral: str | None = None  # the prompt whose prediction is shifted; the target where left out
     preserve: tuple[str, ...] = ()  # attributes to be kept: put behind every prompt in turn
+    changes: tuple[str, ...] = ()  # those of a class's preserved ones that this slider changes itself: not put behind
     attribute: str | None = None  # pocket: what the readers measure; calibrates the slider
     eta: float = Field(default=1.0, gt=0)  # strength of the target at scale 1
     reach: float = Field(default=1.5, gt=0)  # scales from -reach to reach are trained
@@ -78,14 +79,22 @@ class SliderSpec(BaseModel):
 
     @model_validator(mode="after")
     def _apart(self) -> Self:
+        strangers = [one for one in self.changes if one not in self.preserve]
+        if strangers:
+            raise ValueError(f"changes names {strangers[0]!r}, which is none of the preserved attributes")
         if self.positive == self.negative:
             raise ValueError(f"positive and negative are both {self.positive!r}: there is no direction between them")
         return self
 
     def prompts(self, context: str) -> tuple[str, str, str]:
-        """(neutral, positive, negative) with a preserved attribute behind each ("" for none)."""
+        """(neutral, positive, negative) with a preserved attribute behind each ("" for none).
+
+        What the slider changes itself stays behind the neutral prompt only: pictures with and without it are in the
+        class's cache, and positive and negative say what becomes of them.
+        """
         end = f", {context}" if context else ""
-        return f"{self.neutral or self.target}{end}", f"{self.positive}{end}", f"{self.negative}{end}"
+        kept = "" if context in self.changes else end
+        return f"{self.neutral or self.target}{end}", f"{self.positive}{kept}", f"{self.negative}{kept}"
 
     def cache_key(self) -> tuple[Any, ...]:
         """What the shared cache depends on: sliders with equal keys are of one class."""
