@@ -35,7 +35,7 @@ class SliderSpec(BaseModel):
     rank: int = 4
     alpha: float | None = None  # None: the rank
     layers: str = "noxattn"
-    start: int = Field(default=850, ge=1, le=1000)  # trained, and to be used, at time steps up to this
+    start: int = Field(default=875, ge=1, le=1000)  # trained, and to be used, at time steps up to this
     latents: int = Field(default=24, ge=1)  # clean latents, made once
     latent_steps: int = Field(default=8, ge=1)
     guidance: float = 4.0  # of the clean latents

@@ -49,18 +49,22 @@ def train_text(
     progress: Progress | None = None,
     first: Adapter | None = None,
     measure: Callable[[Adapter], float] | None = None,
+    shuffled: bool = False,
 ) -> Trained:
     """Train a slider on a class's points.
 
     folder: for the checkpoint to resume from. first: a start other than 0. measure: what early stopping looks at where
     the spec asks for it (the higher the better); the loss on held-out points otherwise. progress(step, adapter) is
-    called every 5 steps. Raises UserError for layers or a rank that cannot be, and where the loss is no longer finite.
+    called every 5 steps. shuffled: a control, positive and negative changed about at random points. Raises UserError
+    for layers or a rank that cannot be, and where the loss is no longer finite.
     """
     began, before = time.perf_counter(), predictor.forwards
     components = model.components()
     layers = [f"unet.{name}" for name in layers_of(model.unet, spec.layers)]
     adapter = first or new_adapter(components, layers, spec.rank, spec.alpha, spec.seed, spec.name)
     shift = directions(predictor, points, spec) * spec.eta
+    if shuffled:
+        shift *= torch.randn(len(shift), 1, 1, 1, generator=torch.Generator().manual_seed(spec.seed)).sign()
     for module in components.values():
         module.requires_grad_(False)
     held = HELD_OUT if len(points.x) > 4 * HELD_OUT else 0

@@ -1,0 +1,336 @@
+"""Concept Sliders on the pocket: what they reach, what they cost, and what else reaches it.
+
+    python benchmarks/sliders.py --json                # 12 concepts, 3 training seeds, 8 held-out prompts x 64 seeds
+    python benchmarks/sliders.py --quick --json        # 3 concepts, 1 training seed, 4 prompts x 4 seeds
+
+Sliders are trained and calibrated with the reader; the judge reads what is reported, on held-out prompts that leave the
+attribute open (gate list), seeds that nothing else uses. Finished parts stay in --folder, and the same command goes on
+there. Every mean has a 95 % interval over concepts (bootstrap).
+
+monotone, spearman, selectivity, range_sigma, symmetry: slide/measures.py. calibration_error: median over prompts and
+the scales +-0.5, 1 and 2 of |reached - requested|, in the deviation that the file declares. *_kept: of all pairs and
+triples of the first concepts. official: the published loop as is, with its defaults (1 000 steps; 10 in --quick).
+baselines: mean leakage onto the other attributes where the target has moved by one deviation; null where it never does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dodgeburn.jobs import PartStore
+from dodgeburn.measure.machine import machine
+from dodgeburn.models.adapter_file import load_adapter
+from dodgeburn.models.adapters import Adapter
+from dodgeburn.models.loading import load_model
+from dodgeburn.models.model import Model
+from dodgeburn.pocket.reader import Reader
+from dodgeburn.slide.attention_reuse import PromptToPrompt
+from dodgeburn.slide.baselines import EmbeddingInterpolation, PromptWeight, random_like, words_of
+from dodgeburn.slide.cache import make_points
+from dodgeburn.slide.calibrate import CalibrationSettings, calibrate, reader_scorer
+from dodgeburn.slide.closed_form import closed_form
+from dodgeburn.slide.composition import Member, kept, read_alone
+from dodgeburn.slide.edits import AdapterEdit, Edit, Unedited
+from dodgeburn.slide.evaluate import Evaluation, as_json, evaluate
+from dodgeburn.slide.natural import known_sigma
+from dodgeburn.slide.official import OfficialSettings, train_official
+from dodgeburn.slide.predict import Predictor
+from dodgeburn.slide.score_edits import Composition, GuidanceDirection
+from dodgeburn.slide.spec import SliderSpec, load_specs
+from dodgeburn.slide.splits import calibration_split, evaluation_split
+from dodgeburn.slide.text import train_text
+from dodgeburn.slide.train import train_sliders
+from dodgeburn.slide.unmix import measure_mixing, unmixed, unmixing
+
+SPECS = Path(__file__).parents[1] / "examples" / "sliders" / "30-concepts.yaml"
+SCALES = (-3.0, -2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 3.0)
+REQUESTED = (-2.0, -1.0, -0.5, 0.5, 1.0, 2.0)
+MEANS = ("monotone", "spearman", "selectivity", "range_sigma", "symmetry", "parse_loss", "calibration_error")
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is made."""
+
+    concepts: int = 12
+    training_seeds: int = 3
+    prompts: int = 8
+    seeds: int = 64  # split among the training seeds
+    composed: int = 6  # concepts whose pairs and triples are drawn
+    composed_prompts: int = 4
+    composed_seeds: int = 4
+    unmixed_seeds: int = 8
+    baselines: int = 3  # concepts
+    baseline_seeds: int = 8
+    official_steps: int = 1000
+
+
+QUICK = Size(3, 1, 4, 4, 3, 2, 4, 2, 1, 4, 10)
+
+
+class Bench:
+    """One run in one folder."""
+
+    def __init__(self, size: Size, folder: Path) -> None:
+        self.size = size
+        self.model: Model = load_model("pocket", device="cpu", dtype="fp32")
+        self.store = PartStore(folder, {"size": asdict(size), "model": self.model.sha256, "scales": list(SCALES)})
+        self.unedited = Unedited(self.model)
+        self.judge, self.reader = Reader.load("judge"), Reader.load("reader")
+        self.specs = load_specs(SPECS)[: size.concepts]
+
+    def part(self, name: str, make: Callable[[], Any]) -> Any:
+        """A JSON part, made if it is not there."""
+        path = f"{name}.json"
+        if not self.store.has(path):
+            print(f"{time.strftime('%H:%M:%S')} {name}", flush=True)
+            made = make()
+            with self.store.writing(path) as temporary:
+                temporary.write_text(json.dumps(made))
+        return json.loads(self.store.path(path).read_text())
+
+    # -------------------- training
+
+    def file(self, spec: SliderSpec, seed: int) -> Path:
+        """Where a trained slider lies."""
+        return self.store.path(f"{spec.name}-{seed}.safetensors")
+
+    def train(self, seed: int) -> list[dict[str, Any]]:
+        """All concepts with one training seed; the first pays for the class's cache."""
+        rows = []
+        made = train_sliders(
+            self.model, [spec.model_copy(update={"seed": seed}) for spec in self.specs],
+            lambda spec: self.file(spec, seed), lambda target: reader_scorer(target, self.reader),
+            lambda target: known_sigma(self.model, target),
+        )  # fmt: skip
+        for one in made:
+            rows.append({
+                "name": one.spec.name, "seconds": one.seconds, "shared": one.shared, "training": one.training,
+                "calibration": one.calibration, "sigma": one.card.sigma, "safe": one.card.safe_range,
+            })  # fmt: skip
+        return rows
+
+    def slider(self, spec: SliderSpec, seed: int) -> AdapterEdit:
+        """A trained slider from its file."""
+        adapter = load_adapter(self.file(spec, seed), self.model)
+        return AdapterEdit(self.model, adapter, spec.start, unedited=self.unedited)
+
+    # -------------------- judging
+
+    def judged(self, edit: Edit, spec: SliderSpec, seeds: slice, scales: Sequence[float] = SCALES) -> Evaluation:
+        """An edit on the held-out prompts."""
+        target = str(spec.attribute)
+        split = evaluation_split([target], self.size.prompts, self.size.seeds)
+        split = type(split)(split.prompts, split.seeds[seeds])
+        return evaluate(edit, target, split, scales, self.judge, name=spec.name, resamples=50)
+
+    def share(self, seed: int) -> slice:
+        """The evaluation's seeds that a training seed is judged on."""
+        n = self.size.seeds // self.size.training_seeds
+        return slice(seed * n, (seed + 1) * n)
+
+    def row(self, spec: SliderSpec, seed: int) -> dict[str, Any]:
+        """Everything of one slider."""
+        found = self.judged(self.slider(spec, seed), spec, self.share(seed))
+        sigma = known_sigma(self.model, str(spec.attribute))
+        assert sigma is not None  # of the packaged model, and so what its sliders' files declare
+        return as_json(found) | {"calibration_error": declared_error(found, sigma), "leak": mean_leak(found)}
+
+    def unmix(self) -> dict[str, Any]:
+        """Selectivity among the concepts, before and after unmixing (first training seed)."""
+        edits = [self.slider(spec, 0) for spec in self.specs]
+        targets = [str(spec.attribute) for spec in self.specs]
+        mixing = measure_mixing(edits, targets, calibration_split(targets, 4, 4), self.reader)
+        made = unmixed([edit.adapters[0] for edit in edits], unmixing(mixing))
+        out: dict[str, Any] = {"before": {}, "after": {}}
+        share = slice(0, self.size.unmixed_seeds)
+        for spec, edit, adapter in zip(self.specs, edits, made, strict=True):
+            new = AdapterEdit(self.model, adapter, spec.start, unedited=self.unedited)
+            for key, one in (("before", edit), ("after", new)):
+                found = self.judged(one, spec, share, (-2.0, -1.0, 0.0, 1.0, 2.0))
+                out[key][spec.name] = {"selectivity": found.mean("selectivity"), "leak": mean_leak(found)}
+        return out
+
+    def composed(self) -> dict[str, Any]:
+        """Pairs and triples of the first concepts."""
+        specs = self.specs[: self.size.composed]
+        members = [Member(load_adapter(self.file(s, 0), self.model), str(s.attribute), s.start) for s in specs]
+        targets = [member.target for member in members]
+        split = evaluation_split(targets, self.size.composed_prompts, self.size.composed_seeds)
+        alone = read_alone(self.model, members, split, self.judge, self.unedited)
+        out = {}
+        for name, size in (("pairs", 2), ("triples", 3)):
+            found = kept(self.model, members, size, split, self.judge, self.unedited, alone)
+            out[name] = {"kept": found.prompts.mean, "interval": found.prompts.ends, "pictures": found.pictures.mean}
+        return out
+
+    # -------------------- what else there is
+
+    def closed(self, spec: SliderSpec) -> dict[str, Any]:
+        """The closed form: how long, and what it does."""
+        began = time.perf_counter()
+        adapter = closed_form(self.model, spec)
+        seconds = time.perf_counter() - began
+        return {"seconds": seconds, **self.other(AdapterEdit(self.model, adapter, unedited=self.unedited), spec)}
+
+    def official(self, spec: SliderSpec, repaired: bool) -> dict[str, Any]:
+        """The published loop."""
+        settings = OfficialSettings(repaired=repaired, steps=self.size.official_steps)
+        run = train_official(self.model, spec, settings)
+        edit = AdapterEdit(self.model, run.adapter, 800, unedited=self.unedited)
+        return {"forwards": run.forwards, "train_s": run.seconds, **self.other(edit, spec)}
+
+    def other(self, edit: Edit, spec: SliderSpec) -> dict[str, Any]:
+        """An edit with a strength of its own meaning: its unit is found as a slider's is, then it is judged."""
+        target = str(spec.attribute)
+        unit = 1.0
+        try:
+            found = calibrate(
+                edit, reader_scorer(target, self.reader), calibration_split([target], 2, 1).prompts, [7000, 7001, 7002],
+                settings=CalibrationSettings(step=4.0, furthest=4.0, rounds=4), sigma=known_sigma(self.model, target),
+            )  # fmt: skip
+            unit = found.factor
+        except Exception as error:  # an edit that moves nothing has no unit: said, and judged as it is
+            print(f"  {spec.name}: {error}", flush=True)
+        judged = self.judged(Scaled(edit, unit), spec, slice(0, self.size.baseline_seeds), (-2.0, -1.0, 0.0, 1.0, 2.0))
+        said = as_json(judged)
+        return {"unit": unit, "leak": mean_leak(judged), **{key: said[key] for key in MEANS if key in said}}
+
+    def baselines(self, spec: SliderSpec) -> dict[str, Any]:
+        """Every baseline on one concept."""
+        words = words_of(spec)
+        ours = self.slider(spec, 0)
+        edits: dict[str, Edit] = {
+            "slider": ours,
+            "prompt weight": PromptWeight(self.unedited, words),
+            "composition": Composition(self.unedited, words),
+            "prompt-to-prompt": PromptToPrompt(self.unedited, words),
+            "embedding interpolation": EmbeddingInterpolation(self.unedited, words),
+            "guidance direction": GuidanceDirection(self.unedited, words, spec.start),
+            "random LoRA": AdapterEdit(self.model, random_like(ours.adapters[0]), spec.start, unedited=self.unedited),
+            "shuffled labels": AdapterEdit(self.model, self.shuffled(spec), spec.start, unedited=self.unedited),
+        }
+        return {
+            name: self.part(f"baseline-{spec.name}-{name.replace(' ', '_')}", partial(self.other, edit, spec))
+            for name, edit in edits.items()
+        }
+
+    def shuffled(self, spec: SliderSpec) -> Adapter:
+        """A control: the same training with positive and negative changed about at half of the points."""
+        predictor = Predictor(self.model, self.model.native_size, self.model.native_size)
+        points = make_points(self.model, predictor, spec)
+        with tempfile.TemporaryDirectory() as folder:
+            return train_text(self.model, predictor, points, spec, Path(folder), shuffled=True).adapter
+
+
+class Scaled:
+    """An edit whose strength 1 is another's `unit`."""
+
+    def __init__(self, edit: Edit, unit: float) -> None:
+        self.edit, self.unit = edit, unit
+
+    def pictures(self, prompts: Sequence[str], seeds: Sequence[int], strengths: Sequence[float]) -> np.ndarray:
+        """As `Edit.pictures`."""
+        return self.edit.pictures(prompts, seeds, [strength * self.unit for strength in strengths])
+
+
+def declared_error(found: Evaluation, sigma: float) -> float:
+    """Median over prompts and REQUESTED scales of |mean move - scale * sigma| / sigma, sigma as the file says."""
+    moves = found.sweep.moves(found.target) / sigma
+    errors = [
+        abs(float(np.nanmean(moves[p, :, k])) - scale)
+        for k, scale in enumerate(found.sweep.scales)
+        for p in range(moves.shape[0])
+        if float(scale) in REQUESTED
+    ]
+    return float(np.median(errors))
+
+
+def mean_leak(found: Evaluation) -> float | None:
+    """Mean leakage onto the other attributes at one deviation."""
+    values = [leak.absolute for leak in found.leaks.values() if not math.isnan(leak.absolute)]
+    return float(np.mean(values)) if values else None
+
+
+def over(rows: Sequence[dict[str, Any]], key: str) -> tuple[float | None, list[float] | None]:
+    """Mean over rows and its 95 % interval, by resampling rows."""
+    values = np.array([row[key] for row in rows if row.get(key) is not None], dtype=np.float64)
+    if not len(values):
+        return None, None
+    drawn = np.random.default_rng(0).choice(values, (2000, len(values))).mean(1)
+    return float(values.mean()), [float(v) for v in np.quantile(drawn, [0.025, 0.975])]
+
+
+def run(size: Size, folder: Path) -> dict[str, Any]:
+    """All parts, and the table."""
+    bench = Bench(size, folder)
+    trained = [bench.part(f"train-{seed}", partial(bench.train, seed)) for seed in range(size.training_seeds)]
+    rows = [
+        bench.part(f"judged-{spec.name}-{seed}", partial(bench.row, spec, seed))
+        for seed in range(size.training_seeds)
+        for spec in bench.specs
+    ]
+    found: dict[str, Any] = {"machine": machine(), "size": asdict(size), "threads": torch.get_num_threads()}
+    found["intervals"] = {}
+    for key in MEANS:
+        found[key], found["intervals"][key] = over(rows, key)
+    found["by_concept"] = {row["name"]: {key: row[key] for key in MEANS} for row in rows}
+    found["train_s"] = float(np.median([row["seconds"] for seed in trained for row in seed]))
+    first, nexts = [seed[0] for seed in trained], [row for seed in trained for row in seed[1:]]
+    found["forwards_first"] = int(np.mean([r["shared"] + r["training"] + r["calibration"] for r in first]))
+    found["forwards_next"] = int(np.mean([r["training"] + r["calibration"] for r in nexts]))
+    mixed = bench.part("unmix", bench.unmix)
+    for key, name in (("before", "selectivity_same_run"), ("after", "selectivity_unmixed")):
+        found[name], found["intervals"][name] = over(list(mixed[key].values()), "selectivity")
+    both = bench.part("composed", bench.composed)
+    found["pairs_kept"], found["triples_kept"] = both["pairs"]["kept"], both["triples"]["kept"]
+    compared = bench.specs[: size.baselines]
+    closed = [bench.part(f"closed-{spec.name}", partial(bench.closed, spec)) for spec in compared]
+    found["closed_form_s"] = float(np.max([row["seconds"] for row in closed]))
+    parts = [bench.baselines(spec) for spec in compared]
+    found["baselines"] = {name: over([part[name] for part in parts], "leak")[0] for name in parts[0]}
+    found["baselines"]["closed form"] = over(closed, "leak")[0]
+    spec = next(spec for spec in bench.specs if spec.name == "smile")
+    found["official"] = bench.part("official", lambda: bench.official(spec, False))
+    found["official_repaired"] = bench.part("official-repaired", lambda: bench.official(spec, True))
+    found["baselines"]["official loop"] = found["official"]["leak"]
+    found["baselines"]["official loop, repaired"] = found["official_repaired"]["leak"]
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--folder", type=Path, help="finished parts are kept here; a temporary one by default")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    for name, kind in Size.__annotations__.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"instead of the size's own ({kind})")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    size = QUICK if args.quick else Size()
+    said = {name: getattr(args, name) for name in Size.__annotations__ if getattr(args, name) is not None}
+    size = Size(**{**asdict(size), **said})
+    with tempfile.TemporaryDirectory() as temporary:
+        found = run(size, args.folder or Path(temporary) / "run")
+    if args.json:
+        print(json.dumps(found))
+    else:
+        print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
