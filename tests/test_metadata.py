@@ -104,7 +104,8 @@ def test_their_infotext(tmp_path: Path) -> None:
         30, "dpmpp_2m", "karras", 6.5, 512, 768, 2, "b")  # fmt: skip
     assert asked.model == "foo" and asked.model_hash == "abcdef0123"
     said = " | ".join(asked.not_honoured)
-    assert "LoRA smile at strength 0.8" in said and "Hires upscale: 2" in said and "RNG" in said
+    assert [(a.name, a.scale, a.start, a.sha256_tensors) for a in asked.adapters] == [("smile", 0.8, 1000.0, "ab")]
+    assert "Hires upscale: 2" in said and "RNG" in said
 
 
 def test_thresholding_comes_back_from_an_infotext(tmp_path: Path) -> None:
@@ -193,7 +194,8 @@ def test_their_graph(tmp_path: Path) -> None:
     asked = request_of(tmp_path / "a.png")
     assert asked.kind == "ComfyUI" and asked.prompt == "p" and asked.seeds == [77] and asked.model == "m.safetensors"
     said = " | ".join(asked.not_honoured)
-    assert all(part in said for part in ("LoRA s.st at strength 0.7", "ControlNetApply", "further pass", "uni_pc"))
+    assert all(part in said for part in ("strength 1 of LoRA s.st", "ControlNetApply", "further pass", "uni_pc"))
+    assert [(a.name, a.file, a.scale, a.start) for a in asked.adapters] == [("s", "s.st", 0.7, 1000.0)]
 
 
 @given(st.recursive(st.none() | st.integers() | st.text(max_size=5) | st.lists(st.text(max_size=2), max_size=2),

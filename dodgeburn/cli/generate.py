@@ -9,18 +9,20 @@ import sys
 import tempfile
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from dodgeburn.cli.loras import Finder, apply
 from dodgeburn.errors import DodgeburnWarning, UserError
 from dodgeburn.images.png import KINDS
 
 if TYPE_CHECKING:
     from dodgeburn.models.model import Model
     from dodgeburn.sampling.loop import Generated, GenerateSettings, Step
+    from dodgeburn.sampling.loras import LoraUse
     from dodgeburn.sampling.reproduce import Request
     from dodgeburn.sampling.settings import Thresholding
 
@@ -44,6 +46,18 @@ class Generate:
     """PNG, JPEG or WebP to take prompt, seed, model and settings from; options given besides win."""
     model: str | None = None
     """A packaged model (pocket, pocket-style, pocket-bold), a .safetensors file, a folder or a hub id; none: pocket."""
+    lora: Annotated[
+        list[str], tyro.conf.UseAppendAction, tyro.conf.arg(aliases=["--slider"], metavar="FILE[:SCALE[:START]]")
+    ] = field(default_factory=list)
+    """LoRA or slider to apply, its scale (1) and the time step (0..1000) above which it is off (as its card says).
+    Repeatable. Tags such as <lora:NAME:0.8> in the prompt find their files in --lora-dir.
+    """
+    lora_blocks: Annotated[list[str], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=NUMBER,...")] = field(
+        default_factory=list
+    )
+    """Weights of the LoRAs by block, as bake has them: "*=0,OUT*=1"; one for all LoRAs, or repeated for each."""
+    lora_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Folder where LoRAs are found by name; none: beside the model and in this folder."""
     seed: int = 0
     """Seed of the first picture; the next ones count up from it."""
     n: Annotated[int, tyro.conf.arg(aliases=["-n"], metavar="COUNT")] = 1
@@ -172,6 +186,8 @@ class _Plan:
     batch_size: int | None
     dtype: str | None
     source: Request | None = None
+    loras: list[tuple[Path, LoraUse]] = field(default_factory=list)
+    not_honoured: list[str] = field(default_factory=list)  # of the picture's settings
     row: int | None = None  # only this row of the batch is kept: the picture that is made again
 
 
@@ -198,7 +214,7 @@ def _plan(options: Generate) -> _Plan:
             raise UserError("no prompt: give one, or a picture to take it from with --from PICTURE")
         seeds = [options.seed + i for i in range(options.n)]
         model = options.model or "pocket"
-        return _Plan(options.prompt, seeds, settings, model, options.batch_size, options.dtype)
+        return _with_loras(_Plan(options.prompt, seeds, settings, model, options.batch_size, options.dtype), options)
     from dodgeburn.pocket.model import NAMES
     from dodgeburn.sampling.reproduce import request_of
     from dodgeburn.sampling.settings import GenerateSettings
@@ -222,6 +238,20 @@ def _plan(options: Generate) -> _Plan:
         # The last bit of a picture depends on its batch's size and its row there: it is made in the same place.
         plan.row, plan.batch_size = asked.batch
         plan.seeds = plan.seeds * plan.batch_size
+    return _with_loras(plan, options)
+
+
+def _with_loras(plan: _Plan, options: Generate) -> _Plan:
+    """The plan with LoRAs: options', else the picture's; and those that tags in the prompt name."""
+    finder = Finder(options.lora_dir, plan.model)
+    finder.options(options.lora)
+    if plan.source is not None:
+        if not options.lora:
+            plan.not_honoured = finder.picture(plan.source.adapters, plan.source.kind == "dodgeburn")
+        plan.not_honoured = plan.source.not_honoured + plan.not_honoured
+    if plan.settings.prompt_syntax != "plain":
+        plan.prompt = finder.tags(plan.prompt)
+    plan.loras = finder.found
     return plan
 
 
@@ -240,7 +270,7 @@ def _tell_source(plan: _Plan, model: Model) -> None:
             f"the picture was made on {asked.device}, this is {model.device.type}: expect small differences",
             DodgeburnWarning, stacklevel=2,
         )  # fmt: skip
-    for line in asked.not_honoured:
+    for line in plan.not_honoured:
         warnings.warn(f"not honoured from {asked.kind}'s settings: {line}", DodgeburnWarning, stacklevel=2)
 
 
@@ -295,6 +325,7 @@ def _run(options: Generate, plan: _Plan) -> dict[str, Any]:
 
     model = load_model(plan.model, options.device, plan.dtype, options.tokenizer)
     _tell_source(plan, model)
+    adapters = apply(plan.loras, options.lora_blocks, model)
     prompts = [plan.prompt] * len(plan.seeds)
     began = time.perf_counter()
     made: list[Generated] = []
@@ -305,7 +336,9 @@ def _run(options: Generate, plan: _Plan) -> dict[str, Any]:
         def progress(step: Step) -> None:
             bar.update(len(step.indices))
 
-        for picture in stream(model, prompts, plan.seeds, plan.settings, progress, plan.batch_size):
+        for picture in stream(
+            model, prompts, plan.seeds, plan.settings, progress, plan.batch_size, adapters=adapters
+        ):
             if plan.row is not None and picture.index != plan.row:
                 continue
             stem = f"{slug(plan.prompt)}-{picture.seed}"
@@ -319,7 +352,8 @@ def _run(options: Generate, plan: _Plan) -> dict[str, Any]:
         "sheet": None if sheet is None else str(sheet),
         "model": model.name,
         "model_sha256": model.sha256,
-        "not_honoured": [] if plan.source is None else plan.source.not_honoured,
+        "adapters": [use.record() for use in made[0].adapters] if made else [],
+        "not_honoured": plan.not_honoured,
         "seconds": round(time.perf_counter() - began, 3),
     }
 

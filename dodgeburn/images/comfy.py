@@ -31,6 +31,7 @@ class ComfyRequest:
     clip_stop: int | None = None  # stop_at_clip_layer, -1 is the last layer; None: the model's own
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)  # SDXL: original, target (w, h), crop (left, top)
     negative_sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    loras: list[tuple[str, float]] = field(default_factory=list)  # (file, strength), in order
     ignored: list[str] = field(default_factory=list)  # what the graph does besides, found when it was read
 
 
@@ -40,7 +41,9 @@ def write_graph(request: ComfyRequest) -> Graph:
     def node(kind: str, **inputs: Any) -> dict[str, Any]:
         return {"class_type": kind, "inputs": inputs}
 
-    clip = ["4", 1] if request.clip_stop is None else ["10", 0]
+    # LoRAs in a chain from the checkpoint on: their outputs are 0 (model) and 1 (CLIP), as the loader's.
+    chain = ["4", *(str(11 + i) for i in range(len(request.loras)))]
+    clip = [chain[-1], 1] if request.clip_stop is None else ["10", 0]
 
     def text(prompt: str, sizes: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
         if not sizes:
@@ -54,7 +57,7 @@ def write_graph(request: ComfyRequest) -> Graph:
     graph = {
         "3": node(
             "KSampler", seed=request.seed, steps=request.steps, cfg=request.guidance, sampler_name=request.sampler,
-            scheduler=request.scheduler, denoise=1.0, model=["4", 0], positive=["6", 0], negative=["7", 0],
+            scheduler=request.scheduler, denoise=1.0, model=[chain[-1], 0], positive=["6", 0], negative=["7", 0],
             latent_image=["5", 0],
         ),
         "4": node("CheckpointLoaderSimple", ckpt_name=request.checkpoint),
@@ -65,7 +68,12 @@ def write_graph(request: ComfyRequest) -> Graph:
         "9": node("SaveImage", filename_prefix="dodgeburn", images=["8", 0]),
     }  # fmt: skip
     if request.clip_stop is not None:
-        graph["10"] = node("CLIPSetLastLayer", stop_at_clip_layer=request.clip_stop, clip=["4", 1])
+        graph["10"] = node("CLIPSetLastLayer", stop_at_clip_layer=request.clip_stop, clip=[chain[-1], 1])
+    for key, before, (file, strength) in zip(chain[1:], chain, request.loras, strict=False):
+        graph[key] = node(
+            "LoraLoader", lora_name=file, strength_model=strength, strength_clip=strength, model=[before, 0],
+            clip=[before, 1],
+        )  # fmt: skip
     return graph
 
 
@@ -78,6 +86,7 @@ class _Reader:
             if isinstance(node, dict) and isinstance(node.get("inputs"), dict):
                 self.nodes[str(key)] = str(node.get("class_type", "")), node["inputs"]
         self.ignored: list[str] = []
+        self.loras: list[tuple[str, float]] = []  # nearest to the sampler first
 
     def kind(self, key: str | None) -> str:
         return self.nodes[key][0] if key in self.nodes else ""
@@ -135,7 +144,10 @@ class _Reader:
                 return name
             lora = self.value(at, "lora_name")
             if isinstance(lora, str):
-                self.ignore(f"LoRA {lora} at strength {self.number(at, 'strength_model', 1.0):g}")
+                strength = self.number(at, "strength_model", 1.0)
+                self.loras.append((lora, strength))
+                if (clip := self.number(at, "strength_clip", strength)) != strength:
+                    self.ignore(f"strength {clip:g} of LoRA {lora} on the text encoders: {strength:g} instead")
             elif not kind.startswith("KSampler"):
                 self.ignore(f"node {kind}")
         return ""
@@ -170,7 +182,7 @@ class _Reader:
 def read_graph(graph: Mapping[str, Any]) -> ComfyRequest | None:
     """What a graph generates, by its first sampler with prompts; None if it has none, or isn't a graph.
 
-    What the request can't hold (LoRAs, control nets, upscaling, image inputs) is listed in `ignored`.
+    What the request can't hold (control nets, upscaling, image inputs) is listed in `ignored`.
     """
     if not 0 < len(graph) <= MOST_NODES:
         return None
@@ -209,4 +221,5 @@ def read_graph(graph: Mapping[str, Any]) -> ComfyRequest | None:
         elif kind not in known and any(word in kind for word in ("ControlNet", "Upscale", "IPAdapter", "Threshold")):
             reader.ignore(f"node {kind}")
     request.ignored = reader.ignored
+    request.loras = reader.loras[::-1]
     return request

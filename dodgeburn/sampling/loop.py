@@ -23,6 +23,7 @@ from dodgeburn.sampling.clip_skip import resolve_clip_skip
 from dodgeburn.sampling.effects import without_effect
 from dodgeburn.sampling.emphasis import unread
 from dodgeburn.sampling.guidance import Denoiser
+from dodgeburn.sampling.loras import LoraUse
 from dodgeburn.sampling.prompts import EncodedPrompt, encode
 from dodgeburn.sampling.schedules import Schedule, initial_noise, schedule
 from dodgeburn.sampling.settings import GenerateSettings
@@ -42,6 +43,7 @@ class Generated:
     settings: GenerateSettings  # with width and height filled in
     index: int  # position in the `prompts` and `seeds` given
     batch: tuple[int, int] = (0, 1)  # (row, pictures) of the batch it began in: what the last bit depends on
+    adapters: tuple[LoraUse, ...] = ()  # with the scales of this picture
 
 
 @dataclass(frozen=True)
@@ -125,13 +127,8 @@ def stream(
     guides = settings.guidance != 1.0 or settings.thresholding is not None
     at_least = texts[settings.negative].chunks if guides else 1
     batches = _batches(prompts, texts, at_least, batch_size or default_batch_size(*shape[1:]))
-    adapted = Adapted(adapters, len(prompts))
-    by_scales: dict[tuple[float, ...], Mapping[str, EncodedPrompt]] = {(): texts}
-    for index in range(len(prompts)):
-        if adapted.text_key(index) not in by_scales:
-            found = adapted.encode(model, index, list(texts), skip, settings.prompt_syntax)
-            by_scales[adapted.text_key(index)] = found
-    of_each = [by_scales[adapted.text_key(i)] for i in range(len(prompts))]
+    adapted = Adapted(adapters, len(prompts), model.layout)
+    of_each = adapted.texts(model, prompts, settings.negative, texts, skip, settings.prompt_syntax)
     thresholded = examined = 0
     for number, (indices, chunks) in enumerate(batches):
         job = _Batch(model, settings, plan, shape, indices, number, len(batches))
@@ -153,8 +150,8 @@ def _warn_of_markup(texts: Sequence[str], syntax: str) -> None:
     if found:
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
         warnings.warn(
-            f"read as words: {', '.join(found[:3])}{more}. LoRAs are baked into a model first (dodgeburn bake); prompt "
-            "editing, AND and embeddings have no effect here",
+            f"read as words: {', '.join(found[:3])}{more}. LoRAs are given by --lora FILE:SCALE or lie in --lora-dir; "
+            "prompt editing, AND and embeddings have no effect here",
             DodgeburnWarning,
             stacklevel=4,
         )
@@ -273,7 +270,7 @@ class _Batch:
             )
         pixels = decode_pictures(self.model.vae, x).numpy()
         return [
-            Generated(Image.fromarray(picture), prompts[i], seeds[i], self.settings, i, self.rows[i])
+            Generated(Image.fromarray(picture), prompts[i], seeds[i], self.settings, i, self.rows[i], adapted.uses(i))
             for i, picture in zip(self.indices, pixels, strict=True)
         ], False
 

@@ -6,19 +6,20 @@ No torch at module level.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from dodgeburn.errors import UserError
 from dodgeburn.images.comfy import ComfyRequest, read_graph
 from dodgeburn.images.png import Infotext, read_png
+from dodgeburn.sampling.loras import ALWAYS, LoraUse, named_values, take_tags, uses_of
 from dodgeburn.sampling.settings import ALIASES, SAMPLERS, SPACINGS, STOCHASTIC, GenerateSettings
 from dodgeburn.sampling.spelling import plain
 from dodgeburn.sampling.thresholding import Thresholding
 
 DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}  # as a record has it, as `load_model` wants it
-LORA_TAG = re.compile(r"<(?:lora|lyco|hypernet):([^:>]+)(?::([^>]*))?>")
+_HYPERNET = re.compile(r"<(?:lora|lyco|hypernet):([^:>]+)(?::([^>]*))?>")  # tags that nothing here acts on
 
 # A1111's "Automatic" schedule, and what an infotext from before 1.9 means by a sampler's bare name.
 AUTOMATIC = {
@@ -31,7 +32,8 @@ HONOURED = {
     "Steps", "Sampler", "Schedule type", "CFG scale", "Seed", "Size", "Model", "Model hash", "Clip skip", "Version",
     "RNG", "Dynamic thresholding enabled", "Mimic scale", "Separate Feature Channels", "Scaling Startpoint",
     "Variability Measure", "Interpolate Phi", "Threshold percentile", "Mimic mode", "Mimic scale minimum", "CFG mode",
-    "CFG scale minimum", "Scheduler value", "Lora hashes", "Prompt", "Negative prompt", "User", "Created Date",
+    "CFG scale minimum", "Scheduler value", "Lora hashes", "Lora starts", "Prompt", "Negative prompt", "User",
+    "Created Date",
 }  # fmt: skip
 
 
@@ -48,6 +50,7 @@ class Request:
     batch: tuple[int, int] = (0, 1)  # (row, pictures) of the batch that it was made in
     dtype: str | None = None
     device: str | None = None
+    adapters: list[LoraUse] = field(default_factory=list)  # to be found by name and hash
     not_honoured: list[str] = field(default_factory=list)  # what it says besides that can't be followed here
 
 
@@ -95,7 +98,7 @@ def _own(record: dict[str, Any]) -> Request:
     return Request(
         kind="dodgeburn", prompt=string("prompt"), seeds=seeds, settings=settings, model=string("model"),
         model_hash=string("model_sha256"), batch=(batch[0], batch[1]), dtype=DTYPES.get(string("dtype")),
-        device=string("device") or None,
+        device=string("device") or None, adapters=uses_of(record.get("adapters", [])),
     )  # fmt: skip
 
 
@@ -143,17 +146,24 @@ def _a1111(info: Infotext) -> Request:
     if said.get("RNG", "GPU") != "CPU":
         missed.append(f"RNG {said.get('RNG', 'GPU')}: noise is drawn on the CPU here, so the picture is another one")
     missed += _other_noise(sampler, "A1111")
-    prompt, tags = LORA_TAG.sub("", info.prompt), LORA_TAG.findall(info.prompt)
-    missed += [f"LoRA {tag} at strength {strength or '1'}" for tag, strength in tags]
+    prompt, tags = take_tags(info.prompt)
+    hashes = named_values(said.get("Lora hashes", ""))
+    starts = named_values(said.get("Lora starts", ""))
+    adapters = [
+        replace(use, sha256_tensors=hashes.get(use.name, ""), start=_number(starts, use.name, ALWAYS))
+        for _, use in tags
+    ]
+    missed += [f"LoRA {tag} at strength {strength or '1'}" for tag, strength in _HYPERNET.findall(prompt)]
+    prompt = _HYPERNET.sub("", prompt)
     missed += [f"{key}: {value}" for key, value in said.items() if key not in HONOURED]
     size = info.size
     settings = GenerateSettings(
         steps=_whole(said, "Steps", 20), guidance=_number(said, "CFG scale", 7.0), sampler=sampler, spacing=ours,
-        width=size[0] if size else None, height=size[1] if size else None, negative=LORA_TAG.sub("", info.negative),
+        width=size[0] if size else None, height=size[1] if size else None, negative=_HYPERNET.sub("", info.negative),
         clip_skip=_whole(said, "Clip skip", 1) if "Clip skip" in said else None, thresholding=_thresholding(said),
     )  # fmt: skip
     return Request("A1111", prompt.strip(), [_whole(said, "Seed", 0)], settings, said.get("Model", ""),
-                   said.get("Model hash", ""), not_honoured=missed)  # fmt: skip
+                   said.get("Model hash", ""), adapters=adapters, not_honoured=missed)  # fmt: skip
 
 
 def _thresholding(said: dict[str, str]) -> Thresholding | None:
@@ -193,4 +203,6 @@ def _comfy(graph: ComfyRequest) -> Request:
         steps=graph.steps, guidance=graph.guidance, sampler=sampler, spacing=spacing, width=graph.width or None,
         height=graph.height or None, negative=graph.negative, prompt_syntax="comfy", clip_skip=graph.clip_stop, **sizes,
     )  # fmt: skip
-    return Request("ComfyUI", graph.prompt, [graph.seed], settings, graph.checkpoint, not_honoured=missed)
+    adapters = [LoraUse(Path(file.replace("\\", "/")).stem, scale, ALWAYS, file=file) for file, scale in graph.loras]
+    return Request("ComfyUI", graph.prompt, [graph.seed], settings, graph.checkpoint, adapters=adapters,
+                   not_honoured=missed)  # fmt: skip

@@ -9,6 +9,7 @@ from dodgeburn.images.png import Infotext, write_picture
 from dodgeburn.models.loading import is_stock
 from dodgeburn.models.model import Model
 from dodgeburn.sampling.loop import Generated
+from dodgeburn.sampling.loras import ALWAYS
 from dodgeburn.sampling.settings import SAMPLERS, SPACINGS, GenerateSettings
 from dodgeburn.sampling.sizes import SIZE_FIELDS, time_ids
 from dodgeburn.sampling.thresholding import SCHEDULER_VALUE, USES_VALUE
@@ -21,7 +22,7 @@ def infotext_of(made: Generated, model: Model) -> Infotext:
     is_file = model.source is not None and model.source.is_file()
     skip = settings.clip_skip or 1
     return Infotext(
-        prompt=made.prompt,
+        prompt=" ".join([made.prompt, *(use.tag for use in made.adapters)]),
         negative=settings.negative,
         settings={
             "Steps": str(settings.steps),
@@ -34,10 +35,23 @@ def infotext_of(made: Generated, model: Model) -> Infotext:
             "Model": model.name,
             "Clip skip": str(skip) if skip > 1 else "",
             **_thresholding_pairs(settings),
+            **_lora_pairs(made),
             "RNG": "CPU",  # where noise is drawn; A1111's own default is the GPU
             "Version": f"dodgeburn {__version__}",
         },
     )
+
+
+def _lora_pairs(made: Generated) -> dict[str, str]:
+    """A1111's "Lora hashes" (AutoV3's first 12 digits), and what its tags have no place for."""
+    hashes = [f"{use.name}: {use.sha256_tensors[:12]}" for use in made.adapters if use.sha256_tensors]
+    starts = [f"{use.name}: {use.start:g}" for use in made.adapters if use.start is not None and use.start < ALWAYS]
+    blocks = [
+        f"{use.name}: {' '.join(f'{block}={weight:g}' for block, weight in use.blocks.items())}"
+        for use in made.adapters
+        if use.blocks
+    ]
+    return {"Lora hashes": ", ".join(hashes), "Lora starts": ", ".join(starts), "Lora blocks": ", ".join(blocks)}
 
 
 def _thresholding_pairs(settings: GenerateSettings) -> dict[str, str]:
@@ -71,6 +85,7 @@ def record_of(made: Generated, model: Model) -> dict[str, Any]:
         "seed": made.seed,
         "batch": list(made.batch),
         **made.settings.model_dump(),
+        **({"adapters": [use.record() for use in made.adapters]} if made.adapters else {}),
         "model": model.name,
         "model_sha256": model.sha256,
         "layout": model.layout.name,
@@ -81,10 +96,14 @@ def record_of(made: Generated, model: Model) -> dict[str, Any]:
 
 
 def graph_of(made: Generated, model: Model) -> dict[str, Any] | None:
-    """ComfyUI's graph that makes the same kind of picture; None for models that ComfyUI cannot load."""
+    """ComfyUI's graph that makes the same kind of picture; None for models that ComfyUI cannot load, and for LoRAs that
+    its core nodes cannot apply so.
+    """
     settings = made.settings
     if not is_stock(model) or model.source is None or not model.source.is_file():
         return None
+    if any(use.start not in (None, ALWAYS) or use.blocks or use.strengths or not use.file for use in made.adapters):
+        return None  # core nodes have neither late starts nor block weights
     assert settings.width is not None and settings.height is not None
     sizes: list[dict[str, tuple[int, int]]] = [{}, {}]
     if model.has_added_conditions and any(getattr(settings, name) is not None for name in SIZE_FIELDS):
@@ -96,7 +115,7 @@ def graph_of(made: Generated, model: Model) -> dict[str, Any] | None:
             steps=settings.steps, guidance=settings.guidance, sampler=SAMPLERS[settings.sampler][1],
             scheduler=SPACINGS[settings.spacing][1], width=settings.width, height=settings.height,
             clip_stop=None if settings.clip_skip is None else -settings.clip_skip,
-            sizes=sizes[0], negative_sizes=sizes[1],
+            sizes=sizes[0], negative_sizes=sizes[1], loras=[(use.file, use.scale) for use in made.adapters],
         )
     )  # fmt: skip
 
