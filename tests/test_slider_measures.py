@@ -290,5 +290,7 @@ def test_bootstrap_covers_a_mean_of_magnitudes() -> None:
 def test_bootstrap_of_one_picture_has_no_interval() -> None:
     found = bootstrap_statistics(lambda p, s: {"x": 1.0, "y": float("nan")}, (1, 1))
     assert found["x"].mean == 1.0 and found["x"].ends is None
+    same = bootstrap_statistics(lambda p, s: {"x": 0.0}, (4, 4), resamples=20)["x"]
+    assert same.mean == 0.0 and same.ends is None  # never seen is not never
     many = bootstrap_statistics(lambda p, s: {"x": float(s[0, 0]), "y": float("nan")}, (2, 3), resamples=20)
     assert many["y"].ends is None and many["x"].ends is not None

@@ -78,7 +78,8 @@ def bootstrap_statistics(
     statistics: called with the rows to use, prompts int [p] and their seeds int [p, n]; first with all as they are,
     which gives the estimates. Repeated seeds pull some statistics aside (a mean of magnitudes grows), so percentiles
     are shifted by the mean of the resampled values minus the estimate. NaN values of resamples are left out; a
-    statistic that is NaN in more than half of them has no interval.
+    statistic that is NaN in more than half of them has no interval, nor has one that never changes (a share of 0 in all
+    pictures): resampling would claim certainty.
     """
     prompts, seeds = shape
     estimate = statistics(np.arange(prompts), np.tile(np.arange(seeds), (prompts, 1)))
@@ -94,7 +95,7 @@ def bootstrap_statistics(
     for name, value in estimate.items():
         found = np.asarray(drawn[name])
         found = found[~np.isnan(found)]
-        if np.isnan(value) or 2 * len(found) < resamples:
+        if np.isnan(value) or 2 * len(found) < resamples or np.ptp(found) == 0:
             out[name] = Interval(value, float("nan"), float("nan"))
             continue
         low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2]) - (found.mean() - value)

@@ -59,7 +59,7 @@ def strips(sliders: Sequence[Slider], prompts: Sequence[str], seeds: Sequence[in
                 labels.append("\n".join([*names, f"seed {seed}"]))
                 shown.append([(at,)] * len(scales))
     names = [", ".join(slider.name for slider in sliders), *(prompts if len(prompts) == 1 else [])]
-    return Plan(": ".join(names), rows, labels, [f"{s:+g}" if s else "0" for s in scales], shown)
+    return Plan(": ".join(names), rows, labels, [_signed(s) for s in scales], shown)
 
 
 def grids(sliders: Sequence[Slider], prompt: str, seed: int, scales: Sequence[float]) -> Plan:
@@ -68,9 +68,13 @@ def grids(sliders: Sequence[Slider], prompt: str, seed: int, scales: Sequence[fl
         raise UserError(f"a grid is over two sliders, not {len(sliders)}")
     rows = [[Cell(prompt, seed, (across, down)) for across in scales] for down in scales]
     return Plan(
-        f"{prompt}, seed {seed}", rows, [f"{sliders[1].name} {s:+g}" for s in scales],
-        [f"{sliders[0].name} {s:+g}" for s in scales], [[(0, 1)] * len(scales)] * len(scales),
+        f"{prompt}, seed {seed}", rows, [f"{sliders[1].name} {_signed(s)}" for s in scales],
+        [f"{sliders[0].name} {_signed(s)}" for s in scales], [[(0, 1)] * len(scales)] * len(scales),
     )  # fmt: skip
+
+
+def _signed(scale: float) -> str:
+    return f"{scale:+g}" if scale else "0"
 
 
 def progressive(sliders: Sequence[Slider], prompts: Sequence[str], seeds: Sequence[int],
