@@ -151,6 +151,7 @@ def test_sweep_draws_strips_grids_compositions_and_animations(calibrated, tmp_pa
     (["evaluate", "FILE", "--prompts", "0"], "at least 1"),
     (["evaluate", "FILE", "--attribute", "grin"], "no attribute 'grin'"),
     (["evaluate", "FILE", "--prompts", "2000"], "take fewer"),
+    (["evaluate", "OUT.pt", "--certify"], "only these hold a card"),
     (["evaluate", "FILE", "--lpips"], "without --clip"),
     (["evaluate", "FILE", "--clip", "OUT"], "no CLIP model's folder"),
     (["evaluate", "FILE", "--clip", "OUT", "--certify"], "no certificate"),

@@ -95,9 +95,12 @@ def _run(options: Evaluate) -> dict[str, Any]:
     from dodgeburn.pocket.reader import Reader
     from dodgeburn.slide.edits import AdapterEdit
     from dodgeburn.slide.evaluate import as_json, evaluate, leakage_matrix, summary
-    from dodgeburn.slide.slider_file import certificate_of, open_sliders, write_card
+    from dodgeburn.slide.slider_file import certificate_of, check_card_file, open_sliders, write_card
     from dodgeburn.slide.splits import evaluation_split
 
+    if options.certify:
+        for file in options.files:
+            check_card_file(file)  # before minutes of work
     model = options.load()
     of_pocket(model, "slider evaluate")
     judge = Reader.load("judge")

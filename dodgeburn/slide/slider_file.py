@@ -111,15 +111,21 @@ def _dtype_of(path: str | Path | None) -> str:
     return "fp16" if found == {"F16"} else "fp32"
 
 
+def check_card_file(path: str | Path) -> Path:
+    """The path of a .safetensors file; UserError for anything else, which holds no card."""
+    path = Path(path).expanduser()
+    if path.suffix != ".safetensors" or not path.is_file():
+        hint = "make one with dodgeburn convert --lora"
+        raise UserError(f"{path} is no .safetensors file, and only these hold a card: {hint}")
+    return path
+
+
 def write_card(path: str | Path, card: SliderCard) -> None:
     """Put another card into a .safetensors file, atomically; every tensor stays as it is, byte for byte.
 
     Raises UserError for another kind of file.
     """
-    path = Path(path).expanduser()
-    if path.suffix != ".safetensors" or not path.is_file():
-        hint = "make one with dodgeburn convert --lora"
-        raise UserError(f"{path} is no .safetensors file, and only these hold a card: {hint}")
+    path = check_card_file(path)
     with TensorFile(path) as source:
         infos = {key: (source.info(key).dtype, source.info(key).shape) for key in source.keys()}
         said = {**source.header.metadata, "modelspec.usage_hint": card.usage_hint(), **card.as_metadata()}
