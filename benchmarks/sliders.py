@@ -52,7 +52,7 @@ from dodgeburn.slide.score_edits import Composition, GuidanceDirection
 from dodgeburn.slide.spec import SliderSpec, load_specs
 from dodgeburn.slide.splits import calibration_split, evaluation_split
 from dodgeburn.slide.text import train_text
-from dodgeburn.slide.train import train_sliders
+from dodgeburn.slide.train import SliderMaker
 from dodgeburn.slide.unmix import measure_mixing, unmixed, unmixing
 
 SPECS = Path(__file__).parents[1] / "examples" / "sliders" / "30-concepts.yaml"
@@ -111,12 +111,11 @@ class Bench:
     def train(self, seed: int) -> list[dict[str, Any]]:
         """All concepts with one training seed; the first pays for the class's cache."""
         rows = []
-        made = train_sliders(
-            self.model, [spec.model_copy(update={"seed": seed}) for spec in self.specs],
-            lambda spec: self.file(spec, seed), lambda target: reader_scorer(target, self.reader),
-            lambda target: known_sigma(self.model, target),
-        )  # fmt: skip
-        for one in made:
+        maker = SliderMaker(
+            self.model, lambda target: reader_scorer(target, self.reader), lambda name: known_sigma(self.model, name)
+        )
+        specs = [spec.model_copy(update={"seed": seed}) for spec in self.specs]
+        for one in maker.text(specs, lambda spec: self.file(spec, seed)):
             rows.append({
                 "name": one.spec.name, "seconds": one.seconds, "shared": one.shared, "training": one.training,
                 "calibration": one.calibration, "sigma": one.card.sigma, "safe": one.card.safe_range,

@@ -9,20 +9,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dodgeburn.checkpoint.tensorfile import sha256_tensors
 from dodgeburn.cli.main import main
 from dodgeburn.errors import UserError
+from dodgeburn.models.adapters import layers_of
 from dodgeburn.models.loading import load_model
 from dodgeburn.models.model import Model
+from dodgeburn.pocket.attributes import draw_attributes
 from dodgeburn.pocket.reader import Reader
+from dodgeburn.pocket.world import render
 from dodgeburn.slide.cache import directions, make_points
 from dodgeburn.slide.calibrate import reader_scorer
 from dodgeburn.slide.natural import known_sigma, spread
 from dodgeburn.slide.predict import Predictor, alphas_cumprod
 from dodgeburn.slide.spec import SliderSpec, load_specs
 from dodgeburn.slide.stopping import Watch
-from dodgeburn.slide.train import QuickCalibration, train_sliders
+from dodgeburn.slide.train import QuickCalibration, SliderMaker
 
 SMALL = {"latents": 3, "latent_steps": 2, "points": 6, "batch": 4, "rank": 2, "layers": "selfattn"}
 WORDS = {
@@ -93,7 +97,7 @@ def test_points_are_at_the_noise_level_that_the_network_is_told(pocket: Model) -
     predictor = Predictor(pocket, 64, 64)
     points = make_points(pocket, predictor, small(points=12, unconditional=0.5))
     assert predictor.forwards == 3 * 2 * 2 + 12
-    assert int(points.timesteps.max()) < 850 and len(set(points.timesteps.tolist())) == 12
+    assert int(points.timesteps.max()) < small().start and len(set(points.timesteps.tolist())) == 12
     again = make_points(pocket, Predictor(pocket, 64, 64), small(points=12, unconditional=0.5))
     assert torch.equal(points.x, again.x) and torch.equal(points.neutral, again.neutral)
     # Clean latents have about unit variance, and so has every noised one.
@@ -165,10 +169,10 @@ def test_trains_what_it_promises_and_the_file_says_so(pocket: Model, tmp_path: P
 
     spec = small(attribute="smile", layers="noxattn", steps=12, lr=4e-3, batch=8, points=16, stop="never")
     quick = QuickCalibration(pictures=2, steps=4)
-    (made,) = train_sliders(
-        pocket, [spec], lambda s: tmp_path / "smile.safetensors", lambda a: reader_scorer(a, Reader.load("reader")),
-        lambda a: known_sigma(pocket, a), quick,
-    )  # fmt: skip
+    maker = SliderMaker(
+        pocket, lambda a: reader_scorer(a, Reader.load("reader")), lambda a: known_sigma(pocket, a), quick
+    )
+    (made,) = maker.text([spec], lambda s: tmp_path / "smile.safetensors")
     assert made.card.sigma == known_sigma(pocket, "smile") and "smile" in made.card.unit
     assert made.training == 2 * 16 + 12 * 8 and made.shared == 3 * 2 * 2 + 16
     assert made.calibration % (4 * 2) == 0 and made.calibration > 0
@@ -200,7 +204,7 @@ def test_a_killed_training_ends_with_the_same_file(tmp_path: Path) -> None:
 def test_a_loss_that_is_not_finite_stops_with_a_line(pocket: Model, tmp_path: Path) -> None:
     out = tmp_path / "smile.safetensors"
     with pytest.raises(UserError, match="no longer finite.*smaller lr"):
-        list(train_sliders(pocket, [small(lr=1e30, steps=10, stop="never")], lambda s: out))
+        list(SliderMaker(pocket).text([small(lr=1e30, steps=10, stop="never")], lambda s: out))
     assert not out.exists()
 
 
@@ -222,3 +226,36 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "give a folder" in capsys.readouterr().err
     assert main(["slider", "train", str(tmp_path / "none.yaml"), "-o", str(folder)]) == 2
     assert "none.yaml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("begin", ["closed-form", "gradient"])
+def test_other_beginnings_train_too(pocket: Model, tmp_path: Path, begin: str) -> None:
+    spec = small(begin=begin, steps=5, stop="never")
+    (made,) = SliderMaker(pocket).text([spec], lambda s: tmp_path / "smile.safetensors")
+    own = {f"unet.{name}" for name in layers_of(pocket.unet, "selfattn")}
+    changed = set(made.adapter.modules_changed)
+    assert changed > own if begin == "closed-form" else changed <= own
+    assert any(made.adapter.up(name).any() for name in changed & own)
+
+
+def test_pairs_and_closed_form_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "smile.safetensors"
+    spec = tmp_path / "smile.yaml"
+    spec.write_text("name: smile\ntarget: a person\npositive: smiling broadly\nnegative: frowning deeply\n")
+    assert main(["slider", "train", str(spec), "-o", str(out), "--closed-form", "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["sliders"]
+    assert found["forwards"] == found["shared"] == 0 and out.exists()
+    for side, smile in (("before", 0.1), ("after", 0.9)):
+        (tmp_path / "pairs" / side).mkdir(parents=True)
+        for i in range(2):
+            attributes = draw_attributes(np.random.default_rng(i)) | {"smile": smile}
+            Image.fromarray(render(attributes, 64)).save(tmp_path / "pairs" / side / f"{i}.png")
+    arguments = ["slider", "train", "--pairs", str(tmp_path / "pairs"), "-o", str(tmp_path / "p.safetensors"), "--json"]
+    assert main(arguments) == 0
+    (found,) = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["sliders"]
+    assert found["forwards"] > 0 and found["unit"] == ""
+    assert main(["slider", "train", "-o", str(out)]) == 2
+    assert "one of the two" in capsys.readouterr().err
+    (tmp_path / "pairs" / "after" / "1.png").unlink()
+    assert main(arguments) == 2
+    assert "1.png" in capsys.readouterr().err

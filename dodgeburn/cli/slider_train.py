@@ -1,10 +1,12 @@
-"""dodgeburn slider train: Concept Sliders from a YAML file."""
+"""dodgeburn slider train: Concept Sliders from prompts in a YAML file, or from pictures."""
 
 from __future__ import annotations
 
 import inspect
 import json
 import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -16,10 +18,11 @@ from dodgeburn.errors import DodgeburnWarning, UserError
 
 if TYPE_CHECKING:
     from dodgeburn.slide.spec import SliderSpec
-    from dodgeburn.slide.train import Made
+    from dodgeburn.slide.train import Made, SliderMaker
 
-HELP = "train sliders from prompts"
+HELP = "train sliders from prompts, or from pictures before and after"
 EXAMPLE = "dodgeburn slider train examples/sliders/smile.yaml -o smile.safetensors"
+EXAMPLE_PAIRS = "dodgeburn slider train --pairs my_pairs --attribute eye_size -o eyes.safetensors"
 
 
 @dataclass
@@ -39,6 +42,15 @@ class Train:
     """The model to train on: a packaged name, a single file, a diffusers folder or a hub id."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
+    closed_form: bool = False
+    """Solve for cross-attention's keys and values by least squares: seconds, no training, no call of the U-Net."""
+    pairs: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """Instead of a YAML file: a folder of pictures before and after (before/ and after/ with the same names, folders
+    -1/ and 1/, or names that end in _-1 and _+1)."""
+    prompt: str = ""
+    """What the pairs show, without what differs; may be empty."""
+    attribute: str | None = None
+    """What the pairs change, by the pocket's reader: calibrates the slider."""
     strips: Annotated[int, tyro.conf.arg(metavar="N")] = 0
     """Every N steps, save a strip of pictures of what the slider does so far, beside the output; 0: none."""
     calibrate: bool = True
@@ -61,20 +73,56 @@ def main(args: list[str]) -> int:
         prog="dodgeburn slider train",
         description=f"{inspect.cleandoc(Train.__doc__ or '')}\n\nexample: {EXAMPLE}",
     )
-    if settings.spec is None:
-        raise UserError(f"no slider to train: name a YAML file, as in {EXAMPLE}")
     if settings.out is None:
         raise UserError("no output: say where to write with -o OUT.safetensors (or a folder for several sliders)")
-    from dodgeburn.slide.spec import load_specs
+    if (settings.spec is None) == (settings.pairs is None):
+        raise UserError(f"give a YAML file or --pairs FOLDER, one of the two: {EXAMPLE}; {EXAMPLE_PAIRS}")
+    if settings.pairs is None and (settings.prompt or settings.attribute):
+        raise UserError("--prompt and --attribute are for --pairs: a YAML file says its own")
+    if settings.pairs is not None and (settings.closed_form or settings.strips):
+        raise UserError("--closed-form and --strips have no effect on pairs: leave them out")
+    made = _from_pairs(settings, settings.pairs, settings.out) if settings.pairs else _from_text(settings)
+    if settings.json:
+        print(json.dumps({"sliders": [_row(one) for one in made]}))
+    return 0
 
+
+def _from_text(settings: Train) -> list[Made]:
+    from dodgeburn.checkpoint.tensorfile import check_output
+    from dodgeburn.slide.spec import load_specs
+    from dodgeburn.slide.strips import StripSaver
+
+    assert settings.spec is not None and settings.out is not None
     specs = load_specs(settings.spec)
     if settings.seed is not None:
         specs = [spec.model_copy(update={"seed": settings.seed}) for spec in specs]
     paths = _paths(specs, settings.out)
-    made = _train(settings, specs, paths)
-    if settings.json:
-        print(json.dumps({"sliders": [_row(one) for one in made]}))
-    return 0
+    for path in paths.values():
+        check_output(path, [settings.spec])
+    found = []
+    with _maker(settings, [settings.spec]) as maker:
+        made: Iterable[Made]
+        if settings.closed_form:
+            made = (maker.closed_form(spec, paths[spec.name]) for spec in specs)
+        else:
+            strips = StripSaver(maker.model, paths, settings.strips) if settings.strips else None
+            made = maker.text(specs, lambda spec: paths[spec.name], strips)
+        for one in made:
+            found.append(one)
+            _say(one)
+    return found
+
+
+def _from_pairs(settings: Train, pictures: Path, out: Path) -> list[Made]:
+    from dodgeburn.checkpoint.tensorfile import check_output
+    from dodgeburn.slide.pairs import PairSpec
+
+    check_output(out, [])
+    spec = PairSpec(name=out.stem, prompt=settings.prompt, attribute=settings.attribute, seed=settings.seed or 0)
+    with _maker(settings, []) as maker:
+        made = maker.pairs(spec, pictures, out)
+    _say(made)
+    return [made]
 
 
 def _paths(specs: list[SliderSpec], out: Path) -> dict[str, Path]:
@@ -86,37 +134,29 @@ def _paths(specs: list[SliderSpec], out: Path) -> dict[str, Path]:
     return {spec.name: out / f"{spec.name}.safetensors" for spec in specs}
 
 
-def _train(settings: Train, specs: list[SliderSpec], paths: dict[str, Path]) -> list[Made]:
-    from dodgeburn.checkpoint.tensorfile import check_output
+@contextmanager
+def _maker(settings: Train, inputs: list[Path]) -> Iterator[SliderMaker]:
+    """What makes sliders on the model that was asked for; warnings are counted at the end."""
     from dodgeburn.merge.compare_measure import speaks_pocket
     from dodgeburn.models.loading import load_model
     from dodgeburn.pocket.reader import Reader
     from dodgeburn.slide.calibrate import Scorer, reader_scorer
     from dodgeburn.slide.natural import known_sigma
-    from dodgeburn.slide.strips import StripSaver
-    from dodgeburn.slide.train import train_sliders
+    from dodgeburn.slide.train import SliderMaker
 
-    for path in paths.values():
-        check_output(path, [settings.spec] if settings.spec else [])
-    model = load_model(settings.model, device=settings.device)
-
-    def scorer(attribute: str) -> Scorer:
-        return reader_scorer(attribute, Reader.load("reader"))
-
-    readable = settings.calibrate and speaks_pocket(model)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", DodgeburnWarning)
-        found = []
-        for one in train_sliders(
-            model, specs, lambda spec: paths[spec.name], scorer if readable else None,
-            lambda attribute: known_sigma(model, attribute), spelling=settings.lora, dtype=settings.dtype,
-            inputs=[settings.spec] if settings.spec else [],
-            progress=StripSaver(model, paths, settings.strips) if settings.strips else None,
-        ):  # fmt: skip
-            found.append(one)
-            _say(one)
+        model = load_model(settings.model, device=settings.device)
+
+        def scorer(attribute: str) -> Scorer:
+            return reader_scorer(attribute, Reader.load("reader"))
+
+        readable = settings.calibrate and speaks_pocket(model)
+        yield SliderMaker(
+            model, scorer if readable else None, lambda attribute: known_sigma(model, attribute),
+            spelling=settings.lora, dtype=settings.dtype, inputs=inputs,
+        )  # fmt: skip
     print_warnings(caught)
-    return found
 
 
 def _say(one: Made) -> None:
@@ -129,7 +169,8 @@ def _say(one: Made) -> None:
     if card.unit:
         low, high = card.safe_range or (0.0, 0.0)
         print(f"  1.0 = {card.unit} ({card.sigma:.3f}); safe from {low:g} to {high:g}")
-        print(f"  off above time step {card.start:g}")
+        if card.start is not None:
+            print(f"  off above time step {card.start:g}")
     else:
         print("  not calibrated: 1.0 is what training made of it")
 

@@ -45,6 +45,7 @@ class SliderSpec(BaseModel):
     steps: int = Field(default=30, ge=1)
     batch: int = Field(default=18, ge=1)
     lr: float = Field(default=2e-3, gt=0)
+    begin: Literal["zero", "closed-form", "gradient"] = "zero"  # slide/begin.py
     stop: Literal["auto", "measure", "loss", "never"] = "auto"  # early: on the reader's measure or held-out loss;
     # auto is the measure in trainings of over 60 steps, where there is a reader, else the loss
     seed: int = Field(default=0, ge=0)

@@ -1,7 +1,7 @@
-"""Sliders from specs to files: classes share their cache, each slider is trained, calibrated and written.
+"""Sliders from specs to files: classes share their cache; each slider is made, calibrated and written.
 
-The measured unit (1.0 = one natural standard deviation) is by the reader on the pocket, by a scorer given otherwise;
-without either a slider stays as trained, and its card says so.
+The unit (1.0 = one natural standard deviation) is by the reader on the pocket, by a scorer that is given otherwise;
+without either a slider stays as it was made, and its card says so.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,14 +21,21 @@ from dodgeburn.errors import UserError
 from dodgeburn.models.adapter_file import save_adapter
 from dodgeburn.models.adapters import Adapter
 from dodgeburn.models.model import Model
+from dodgeburn.sampling.adapted import ALWAYS
 from dodgeburn.sampling.loop import GenerateSettings
+from dodgeburn.slide.begin import begin
 from dodgeburn.slide.cache import Points, make_points
 from dodgeburn.slide.calibrate import Calibration, CalibrationSettings, Scorer, calibrate
+from dodgeburn.slide.closed_form import closed_form
 from dodgeburn.slide.edits import AdapterEdit, Unedited
+from dodgeburn.slide.pairs import PairSpec, train_pairs
 from dodgeburn.slide.predict import Predictor
 from dodgeburn.slide.readings import sweep_rows
 from dodgeburn.slide.spec import SliderSpec
-from dodgeburn.slide.text import Trained, train_text
+from dodgeburn.slide.splits import calibration_split
+from dodgeburn.slide.text import train_text
+
+Spec = SliderSpec | PairSpec
 
 
 @dataclass(frozen=True)
@@ -37,8 +45,9 @@ class QuickCalibration:
     `dodgeburn slider calibrate` measures again with as many pictures as wanted.
     """
 
-    pictures: int = 4  # at each scale, of the class's own contexts
+    pictures: int = 4  # at each scale
     steps: int = 8  # denoising steps
+    guidance: float = 4.0
     search: CalibrationSettings = field(default_factory=lambda: CalibrationSettings(step=1.0, furthest=3.0, rounds=2))
 
 
@@ -46,7 +55,7 @@ class QuickCalibration:
 class Made:
     """A finished slider. Forwards are samples through the U-Net; `shared` of them served every slider of its class."""
 
-    spec: SliderSpec
+    spec: Spec
     adapter: Adapter  # calibrated where it could be
     card: SliderCard
     path: Path
@@ -56,95 +65,147 @@ class Made:
     seconds: float
 
 
-def train_sliders(
-    model: Model,
-    specs: Sequence[SliderSpec],
-    out: Callable[[SliderSpec], Path],
-    scorer: Callable[[str], Scorer] | None = None,
-    sigma: Callable[[str], float | None] | None = None,
-    quick: QuickCalibration | None = None,
-    spelling: str = "kohya",
-    dtype: str = "fp16",
-    inputs: Sequence[Path] = (),
-    progress: Callable[[SliderSpec, int, Adapter], None] | None = None,
-) -> Iterator[Made]:
-    """Train the sliders one after another and write each to `out(spec)` as soon as it is done.
+@dataclass(frozen=True)
+class _Look:
+    """How a slider is looked at while it is made: prompts and seeds that no training uses."""
+
+    prompts: list[str]
+    seeds: list[int]
+    start: float
+
+
+@dataclass
+class SliderMaker:
+    """Makes sliders on one model.
 
     scorer: from an attribute to what measures it; sigma: from an attribute to its natural standard deviation where that
-    is known beforehand (None: measured on unedited pictures). progress(spec, step, adapter) is told every 5 steps.
-    A run that was cut off goes on where it was: checkpoints lie in `<out>.training` until the slider is written.
+    is known beforehand (None: measured on unedited pictures). spelling, dtype, inputs: as `save_adapter`.
     """
-    quick = quick or QuickCalibration()
-    cached: dict[tuple[object, ...], tuple[Points, int]] = {}
-    for spec in specs:
-        began = time.perf_counter()
-        path = out(spec)
-        if path.suffix != ".safetensors":
-            raise UserError(f"output {path}: sliders are written as .safetensors, name it so")
-        predictor = Predictor(model, model.native_size, model.native_size)
-        if spec.cache_key() not in cached:
-            points = make_points(model, predictor, spec)
-            cached[spec.cache_key()] = points, predictor.forwards
-        points, shared = cached[spec.cache_key()]
-        folder = path.with_name(path.name + ".training")
-        scores = scorer(spec.attribute) if spec.attribute is not None and scorer is not None else None
-        measure = None if scores is None else _displacement(model, spec, scores, quick)
-        trained = train_text(
-            model, predictor, points, spec, folder, None if progress is None else partial(progress, spec), None, measure
-        )
-        found, adapter, cost = None, trained.adapter, 0
-        if scores is not None:
-            edit, prompts, seeds, counted = _edit(model, trained.adapter, spec, quick)
-            known = sigma(scores.attribute) if sigma is not None else None
-            found = calibrate(edit, scores, prompts, seeds, settings=quick.search, sigma=known)
-            adapter, cost = found.applied(trained.adapter), sum(counted)
+
+    model: Model
+    scorer: Callable[[str], Scorer] | None = None
+    sigma: Callable[[str], float | None] | None = None
+    quick: QuickCalibration = field(default_factory=QuickCalibration)
+    spelling: str = "kohya"
+    dtype: str = "fp16"
+    inputs: Sequence[Path] = ()
+
+    def text(
+        self, specs: Sequence[SliderSpec], out: Callable[[SliderSpec], Path],
+        progress: Callable[[SliderSpec, int, Adapter], None] | None = None,
+    ) -> Iterator[Made]:  # fmt: skip
+        """Train sliders from prompts one after another, each written to `out(spec)` as soon as it is done.
+
+        progress(spec, step, adapter) is told every 5 steps. A run that was cut off goes on where it was: checkpoints
+        lie in `<out>.training` until the slider is written.
+        """
+        cached: dict[tuple[object, ...], tuple[Points, int]] = {}
+        for spec in specs:
+            began, path = time.perf_counter(), _checked(out(spec))
+            side = self.model.native_size
+            predictor = Predictor(self.model, side, side)
+            if spec.cache_key() not in cached:
+                cached[spec.cache_key()] = make_points(self.model, predictor, spec), predictor.forwards
+            points, shared = cached[spec.cache_key()]
+            look = self._look_text(spec, spec.start)
+            trained = train_text(
+                self.model, predictor, points, spec, _folder(path),
+                None if progress is None else partial(progress, spec), begin(self.model, predictor, points, spec),
+                self._displacement(spec, look),
+            )  # fmt: skip
+            yield self._finish("text", spec, trained.adapter, path, look, (shared, trained.forwards), began)
+
+    def closed_form(self, spec: SliderSpec, out: Path) -> Made:
+        """A slider from prompts by least squares, without training."""
+        began, path = time.perf_counter(), _checked(out)
+        adapter = closed_form(self.model, spec)
+        return self._finish("closed form", spec, adapter, path, self._look_text(spec, ALWAYS), (0, 0), began)
+
+    def pairs(self, spec: PairSpec, pictures: Path, out: Path) -> Made:
+        """A slider from pictures before and after."""
+        began, path = time.perf_counter(), _checked(out)
+        trained = train_pairs(self.model, spec, pictures, _folder(path))
+        prompts = [spec.prompt]
+        if spec.attribute is not None and self.scorer is not None:
+            prompts = calibration_split([spec.attribute], self.quick.pictures, 1).prompts
+        look = _Look(prompts, self._seeds(spec.seed, len(prompts)), spec.start)
+        return self._finish("pairs", spec, trained.adapter, path, look, (0, trained.forwards), began)
+
+    # -------------------- what all have in common
+
+    def _look_text(self, spec: SliderSpec, start: float) -> _Look:
+        contexts = list(dict.fromkeys(spec.preserve)) or [""]
+        spread = contexts[:: max(1, len(contexts) // self.quick.pictures)][: self.quick.pictures]
+        prompts = [spec.prompts(context)[0] for context in spread]
+        return _Look(prompts, self._seeds(spec.seed, len(prompts)), start)
+
+    def _seeds(self, seed: int, prompts: int) -> list[int]:
+        return [seed * 10_000 + 5_000 + i for i in range(-(-self.quick.pictures // prompts))]
+
+    def _edit(self, adapter: Adapter, look: _Look) -> tuple[AdapterEdit, list[int]]:
+        """The slider as an edit, and a list that counts its samples through the U-Net."""
+        counted: list[int] = []
+        calls = self.quick.steps * (1 if self.quick.guidance == 1 else 2)
+        settings = GenerateSettings(steps=self.quick.steps, guidance=self.quick.guidance)
+        unedited = Unedited(self.model, settings, progress=lambda made: counted.append(made * calls))
+        return AdapterEdit(self.model, adapter, look.start, unedited=unedited), counted
+
+    def _scores(self, spec: Spec) -> Scorer | None:
+        return None if spec.attribute is None or self.scorer is None else self.scorer(spec.attribute)
+
+    def _displacement(self, spec: SliderSpec, look: _Look) -> Callable[[Adapter], float] | None:
+        """What early stopping looks at: how far apart the attribute is at +1 and -1, in the scorer's units."""
+        scorer = self._scores(spec)
+        if scorer is None:
+            return None
+
+        def measure(adapter: Adapter) -> float:
+            edit, _ = self._edit(adapter, look)
+            found = scorer.scores(edit.pictures(*sweep_rows(look.prompts, look.seeds, [-1.0, 1.0]))).reshape(-1, 2)
+            return float(np.nanmean(found[:, 1] - found[:, 0]))
+
+        return measure
+
+    def _finish(
+        self, method: str, spec: Spec, adapter: Adapter, path: Path, look: _Look, forwards: tuple[int, int],
+        began: float,
+    ) -> Made:  # fmt: skip
+        """Calibrate, write, and clear what the training left."""
+        found, cost, scorer = None, 0, self._scores(spec)
+        if scorer is not None:
+            edit, counted = self._edit(adapter, look)
+            known = self.sigma(scorer.attribute) if self.sigma is not None else None
+            found = calibrate(edit, scorer, look.prompts, look.seeds, settings=self.quick.search, sigma=known)
+            adapter, cost = found.applied(adapter), sum(counted)
         seconds = time.perf_counter() - began
-        card = _card(model, spec, trained, found, shared + trained.forwards + cost, seconds)
-        save_adapter(adapter, path, model.layout.name, spelling, dtype, card, inputs=tuple(inputs))
-        shutil.rmtree(folder, ignore_errors=True)
-        yield Made(spec, adapter, card, path, shared, trained.forwards, cost, seconds)
+        start = None if look.start >= ALWAYS else look.start
+        card = _card(self.model, method, spec, found, start, sum(forwards) + cost, seconds)
+        save_adapter(adapter, path, self.model.layout.name, self.spelling, self.dtype, card, inputs=tuple(self.inputs))
+        shutil.rmtree(_folder(path), ignore_errors=True)
+        return Made(spec, adapter, card, path, forwards[0], forwards[1], cost, seconds)
 
 
-def _edit(
-    model: Model, adapter: Adapter, spec: SliderSpec, quick: QuickCalibration
-) -> tuple[AdapterEdit, list[str], list[int], list[int]]:  # fmt: skip
-    """The slider as an edit, prompts and seeds to look at (none of the cache's), and a list that counts forwards."""
-    contexts = list(dict.fromkeys(spec.preserve)) or [""]
-    spread = contexts[:: max(1, len(contexts) // quick.pictures)][: quick.pictures]
-    prompts = [spec.prompts(context)[0] for context in spread]
-    seeds = [spec.seed * 10_000 + 5_000 + i for i in range(-(-quick.pictures // len(prompts)))]
-    counted: list[int] = []
-    calls = quick.steps * (1 if spec.guidance == 1 else 2)
-    settings = GenerateSettings(steps=quick.steps, guidance=spec.guidance)
-    unedited = Unedited(model, settings, progress=lambda made: counted.append(made * calls))
-    return AdapterEdit(model, adapter, spec.start, unedited=unedited), prompts, seeds, counted
+def _checked(path: Path) -> Path:
+    if path.suffix != ".safetensors":
+        raise UserError(f"output {path}: sliders are written as .safetensors, name it so")
+    return path
 
 
-def _displacement(
-    model: Model, spec: SliderSpec, scorer: Scorer, quick: QuickCalibration
-) -> Callable[[Adapter], float]:  # fmt: skip
-    """What early stopping looks at: how far apart the attribute is at +1 and -1, in the scorer's units."""
-
-    def measure(adapter: Adapter) -> float:
-        edit, prompts, seeds, _ = _edit(model, adapter, spec, quick)
-        found = scorer.scores(edit.pictures(*sweep_rows(prompts, seeds, [-1.0, 1.0]))).reshape(-1, 2)
-        return float(np.nanmean(found[:, 1] - found[:, 0]))
-
-    return measure
+def _folder(path: Path) -> Path:
+    return path.with_name(path.name + ".training")
 
 
 def _card(
-    model: Model, spec: SliderSpec, trained: Trained, found: Calibration | None, forwards: int, seconds: float
+    model: Model, method: str, spec: Spec, found: Calibration | None, start: float | None, forwards: int, seconds: float
 ) -> SliderCard:  # fmt: skip
-    training = Training(
-        settings=spec.model_dump(mode="json"), forwards=forwards, seconds=round(seconds, 2), seed=spec.seed
-    )
-    card = SliderCard(
-        name=spec.name, method="text", target=spec.target, positive=spec.positive, negative=spec.negative,
-        attribute=spec.attribute or "", start=spec.start, training=training, base=model.name, base_sha256=model.sha256,
+    settings = spec.model_dump(mode="json")
+    training = Training(settings=settings, forwards=forwards, seconds=round(seconds, 2), seed=spec.seed)
+    said: dict[str, Any] = {"target": spec.prompt} if isinstance(spec, PairSpec) else {
+        "target": spec.target, "positive": spec.positive, "negative": spec.negative,
+    }  # fmt: skip
+    if found is not None:
+        said |= {"unit": found.unit, "sigma": found.sigma, "safe_range": found.safe_range, "curve": found.curve}
+    return SliderCard(
+        name=spec.name, method=method, attribute=spec.attribute or "", start=start, training=training, base=model.name,
+        base_sha256=model.sha256, **said,
     )  # fmt: skip
-    if found is None:
-        return card
-    return card.model_copy(
-        update={"unit": found.unit, "sigma": found.sigma, "safe_range": found.safe_range, "curve": found.curve}
-    )
