@@ -93,7 +93,7 @@ def test_a_lora_of_full_rank_is_exact_and_of_low_rank_the_best(seed: int, rank: 
     u, s, v = torch.linalg.svd(exact, full_matrices=False)
     plain = (u[:, :rank] * s[:rank]) @ v[:rank]  # the nearest matrix, which isn't the best for the states
     rest = x["c"], x["d"], x["p"], 1.0, 0.1
-    assert objective(low, x["weight"], *rest) <= objective(plain, x["weight"], *rest) + 1e-6
+    assert objective(low, x["weight"], *rest) <= objective(plain, x["weight"], *rest) * (1 + 1e-4)
 
 
 def test_places_of_tokens() -> None:

@@ -11,7 +11,7 @@ identity) give
 
     dW = W M,   M = eta * mean_i[(c+_i - c-_i) c_i^T] A^-1,   A = mean_i[c_i c_i^T] + keep * mean_p[p p^T] + ridge * I
 
-with one M for all layers. The best dW of a given rank is a truncated SVD of W M A^(1/2), taken back by A^(-1/2)
+with one M for all layers. With A = L L^T, the best dW of a given rank is a truncated SVD of W M L, taken back by L^-1
 (reduced-rank regression): that is what is written as a LoRA. No picture is made and the U-Net is not called.
 
 Which token states: all of them, begin token, words, end token and padding, as cross-attention sees all of them. Words
@@ -35,7 +35,8 @@ from dodgeburn.models.model import Model
 from dodgeburn.sampling.prompts import EncodedPrompt, encode, token_chunks
 from dodgeburn.slide.spec import SliderSpec
 
-NEGLIGIBLE = 1e-7  # singular values below this share of the largest are rounding
+NEGLIGIBLE = 1e-6  # singular values below this share of the largest are rounding
+TAIL = 5e-3  # share of the norm that may be left out before the layers' own SVDs, where a rank is asked for
 
 
 def closed_form(
@@ -76,7 +77,7 @@ def key_value_layers(unet: nn.Module) -> list[str]:
 
 @dataclass(frozen=True)
 class Solution:
-    """M = left @ diag(strengths) @ right @ whiten, all float64; `whiten` is A^(-1/2)."""
+    """M = left @ diag(strengths) @ right @ whiten, all float64; `whiten` is L^-1."""
 
     left: Tensor  # [d, k], orthonormal columns
     strengths: Tensor  # [k], falling
@@ -105,17 +106,22 @@ def solve(states: Tensor, shifts: Tensor, kept: Tensor, keep: float = 1.0, ridge
     level = ridge * gram.trace() / len(gram)
     if len(p):
         gram = gram + keep * (p.T @ p) / len(p)
-    values, vectors = torch.linalg.eigh(gram + level * torch.eye(len(gram), dtype=gram.dtype))
-    whiten = vectors * values.clamp(min=float(level)).rsqrt() @ vectors.T
-    left, strengths, right = torch.linalg.svd(d.T @ c / len(c) @ whiten, full_matrices=False)
+    eye = torch.eye(len(gram), dtype=gram.dtype)
+    whiten = torch.linalg.solve_triangular(torch.linalg.cholesky(gram + level * eye), eye, upper=False)
+    product = d.T @ (c @ whiten.T) / len(c)  # M L
+    # its SVD by the eigenvalues of its square, which is less work
+    squares, left = torch.linalg.eigh(product @ product.T)
+    strengths, left = squares.flip(0).clamp(min=0).sqrt(), left.flip(1)
     count = int((strengths > NEGLIGIBLE * strengths[0]).sum()) if bool(strengths[0] > 0) else 0
-    return Solution(left[:, :count], strengths[:count], right[:count], whiten)
+    left, strengths = left[:, :count], strengths[:count]
+    return Solution(left, strengths, left.T @ product / strengths[:, None], whiten)
 
 
 def in_layers(solution: Solution, layers: dict[str, Tensor], rank: int | None = None, name: str = "slider") -> Adapter:
     """The solution as a LoRA on layers W [out, d] by full module name: for each the best of at most this rank.
 
-    None: the rank that the exact solution has. Raises UserError for rank 0 and for a solution that changes nothing.
+    None: the rank that the exact solution has. With a rank, `TAIL` of the norm is left out before the layers' SVDs.
+    Raises UserError for rank 0 and for a solution that changes nothing.
     """
     if rank is not None and rank < 1:
         raise UserError(f"rank {rank}: expected at least 1")
@@ -123,14 +129,16 @@ def in_layers(solution: Solution, layers: dict[str, Tensor], rank: int | None = 
         raise UserError("the model has no cross-attention: there is nothing that a prompt could move")
     if not len(solution.strengths):
         raise UserError(f"{name} would change nothing: positive and negative mean the same to this model, or eta is 0")
+    tails = solution.strengths.square().flip(0).cumsum(0).flip(0).sqrt() / solution.strengths.norm()
+    count = len(tails) if rank is None else max(rank, int((tails > TAIL).sum()))
     made = {}
     for layer, weight in layers.items():
-        inside = weight.detach().cpu().double() @ solution.left * solution.strengths  # [out, k]
+        inside = weight.detach().cpu().double() @ solution.left[:, :count] * solution.strengths[:count]  # [out, k]
         u, s, v = torch.linalg.svd(inside, full_matrices=False)
         u, s, v = u[:, :rank], s[:rank], v[:rank]
         # both factors of one size: neither leaves the range of fp16
         root = s.clamp(min=1e-12).sqrt()
-        up, down = u * root, root[:, None] * (v @ solution.right @ solution.whiten)
+        up, down = u * root, root[:, None] * (v @ solution.right[:count] @ solution.whiten)
         balance = (down.norm() / up.norm().clamp(min=1e-12)).sqrt()
         made[layer] = Factors((down / balance).float(), (up * balance).float(), float(len(s)))
     return Adapter(made, name)
