@@ -196,6 +196,17 @@ def test_float8_is_merged_too(tmp_path: Path) -> None:
     assert torch.equal(out[CONV_IN].float(), merge_tensors([a[CONV_IN], b[CONV_IN]], 0.5).float())
 
 
+@pytest.mark.parametrize("dtype", [None, "fp8_e4m3fn"])
+def test_what_float8_cannot_hold_is_never_cut_off(tmp_path: Path, dtype: str | None) -> None:
+    tensors = small(1, torch.float8_e4m3fn if dtype is None else torch.float16)
+    other = small(2, torch.float32)
+    other[CONV_IN][0, 0] = 2000.0
+    paths = pair(tmp_path, tensors, other)
+    with pytest.raises(UserError, match=f"{CONV_IN} of the result is too large for F8_E4M3"):
+        merge(*paths, tmp_path / "m", base=0.5, dtype=dtype)
+    assert left(tmp_path) == ["a.safetensors", "b.safetensors"]
+
+
 # ---- determinism and pieces
 
 

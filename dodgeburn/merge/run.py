@@ -264,7 +264,7 @@ def _write_tile(plan: Plan, files: Sequence[Tensors], writer: TensorWriter, tile
     if dtype != wide:
         rounded = buffers.values("rounded", tile.count, dtype)
         rounded.copy_(result)
-    if not _finite(rounded):
+    if not _finite(rounded) or _cut(result, dtype):
         _blame(work.name, inputs, [file.path.name for file in used], work.out_dtype)
     writer.write(work.name, tile.start * dtype.itemsize, byte_view(rounded))
 
@@ -301,6 +301,16 @@ def _finite(values: torch.Tensor) -> bool:
         values = values.float()  # float8 has no reductions
     low, high = torch.aminmax(values)  # NaN wins in both; one pass, no copy
     return bool(torch.isfinite(low)) and bool(torch.isfinite(high))
+
+
+def _cut(values: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether rounding cut values off: fp8 has no infinity, torch takes its largest value for whatever is larger."""
+    import torch
+
+    if dtype.itemsize > 1 or not values.numel():
+        return False
+    low, high = torch.aminmax(values)
+    return max(-float(low), float(high)) > torch.finfo(dtype).max
 
 
 def _not_finite(name: str, file: str) -> None:
