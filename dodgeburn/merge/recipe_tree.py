@@ -115,7 +115,7 @@ def _bake(recipe: Mapping[str, Any], indent: str, depth: int) -> list[str]:
         one = one if isinstance(one, dict) else {}
         sha256 = _plain(one.get("sha256"))[:10]
         title = _plain(one.get("title"))
-        lines.append(f"{indent}+ {_number(one.get('strength'))} x {_plain(one.get('file'))} ({title}, sha256 {sha256})")
+        lines.append(f"{indent}+ {_plain(one.get('strength'))} x {_plain(one.get('file'))} ({title}, sha256 {sha256})")
     return lines
 
 
@@ -146,7 +146,7 @@ class _Graph:
             yield from self._node("model: ", str(step["bake"]), indent + _STEP, depth + 1)
             strengths = step.get("add")
             for used, strength in strengths.items() if isinstance(strengths, dict) else ():
-                role = f"+ {_number(strength)} x "
+                role = f"+ {_plain(strength)} x "
                 yield from self._node(role, str(used), indent + _STEP, depth + 1)
             return
         yield f"{indent}{role}step {_plain(name)} = {_how(step)}"
