@@ -101,15 +101,21 @@ def _orthogonal(matrix: torch.Tensor) -> torch.Tensor:
 def cosine_a(models: Sequence[torch.Tensor], alpha: float, out: torch.Tensor) -> None:
     """B + k (A - B) with k = clamp(cos(A, B) - alpha, 0, 1), the cosine taken down each column (axis 0).
 
-    Where the models agree A's structure is kept, elsewhere B's detail. supermerger's "cosineA", without its
-    rescaling by the range of cosines over the whole model (sd-mecha leaves it out too): numbers differ.
+    Where the models agree A's structure is kept, elsewhere B's detail: sd-mecha's add_cosine_a (cosine.py @34203e59).
+    supermerger's "cosineA" (@b9229d75), where the idea is from, has other numbers: it takes the mean of the column's
+    cosine and of all columns' mean cosine, maps the model's own range of cosines (from the 1st to the 99th percentile
+    over all tensors but the VAE's) to 0..1 before alpha is taken off, and leaves the VAE alone (here: --keep vae). The
+    range would make every tensor depend on all others, so it is left out here as in sd-mecha.
+
     alpha 1 is B; alpha 0 is not A. A column of zeros has cosine 0.
     """
     _cosine(models, alpha, out, whole=False)
 
 
 def cosine_b(models: Sequence[torch.Tensor], alpha: float, out: torch.Tensor) -> None:
-    """As cosine_a, with the mean of the column's cosine and the whole tensor's."""
+    """As cosine_a, with the mean of the column's cosine and the whole tensor's: sd-mecha's add_cosine_b, and
+    supermerger's "cosineB" without its range over the model.
+    """
     _cosine(models, alpha, out, whole=True)
 
 

@@ -1,4 +1,9 @@
-"""What B learned over a base, added to A. The base is the model that B was tuned from."""
+"""What B learned over a base, added to A. The base is the model that B was tuned from.
+
+Checked against hako-mikan/sd-webui-supermerger (scripts/mergers/mergers.py @00e8917e and @b9229d75) and s1dlx/meh
+(sd_meh/merge_methods.py @003017e8); tests/test_methods_sources.py has their formulas value by value. They compute in
+the files' own type or in float32; here it is always float32 or wider, rounded once.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +17,8 @@ TRAIN_SCALE = 1.8  # supermerger's and sd-mecha's constant
 
 
 def add_difference(models: Sequence[torch.Tensor], alpha: float, out: torch.Tensor, *, base: torch.Tensor) -> None:
-    """A + alpha (B - base), Ilharco et al. 2023 ("task arithmetic"), A1111's "add difference".
+    """A + alpha (B - base), Ilharco et al. 2023 ("task arithmetic"), A1111's "add difference", supermerger's "Add",
+    meh's add_difference.
 
     Exactly A where B is the base. (supermerger rounds the difference to float16 first; here it stays wide.)
     """
@@ -24,7 +30,8 @@ def add_difference(models: Sequence[torch.Tensor], alpha: float, out: torch.Tens
 
 
 def train_difference(models: Sequence[torch.Tensor], alpha: float, out: torch.Tensor, *, base: torch.Tensor) -> None:
-    """A + 1.8 alpha (B - base) |B - A| / (|B - base| + |B - A|), supermerger's "train difference".
+    """A + 1.8 alpha (B - base) |B - A| / (|B - base| + |B - A|), supermerger's "trainDifference" (1.8 is its constant,
+    and sd-mecha's).
 
     The difference counts less where A is at B already. 0 / 0 (all three agree) is 0.
     """
@@ -41,7 +48,8 @@ def train_difference(models: Sequence[torch.Tensor], alpha: float, out: torch.Te
 def multiply_difference(
     models: Sequence[torch.Tensor], alpha: float, out: torch.Tensor, *, base: torch.Tensor, beta: float
 ) -> None:
-    """base + s |A - base|^(1 - alpha) |B - base|^alpha, with the sign s of (1 - beta) A + beta B - base (meh).
+    """base + s |A - base|^(1 - alpha) |B - base|^alpha, with the sign s of (1 - beta) A + beta B - base: meh's
+    multiply_difference, which takes the whole expression's sign bit as we do (a difference of 0 counts as positive).
 
     A geometric mean of both differences. The sign may differ from A's, so alpha 0 is A only where the signs
     agree.
@@ -61,9 +69,11 @@ def similarity_add_difference(
     models: Sequence[torch.Tensor], alpha: float, out: torch.Tensor, *, base: torch.Tensor, beta: float
 ) -> None:
     """(1 - s) (A + alpha (B - base)) + s ((1 - alpha/2) A + alpha/2 B) with the similarity
-    s = beta (A B / max(|A|, |B|)^2 + 1) / 2 of each pair of values, 0 where they are opposite (meh).
+    s = beta (A B / max(|A|, |B|)^2 + 1) / 2 of each pair of values, 0 where they are opposite: meh's
+    similarity_add_difference.
 
-    Where A and B agree they are averaged, where they differ the difference is added. Both 0: s = beta.
+    Where A and B agree they are averaged, where they differ the difference is added. Both 0: s = beta, as in meh. meh
+    squares the larger value, which vanishes in float32 below 1e-23 and makes s beta there; here s stays what it is.
     """
     import torch
 
@@ -78,7 +88,8 @@ def similarity_add_difference(
 
 def smooth_add(models: Sequence[torch.Tensor], alpha: float, out: torch.Tensor, *, base: torch.Tensor) -> None:
     """A + alpha gauss(median(B - base)): the difference through a median filter of width 3 and a Gaussian
-    of sigma 1 along every axis (supermerger's "smoothAdd"), edges mirrored. Whole tensors; slow on large ones.
+    of sigma 1 along every axis, edges mirrored: supermerger's "smoothAdd" by the same SciPy filters (its "smoothAdd MT"
+    is the same sum). Whole tensors; slow on large ones.
     """
     import numpy as np
     import torch

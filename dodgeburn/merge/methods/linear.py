@@ -1,4 +1,6 @@
-"""Weighted means of the models' values."""
+"""Weighted means of the models' values. weighted_sum, sum_twice and triple_sum are supermerger's "Weight", "Twice" and
+"Triple sum" (mergers.py @b9229d75) and meh's (@003017e8), computed in float32 and rounded once.
+"""
 
 from __future__ import annotations
 
