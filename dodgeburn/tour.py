@@ -1,7 +1,8 @@
-"""The tour: the main job from end to end on the models that ship, small enough for a laptop, as one HTML page.
+"""The tour: the main jobs from end to end on the models that ship, small enough for a laptop, as one HTML page.
 
-Pictures from words, every preset of two fine-tunes side by side, and the best one written as a file, whose pictures are
-then made again from that file. What takes a comparison minutes at full size takes the tour about one.
+Pictures from words; two sliders trained, swept and composed; every preset of two fine-tunes side by side, and the best
+one written as a file, whose pictures are then made again from that file. What takes minutes at full size takes the tour
+about one.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from dodgeburn.checkpoint.tensorfile import sha256_file
@@ -22,12 +24,22 @@ from dodgeburn.images.sheet import contact_sheet
 from dodgeburn.jobs import PartStore
 from dodgeburn.measure.report import Report
 from dodgeburn.merge.compare import CompareSettings, Comparison, compare, read_prompts
+from dodgeburn.merge.compare_measure import speaks_pocket
 from dodgeburn.merge.compare_report import add_sections, summary
 from dodgeburn.merge.ranking import PictureReader
 from dodgeburn.merge.run import MergeResult, merge
 from dodgeburn.models.loading import load_model
+from dodgeburn.models.model import Model
 from dodgeburn.pocket.model import NAMES, weights_path
+from dodgeburn.pocket.reader import Reader
 from dodgeburn.sampling.loop import GenerateSettings, Step, generate
+from dodgeburn.slide.calibrate import reader_scorer
+from dodgeburn.slide.edits import Unedited
+from dodgeburn.slide.natural import known_sigma
+from dodgeburn.slide.slider_file import open_slider
+from dodgeburn.slide.spec import SliderSpec
+from dodgeburn.slide.sweep import grids, make_pictures, strips
+from dodgeburn.slide.train import SliderMaker
 
 FOLDER = "tour"
 WORDS = (
@@ -36,6 +48,16 @@ WORDS = (
     "comic drawing of an old face, with a long beard, wearing a cap, on a yellow background",
     "shaded painting of a young face, with very long hair, wearing glasses, purple backdrop",
 )
+KEPT = (
+    "", "wearing glasses", "without glasses", "black hair", "blonde hair", "on a red background",
+    "on a green background", "bareheaded", "wearing a cap", "waving", "comic style", "shaded style",
+)  # fmt: skip
+SLIDERS = (
+    SliderSpec(name="smile", attribute="smile", target="a person", positive="a person, smiling broadly",
+               negative="a person, frowning deeply", preserve=KEPT),
+    SliderSpec(name="age", attribute="age", target="a person", positive="a person, a very old face",
+               negative="a person, a very young face", preserve=KEPT),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -46,6 +68,8 @@ class Size:
     seeds: int
     steps: int
     compare: CompareSettings
+    slider: dict[str, int]  # what the sliders' specs have instead of their defaults
+    scales: tuple[float, ...]  # of the sweep and the grid
 
 
 def full_size() -> Size:
@@ -54,7 +78,7 @@ def full_size() -> Size:
         presets=("all",), bases=(0.5,), prompts=read_prompts(None)[:4], seeds=(0, 1),
         generate=GenerateSettings(steps=12),
     )  # fmt: skip
-    return Size(4, 6, 20, settings)
+    return Size(4, 6, 20, settings, {}, (-2.0, -1.0, 0.0, 1.0, 2.0))
 
 
 def quick_size() -> Size:
@@ -63,7 +87,8 @@ def quick_size() -> Size:
         presets=("GradV", "Smoothstep", "ReverseSmoothstep", "Flat_25"), bases=(0.5,), prompts=read_prompts(None)[:2],
         seeds=(0,), generate=GenerateSettings(steps=6),
     )  # fmt: skip
-    return Size(2, 3, 8, settings)
+    small = {"latents": 2, "latent_steps": 2, "points": 6, "batch": 4, "steps": 5}
+    return Size(2, 3, 8, settings, small, (-1.0, 0.0, 1.0))
 
 
 @dataclass(frozen=True)
@@ -92,10 +117,16 @@ def tour(
     started = time.perf_counter()
     size = quick_size() if quick else full_size()
     store = _open_folder(out, size, models)
-    report = Report("A tour of dodgeburn", "Pictures from words, two models merged in every way, and the best merge.")
-    tqdm.write(f"1/3 pictures from words ({Path(models[0]).stem})")
-    _draw(report, store, size, models[0], device)
-    tqdm.write(f"2/3 {len(size.compare.presets)} merges of {Path(models[1]).stem} and {Path(models[2]).stem}, compared")
+    report = Report(
+        "A tour of dodgeburn",
+        "Pictures from words, two sliders, two models merged in every way, and the best merge.",
+    )
+    model = load_model(models[0], device)
+    tqdm.write(f"1/4 pictures from words ({model.name})")
+    _draw(report, store, size, model)
+    tqdm.write("2/4 two sliders, trained, swept and composed: " + " and ".join(spec.name for spec in SLIDERS))
+    _slide(report, store, size, model)
+    tqdm.write(f"3/4 {len(size.compare.presets)} merges of {Path(models[1]).stem} and {Path(models[2]).stem}, compared")
     found = compare(models[1], models[2], size.compare, store.folder / "compare", device, reader=reader)
     report.heading("Every preset of two models, side by side")
     rows, parents = [row.as_dict() for row in found.rows], [row.as_dict() for row in found.parents]
@@ -106,7 +137,7 @@ def tour(
     report.text(summary(found, rows, parents))
     add_sections(report, found, rows, parents)
     best = found.rows[0]
-    tqdm.write(f"3/3 the best one as a file: {best.preset}, base {best.base:g}")
+    tqdm.write(f"4/4 the best one as a file: {best.preset}, base {best.base:g}")
     merged, difference = _write_best(report, store, found, models, device)
     seconds = time.perf_counter() - started
     report.text(f"The whole tour took {seconds:.0f} s.", note=True)
@@ -118,7 +149,7 @@ def _open_folder(out: str | Path | None, size: Size, models: tuple[str | Path, .
     files = [weights_path(str(m)) if str(m) in NAMES else Path(m) for m in models]
     settings = {
         "kind": "tour", "models": [sha256_file(file) for file in files], "seeds": size.seeds, "steps": size.steps,
-        "compare": size.compare.model_dump(mode="json"),
+        "compare": size.compare.model_dump(mode="json"), "slider": size.slider, "scales": list(size.scales),
     }  # fmt: skip
     if out is not None:
         return PartStore(out, settings)
@@ -132,8 +163,7 @@ def _open_folder(out: str | Path | None, size: Size, models: tuple[str | Path, .
     raise AssertionError("unreachable")
 
 
-def _draw(report: Report, store: PartStore, size: Size, name: str | Path, device: str) -> None:
-    model = load_model(name, device)
+def _draw(report: Report, store: PartStore, size: Size, model: Model) -> None:
     words, seeds = WORDS[: size.prompts], list(range(size.seeds))
     settings = GenerateSettings(steps=size.steps)
     start = time.perf_counter()
@@ -158,6 +188,43 @@ def _draw(report: Report, store: PartStore, size: Size, name: str | Path, device
     about = {"model": model.name, "sha256": model.sha256, "prompts": words, "seeds": seeds, **settings.model_dump()}
     with store.writing("pictures.png") as part:
         part.write_bytes(png_bytes(sheet, own=about))
+
+
+def _slide(report: Report, store: PartStore, size: Size, model: Model) -> None:
+    """Train the sliders that are not there yet, sweep the first, and lay both across each other."""
+    specs = [spec.model_copy(update=size.slider) for spec in SLIDERS]
+    paths = {spec.name: store.path(f"{spec.name}.safetensors") for spec in specs}
+    reader = Reader.load("reader") if speaks_pocket(model) else None
+    maker = SliderMaker(
+        model, None if reader is None else lambda attribute: reader_scorer(attribute, reader),
+        lambda attribute: known_sigma(model, attribute),
+    )  # fmt: skip
+    missing = [spec for spec in specs if not paths[spec.name].exists()]
+    made = list(maker.text(missing, lambda spec: paths[spec.name]))
+    sliders = [open_slider(paths[spec.name], model) for spec in specs]
+    report.heading("Two sliders, trained from words")
+    for slider in sliders:
+        training = slider.card.training
+        if training is not None and training.forwards is not None and training.seconds is not None:
+            card = slider.card
+            report.text(
+                f"{slider.name}: from {card.negative!r} to {card.positive!r}, {training.seconds:.0f} s and "
+                f"{training.forwards:,} samples through the U-Net. 1.0 is {card.unit or 'what training made of it'}."
+            )
+    unedited = Unedited(model, GenerateSettings(steps=size.steps))
+    prompts = [SLIDERS[0].target, *(word for word in WORDS if "smil" not in word)][: size.prompts]
+    for plan, name in (
+        (strips(sliders[:1], prompts, [0], size.scales), "sweep"),
+        (grids(sliders, SLIDERS[0].target, 3, size.scales), "grid"),
+    ):
+        pictures = make_pictures(sliders[:1] if name == "sweep" else sliders, plan, unedited)
+        report.sheet(pictures, plan.row_labels, plan.column_labels, plan.title)
+        rows = [[Image.fromarray(picture) for picture in row] for row in pictures]
+        drawn = contact_sheet(rows, plan.row_labels, plan.column_labels, plan.title)
+        with store.writing(f"{name}.png") as part:
+            part.write_bytes(png_bytes(drawn, own={"sheet": plan.title, "scales": list(size.scales)}))
+    if made:
+        report.code(f"dodgeburn slider train examples/sliders/smile.yaml -o {specs[0].name}.safetensors")
 
 
 def _write_best(

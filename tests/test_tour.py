@@ -27,13 +27,15 @@ def test_tour_makes_one_page_and_the_file_equals_what_was_compared(models, tmp_p
     found = tour(quick=True, models=models, device="cpu", reader=ColourReader())
     assert found.report == Path("tour/report.html") and found.largest_difference == 0
     page = found.report.read_text()
-    for word in ("Pictures from words", "the same in every pixel", "one.safetensors", "the recipe", "Contact sheets"):
+    headings = ("Pictures from words", "Two sliders", "the recipe", "Contact sheets")
+    for word in (*headings, "the same in every pixel", "one.safetensors"):
         assert word in page
     assert not re.search(r"(https?:)?//\w", re.sub(r"data:[^\"]*", "", page))
     assert str(tmp_path) not in page
     recipe = re.search(r"<summary>the recipe</summary><pre><code>(.*?)</code>", page, re.S)
     assert recipe is not None
     assert MergeRecipe.from_json(recipe[1].replace("&quot;", '"')).preset == found.comparison.rows[0].preset
+    assert all((Path("tour") / name).exists() for name in ("smile.safetensors", "sweep.png", "grid.png"))
     again = tour(quick=True, models=models, device="cpu", reader=ColourReader())
     assert again.report == found.report and again.comparison.resumed == 6
     other = tour(quick=True, models=models[::-1], device="cpu", reader=ColourReader())

@@ -1,4 +1,4 @@
-"""dodgeburn tour: a short run through the main job, as one HTML page."""
+"""dodgeburn tour: a short run through the main jobs, as one HTML page."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Annotated
 
 import tyro
 
-HELP = "see it all in a minute or two: pictures, every merge of two models, one HTML page"
+HELP = "see it all in a minute or two: pictures, sliders, every merge of two models, one HTML page"
 EXAMPLE = "dodgeburn tour -o tour"
 
 
 @dataclass
 class Tour:
-    """Draw with the shipped model, compare all merges of its two fine-tunes, write the best one, and show it all in one
-    HTML page. Needs no network; takes some minutes on two cores.
+    """Draw with the shipped model, train two sliders on it, compare all merges of its two fine-tunes, write the best
+    one, and show it all in one HTML page. Needs no network; takes some minutes on two cores.
     """
 
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], metavar="DIR")] = None

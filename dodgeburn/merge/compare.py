@@ -93,8 +93,9 @@ def compare(
 
     Models are packaged names, files, diffusers folders or hub ids, of one architecture and size; `more` and
     `base_model` go to the methods that take them. `reader` reads the pictures and decides the ranks; by default the
-    package's reader, for models of the pocket world only, and then the judge reads them too.  Run again with the same settings on the same folder, it makes only what is missing. Raises
-    UserError for bad input, and for a folder that holds something else.
+    package's reader, for models of the pocket world only, and then the judge reads them too. Run again with the same
+    settings on the same folder, it makes only what is missing. Raises UserError for bad input, and for a folder that
+    holds something else.
     """
     from dodgeburn.merge.compare_report import write_outputs  # it needs Comparison from here
 

@@ -100,6 +100,11 @@ def shown(name: str | Path) -> str:
 
 
 def typed(name: str | Path) -> str:
-    """A model's name as a command needs it: packaged names as they are, files with their folders."""
-    return str(name) if str(name) in NAMES else str(Path(name))
+    """A model's name as a command needs it: packaged names as they are, files with their folders, from here if they lie
+    below (so that a page that is passed on names no more of the machine than it must).
+    """
+    if str(name) in NAMES:
+        return str(name)
+    path = Path(name)
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
