@@ -17,6 +17,7 @@ from dodgeburn.errors import DodgeburnWarning, UserError
 
 if TYPE_CHECKING:
     from dodgeburn.merge.compare import Comparison
+    from dodgeburn.merge.search import SearchSettings
 
 HELP = "try every preset and base of two models, and rank the merges without writing one"
 EXAMPLE = "dodgeburn compare pocket-style pocket-bold --presets all --bases 0.4,0.5,0.6 --seeds 0,1,2,3 -o compared"
@@ -66,6 +67,22 @@ class Compare:
     """Parts taken from A whatever the shares say: text, vae, text,vae or none."""
     xl_presets: Literal["curve", "cut"] = "curve"
     """How the presets, made for SD1.5's 25 blocks, become SDXL's 19: formulas on 19 points, or supermerger's cut."""
+    search: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """Beside the variants, let Optuna propose N merges (curves of shares, bases, one of --methods) and grade what it
+    found on held-out prompts and seeds. Without --prompts: drawn from the pocket world.
+    """
+    search_by: Literal["tpe", "nsga2", "random"] = "tpe"
+    """What proposes: TPE, NSGA-II, or chance alone, to compare with."""
+    search_seed: int = 0
+    """Of the proposals: the same seed proposes the same."""
+    goals: Annotated[str, tyro.conf.arg(metavar="NAMES")] = "fidelity,resemblance_a,resemblance_b"
+    """What the search makes large, separated by commas."""
+    held_out: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Prompts that grade what the search found; none: every second one of --prompts."""
+    held_out_seeds: Annotated[str | None, tyro.conf.arg(metavar="NUMBERS")] = None
+    """Seeds that grade it; none: as many as --seeds, after the largest of them."""
+    picks: int = 5
+    """How many of the search's best are graded."""
     steps: int = 20
     """Denoising steps."""
     guidance: float = 4.0
@@ -112,12 +129,13 @@ def main(args: list[str]) -> int:
     if chosen.out is None:
         raise UserError("no output folder: say where to write with -o DIR")
     seeds = numbers(chosen.seeds, "seeds", int)
-    from dodgeburn.merge.compare import CompareSettings, compare, read_prompts
+    from dodgeburn.merge.compare import CompareSettings, compare
     from dodgeburn.sampling.settings import GenerateSettings
 
+    prompts, search = _search(chosen, [int(seed) for seed in seeds])
     settings = CompareSettings(
         **_merges(chosen),
-        prompts=read_prompts(chosen.prompts),
+        prompts=prompts,
         seeds=tuple(int(seed) for seed in seeds),
         keep=() if chosen.keep.strip().lower() == "none" else (chosen.keep,),
         xl_presets=chosen.xl_presets,
@@ -130,12 +148,16 @@ def main(args: list[str]) -> int:
         warnings.simplefilter("always", DodgeburnWarning)
         result = compare(
             chosen.a, chosen.b, settings, chosen.out, chosen.device, chosen.dtype, tokenizer=chosen.tokenizer,
-            more=chosen.also, base_model=chosen.base_model,
+            more=chosen.also, base_model=chosen.base_model, search=search,
         )  # fmt: skip
     counted = Counter(str(w.message) for w in caught if issubclass(w.category, DodgeburnWarning))
     for message, times in counted.items():
         print(f"warning: {message}{f' ({times} times)' if times > 1 else ''}", file=sys.stderr)
     print(table(result))
+    if result.search is not None:
+        from dodgeburn.merge.search_report import search_text
+
+        print(search_text(result.search, result.typed))
     print(f"report: {result.files['report']}")
     if chosen.json:
         from dodgeburn.merge.compare_report import as_json
@@ -166,6 +188,36 @@ def _merges(chosen: Compare) -> dict[str, Any]:
     if methods is not None:
         found["methods"] = tuple(name.strip() for name in methods.split(",") if name.strip())
     return found
+
+
+def _search(chosen: Compare, seeds: list[int]) -> tuple[tuple[str, ...], SearchSettings | None]:
+    """The comparison's prompts, and the search's settings if one is wanted."""
+    from dodgeburn.merge.compare_settings import drawn_prompts, read_prompts
+    from dodgeburn.merge.search import SearchSettings
+
+    if chosen.search is None:
+        plain = Compare("", "")
+        for name in ("search_by", "search_seed", "goals", "held_out", "held_out_seeds", "picks"):
+            if getattr(chosen, name) != getattr(plain, name):
+                raise UserError(f"--{name.replace('_', '-')} has no effect without --search N")
+        return read_prompts(chosen.prompts), None
+    if chosen.search < 1 or chosen.picks < 1:
+        raise UserError(f"--search {chosen.search} --picks {chosen.picks}: expected at least 1 of each")
+    prompts = drawn_prompts(16) if chosen.prompts is None else read_prompts(chosen.prompts)
+    if chosen.held_out is not None:
+        prompts = drawn_prompts(8) if chosen.prompts is None else prompts
+        held_out = read_prompts(chosen.held_out)
+    elif len(prompts) < 2:
+        raise UserError(f"{chosen.prompts} has one prompt: a search needs others to be graded by, see --held-out")
+    else:
+        prompts, held_out = prompts[::2], prompts[1::2]
+    graded_by = list(range(max(seeds, default=0) + 1, max(seeds, default=0) + 1 + len(seeds)))
+    if chosen.held_out_seeds is not None:
+        graded_by = [int(seed) for seed in numbers(chosen.held_out_seeds, "held-out-seeds", int)]
+    return prompts, SearchSettings(
+        trials=chosen.search, prompts=held_out, seeds=tuple(graded_by), seed=chosen.search_seed, by=chosen.search_by,
+        goals=tuple(name.strip() for name in chosen.goals.split(",") if name.strip()), picks=chosen.picks,
+    )  # fmt: skip
 
 
 def table(result: Comparison, top: int = TOP) -> str:

@@ -3,7 +3,7 @@
 The brute-force search of the Proteus x DPO model card and more: every method with every preset and base, the same
 prompts and seeds for all, each variant merged into the live model. The pictures of a variant are one file, so an
 interrupted run goes on where it was. `ranking` turns pictures into rows; `compare_report` writes the tables, sheets and
-the page.
+the page; `search` proposes further merges.
 """
 
 from __future__ import annotations
@@ -21,16 +21,10 @@ from dodgeburn.errors import UserError
 from dodgeburn.jobs import PartStore
 from dodgeburn.merge.compare_measure import Measurer, choose_readers
 from dodgeburn.merge.compare_models import PARENTS, OpenModels, open_models, typed
-from dodgeburn.merge.compare_pictures import (
-    PictureMaker,
-    Twins,
-    about_merge,
-    load_pictures,
-    part_name,
-    twin_notes,
-)
+from dodgeburn.merge.compare_pictures import PictureMaker, Twins, about_merge, load_pictures, part_name, twin_notes
 from dodgeburn.merge.compare_settings import CompareSettings, read_prompts
 from dodgeburn.merge.ranking import PictureReader, Row, rank
+from dodgeburn.merge.search import Search, SearchSettings, Trial, grade, run_search
 from dodgeburn.merge.variants import Variant
 from dodgeburn.pocket.captions import Asked, parse
 
@@ -57,6 +51,7 @@ class Comparison:
     device: str
     read_by: str | None  # "reader", or None where nothing could be read
     held_out: dict[str, Any] | None
+    search: Search | None = None
     files: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -87,25 +82,32 @@ def compare(
     *,
     more: Sequence[str | Path] = (),
     base_model: str | Path | None = None,
+    search: SearchSettings | None = None,
 ) -> Comparison:
     """Compare merges of A and B, the settings' grid and variants; all shares are B's. Writes pictures, tables and
     report.html to `out`.
 
     Models are packaged names, files, diffusers folders or hub ids, of one architecture and size; `more` and
     `base_model` go to the methods that take them. `reader` reads the pictures and decides the ranks; by default the
-    package's reader, for models of the pocket world only, and then the judge reads them too. Run again with the same
-    settings on the same folder, it makes only what is missing. Raises UserError for bad input, and for a folder that
-    holds something else.
+    package's reader, for models of the pocket world only, and then the judge reads them too. `search`: propose further
+    merges and grade what was found (search.py). Run again with the same settings on the same folder, it makes only what
+    is missing. Raises UserError for bad input, for a folder that holds something else, and for a search among pictures
+    that nobody can read.
     """
     from dodgeburn.merge.compare_report import write_outputs  # it needs Comparison from here
 
     started = time.perf_counter()
-    variants = settings.all_variants([str(name) for name in more], None if base_model is None else str(base_model))
+    others, original = [str(name) for name in more], None if base_model is None else str(base_model)
+    variants = settings.all_variants(others, original)
+    if search is not None:
+        search.check_disjoint(settings)
     with open_models(a, b, variants, device, dtype, tokenizer) as models:
         live, model = models.live, models.model
         asked = [parse(prompt) for prompt in settings.prompts]
         reader, judge, reading_notes = choose_readers(reader, model, asked)
-        store = PartStore(out, _job(settings, models))
+        if search is not None and (reader is None or not any(asked)):
+            raise UserError(f"nothing to search by: {reading_notes[-1]}")
+        store = PartStore(out, _job(settings, search, models))
         maker = PictureMaker(live, settings.prompts, settings.seeds, settings.generate, store)
         twins = Twins(live)
         same = {variant.name: first for variant in variants if (first := twins.first(variant)) is not None}
@@ -115,6 +117,12 @@ def compare(
             measurer.row(v, same.get(v.name), live.plan(v.merge, v.more, v.base_model).plan.blocks)
             for v in tqdm(variants, desc="measure", disable=None, leave=False)
         ]
+        trials: list[Trial] = []
+        if search is not None:
+            trials, found = run_search(search, settings, measurer, twins, others, original)
+            rows += found
+            variants += [trial.variant for trial in trials]
+            same |= {row.name: row.same_as for row in found if row.same_as is not None}
         parents = measurer.parents()
         ranked, held_out = rank(rows, parents)
         result = Comparison(
@@ -125,6 +133,9 @@ def compare(
             full_reads=0.0, device=str(model.device),
             read_by=getattr(reader, "name", type(reader).__name__) if reader is not None else None, held_out=held_out,
         )  # fmt: skip
+        if search is not None:
+            result.search, resumed = grade(search, settings, measurer, trials, ranked, result.variants)
+            result.resumed += resumed
         live.restore()
         result.full_reads = live.shelf.full_reads
     result.seconds = time.perf_counter() - started
@@ -133,7 +144,7 @@ def compare(
     return result
 
 
-def _job(settings: CompareSettings, models: OpenModels) -> dict[str, Any]:
+def _job(settings: CompareSettings, search: SearchSettings | None, models: OpenModels) -> dict[str, Any]:
     found = settings.model_dump(mode="json")
     found["variants"] = [{"name": v.name, **about_merge(v)} for v in settings.variants]
     others: Mapping[str, str] = {
@@ -143,4 +154,5 @@ def _job(settings: CompareSettings, models: OpenModels) -> dict[str, Any]:
         "kind": "compare", "format": 2, "a": models.facts["A"]["sha256"], "b": models.facts["B"]["sha256"],
         "others": dict(others), "device": models.model.device.type,
         "dtype": str(models.model.dtype).removeprefix("torch."), **found,
+        "search": None if search is None else search.job(),
     }  # fmt: skip

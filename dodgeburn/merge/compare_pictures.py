@@ -81,9 +81,9 @@ class PictureMaker:
         self.resumed = 0  # files that were there
         self._encoded: tuple[int, dict[str, EncodedPrompt]] | None = None
 
-    def make(self, variants: Sequence[Variant], parents: bool = False) -> None:
+    def make(self, variants: Sequence[Variant], parents: bool = False, of: tuple[int, int] | None = None) -> None:
         """Make the pictures of the variants that are not in the store, after A's and B's with `parents`. The model is
-        left as the last one.
+        left as the last one. `of`: how many were made before and how many there will be, for the progress bar.
         """
         jobs: list[tuple[str, dict[str, Any] | None, LivePlan]] = []
         if parents:
@@ -93,7 +93,8 @@ class PictureMaker:
         todo = [job for job in jobs if self.load(job[0], job[1]) is None]
         self.resumed += len(jobs) - len(todo)
         n = len(self.prompts) * len(self.seeds)
-        with _Progress(self.live.model, self.settings, n, len(todo), len(jobs) - len(todo)) as progress:
+        done, count = of or (len(jobs) - len(todo), len(jobs))
+        with _Progress(self.live.model, self.settings, n, len(todo), done, count) as progress:
             for name, merge, plan in todo:
                 progress.begin(name)
                 self._make(name, merge, plan, progress)
@@ -139,7 +140,9 @@ def about_merge(variant: Variant) -> dict[str, Any]:
 class _Progress:
     """One bar over all variants with the time left, moving at every denoising step."""
 
-    def __init__(self, model: Model, settings: GenerateSettings, pictures: int, todo: int, done: int) -> None:
+    def __init__(
+        self, model: Model, settings: GenerateSettings, pictures: int, todo: int, done: int, count: int
+    ) -> None:
         height, width = settings.height or model.native_size, settings.width or model.native_size
         size = default_batch_size(height // model.vae_factor, width // model.vae_factor)
         self.steps = settings.steps * -(-pictures // size)
@@ -147,7 +150,7 @@ class _Progress:
             total=todo * self.steps, desc="compare", unit="step", disable=None, dynamic_ncols=True,
             bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}",
         )  # fmt: skip
-        self._number, self._count = done, todo + done
+        self._number, self._count = done, count
         self._made = 0
 
     def __enter__(self) -> _Progress:

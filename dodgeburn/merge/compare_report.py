@@ -23,6 +23,7 @@ from dodgeburn.merge.compare_pictures import about_merge
 from dodgeburn.merge.compare_plot import add_plot
 from dodgeburn.merge.compare_sheets import add_sheets, shown_settings, write_sheets
 from dodgeburn.merge.ranking import FIGURES
+from dodgeburn.merge.search_report import add_search, search_json
 
 
 def write_outputs(result: Comparison) -> None:
@@ -53,6 +54,7 @@ def as_json(
         "rows": list(variants if variants is not None else [row.as_dict() for row in result.rows]),
         "parents": list(parents if parents is not None else [row.as_dict() for row in result.parents]),
         "held_out": result.held_out,
+        **({} if result.search is None else {"search": search_json(result.search)}),
         "full_reads": round(result.full_reads, 3),
         "resumed": result.resumed,
         "read_by": result.read_by,
@@ -170,6 +172,8 @@ def add_sections(
         }
     )
     report.bullets(result.notes)
+    if result.search is not None:
+        add_search(report, result.search, result.typed, {"A": result.a["name"], "B": result.b["name"]})
     report.heading("Fidelity against resemblance")
     add_plot(report, variants, parents)
     report.heading("All variants, best first")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
 from dodgeburn.errors import UserError
@@ -14,7 +17,11 @@ from dodgeburn.merge.blocks import check_share
 from dodgeburn.merge.presets import Convention, preset_name, preset_names
 from dodgeburn.merge.settings import check_keep
 from dodgeburn.merge.variants import UNIFORM, MethodChoice, Variant, check_names, grid
+from dodgeburn.pocket.captions import caption
+from dodgeburn.pocket.pictures import attributes_of
 from dodgeburn.sampling.loop import GenerateSettings
+
+DRAWN_LIST = 96  # picture list that prompts of searches are drawn from; no other use, and no part of the gate
 
 
 class CompareSettings(BaseModel):
@@ -121,6 +128,20 @@ def check_seeds(value: Iterable[int]) -> tuple[int, ...]:
     if len(set(seeds)) < len(seeds):
         raise UserError(f"seed {max(seeds, key=seeds.count)} is given twice: each seed counts once")
     return seeds
+
+
+def drawn_prompts(n: int) -> tuple[str, ...]:
+    """The first n of a fixed list of pocket-world prompts that each name at least four attributes; never the gate's."""
+    gate = json.loads(files("dodgeburn.pocket").joinpath("gate_prompts.json").read_text(encoding="utf-8"))
+    never = {row["prompt"] for row in gate}
+    found: list[str] = []
+    for i in itertools.count():
+        text, asked = caption(attributes_of(i, DRAWN_LIST), np.random.default_rng([DRAWN_LIST, i]))
+        if len(asked) >= 4 and text not in never and text not in found:
+            found.append(text)
+            if len(found) >= n:
+                break
+    return tuple(found)
 
 
 def read_prompts(path: str | Path | None) -> tuple[str, ...]:
