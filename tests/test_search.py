@@ -203,8 +203,11 @@ def test_a_lucky_pick_is_marked_by_the_judge_on_held_out_pictures() -> None:
         graded = [lucky]
 
     assert "luck" in verdict(One())  # type: ignore[arg-type]
-    One.found = fair
-    assert "luck" not in verdict(One())  # type: ignore[arg-type]
+    parent = Graded("A", "A", None, seen, lucky.held_out, {})
+    One.graded = [parent, lucky]
+    assert "luck" not in verdict(One()) and "so it is with A" in verdict(One())  # type: ignore[arg-type]
+    One.found, One.graded = fair, [parent, fair]
+    assert "excludes" not in verdict(One())  # type: ignore[arg-type]
 
 
 # ----------------------------------------------------------------------------------------------------------- bad input

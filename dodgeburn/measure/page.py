@@ -69,10 +69,10 @@ dl { display: grid; grid-template-columns: minmax(110px, 190px) 1fr; gap: .25em 
   max-width: 70em; }
 dt { color: var(--muted); } dd { margin: 0; overflow-wrap: anywhere; }
 pre { background: var(--code); padding: .8em 1em; border-radius: 8px; overflow-x: auto; font-size: .84rem;
-  line-height: 1.45; }
+  line-height: 1.45; white-space: pre-wrap; overflow-wrap: anywhere; }
 code { background: var(--code); padding: .1em .3em; border-radius: 4px; font-size: .9em;
   overflow-wrap: anywhere; }
-pre code { padding: 0; background: none; overflow-wrap: normal; }
+pre code { padding: 0; background: none; }
 details { margin: .8em 0; } summary { cursor: pointer; color: var(--accent); }
 footer { margin-top: 3em; color: var(--muted); font-size: .85rem; }
 @media (max-width: 1300px) { .data { font-size: .84rem; } .data th, .data td { padding: .35em .38em; } }

@@ -23,7 +23,7 @@ from dodgeburn.merge.compare_pictures import about_merge
 from dodgeburn.merge.compare_plot import add_plot
 from dodgeburn.merge.compare_sheets import add_sheets, shown_settings, write_sheets
 from dodgeburn.merge.ranking import FIGURES
-from dodgeburn.merge.search_report import add_search, search_json
+from dodgeburn.merge.search_report import add_search, search_json, verdict
 
 
 def write_outputs(result: Comparison) -> None:
@@ -110,6 +110,8 @@ def _title(result: Comparison) -> str:
 
 def summary(result: Comparison, variants: Sequence[Mapping[str, Any]], parents: Sequence[Mapping[str, Any]]) -> str:
     """What came of it, in two or three sentences."""
+    if result.search is not None:
+        return verdict(result.search)
     best = variants[0]
     if best["fidelity"] is None:
         kind = "resemblance" if best["resemblance_a"] is not None else "pixel_resemblance"

@@ -53,7 +53,11 @@ def verdict(search: Search) -> str:
         f"The best of {len(search.trials)} proposals, {found.name}, showed {seen.mean:.1%} of what the search's "
         f"prompts ask for; on held-out prompts and seeds it shows {_said(grade)}"
     )
-    text += ", which excludes what the search saw: that was luck, or easier prompts. " if found.excluded else ". "
+    others = " and ".join(line.name for line in search.graded if line.role in ("A", "B") and line.excluded)
+    if found.excluded:
+        text += ", which excludes what the search saw"
+        text += f"; so it is with {others}, which no search chose: the held-out prompts differ" if others else ": luck"
+    text += ". "
     best = next((line for line in search.graded if line.role == "best without search"), None)
     if best is not None and minus is not None and best.grade is not None:
         how = "better than" if minus.low > 0 else "worse than" if minus.high < 0 else "not told apart from"
@@ -91,7 +95,6 @@ def add_search(report: Report, search: Search, models: Mapping[str, str], names:
     """The search as a section of the report; `names` are what A and B are called there."""
     settings = search.settings
     report.heading("What the search found, and held-out prompts")
-    report.text(verdict(search))
     rows = []
     for line in search.graded:
         plain = _line(line)
