@@ -15,13 +15,18 @@ if TYPE_CHECKING:
     from dodgeburn.merge.bake import bake
     from dodgeburn.merge.compare import compare
     from dodgeburn.merge.delta import extract as extract_delta
+    from dodgeburn.merge.diff import diff
+    from dodgeburn.merge.estimate import estimate
     from dodgeburn.merge.run import merge
     from dodgeburn.merge.run_recipe import run_recipe
     from dodgeburn.merge.verify import verify
     from dodgeburn.models.loading import load_model as load
     from dodgeburn.sampling.loop import GenerateSettings, generate
 
-__all__ = ["GenerateSettings", "bake", "compare", "extract_delta", "generate", "load", "merge", "run_recipe", "verify"]
+__all__ = [
+    "GenerateSettings", "bake", "compare", "diff", "estimate", "extract_delta", "generate", "load", "merge",
+    "run_recipe", "verify",
+]  # fmt: skip
 
 _HOMES = {
     "load": ("dodgeburn.models.loading", "load_model"),
@@ -32,6 +37,8 @@ _HOMES = {
     "run_recipe": ("dodgeburn.merge.run_recipe", "run_recipe"),
     "verify": ("dodgeburn.merge.verify", "verify"),
     "bake": ("dodgeburn.merge.bake", "bake"),
+    "diff": ("dodgeburn.merge.diff", "diff"),
+    "estimate": ("dodgeburn.merge.estimate", "estimate"),
     "extract_delta": ("dodgeburn.merge.delta", "extract"),
 }
 

@@ -30,7 +30,7 @@ class Compare:
 
     Every variant is merged into the loaded model, so no file is written. The folder gets report.html (one file, for any
     browser), contact sheets, table.csv and results.json. Interrupted, the same command goes on where it was.
-    All shares are B's: 0 = all A, 1 = all B.
+    All shares are B's: 0 = all A, 1 = all B (ComfyUI's ratio is model1's share, the other way round).
     """
 
     a: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="A")]
