@@ -215,7 +215,7 @@ def _slide(report: Report, store: PartStore, size: Size, model: Model) -> None:
     prompts = [SLIDERS[0].target, *(word for word in WORDS if "smil" not in word)][: size.prompts]
     for plan, name in (
         (strips(sliders[:1], prompts, [0], size.scales), "sweep"),
-        (grids(sliders, SLIDERS[0].target, 3, size.scales), "grid"),
+        (grids(sliders, SLIDERS[0].target, 0, size.scales), "grid"),
     ):
         pictures = make_pictures(sliders[:1] if name == "sweep" else sliders, plan, unedited)
         report.sheet(pictures, plan.row_labels, plan.column_labels, plan.title)
