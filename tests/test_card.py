@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from dodgeburn.checkpoint.card import Facts, Shown, card_text, facts_of
-from dodgeburn.checkpoint.tensorfile import save_tensors, sha256_file
+from dodgeburn.checkpoint.tensorfile import save_tensors, sha256_file, sha256_tensors
 from dodgeburn.cli.main import main
 from dodgeburn.errors import UserError
 from dodgeburn.images.png import Infotext, write_picture
@@ -70,6 +70,23 @@ def test_the_command_on_the_card_makes_the_file_again(merged: Path, tmp_path: Pa
     monkeypatch.chdir(tmp_path)
     assert main(shlex.split(command)[1:]) == 0
     assert sha256_file(tmp_path / merged.name) == sha256_file(merged)
+
+
+def test_what_the_short_command_cannot_say_is_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                       capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    settings = {"method": "add_difference", "base": 0.5, "rules": ["M00::0.25"]}
+    merge("pocket-style", "pocket-bold", tmp_path / "m.safetensors", base_model="pocket", **settings)
+    text = card_text(facts_of(tmp_path / "m.safetensors"))
+    assert f"| base | `pocket.safetensors` | `{sha256_file(weights_path('pocket'))}` |" in text
+    show, run = (line for line in text.splitlines() if line.startswith("dodgeburn inspect") or "-o again" in line)
+    assert show == "dodgeburn inspect m.safetensors --recipe > m.toml"
+    assert main(shlex.split(show)[1:4]) == 0
+    (tmp_path / "m.toml").write_text(capsys.readouterr().out)
+    assert main(shlex.split(run)[1:]) == 0
+    assert sha256_tensors(tmp_path / "again-m.safetensors") == sha256_tensors(tmp_path / "m.safetensors")
+    again = card_text(facts_of(tmp_path / "again-m.safetensors"))  # of a graph
+    assert "| base | `pocket.safetensors`" in again and "| a | `pocket-style.safetensors`" in again
 
 
 def test_a_card_that_makes_its_own_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

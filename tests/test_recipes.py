@@ -400,6 +400,14 @@ def test_the_example_runs_and_explains_itself(tmp_path: Path, capsys: Any) -> No
     assert "step both: add_difference of SDXL" in (text := capsys.readouterr().out) and "725 tensors" in text
 
 
+def test_the_python_names(place: Path, tmp_path: Path) -> None:
+    import dodgeburn as db
+
+    (place / "api.toml").write_text(to_toml(graph({"x": {"merge": ["a", "b"], "base": 0.5}})))
+    result = db.run_recipe(place / "api.toml", tmp_path / "m.safetensors")
+    assert db.verify(result.path, [place], samples=None).equal
+
+
 def test_what_the_verb_refuses(tmp_path: Path, capsys: Any) -> None:
     for args, what in (
         (["merge", str(EXAMPLE), "--preset", "GradV", "-n"], "--preset has no effect"),

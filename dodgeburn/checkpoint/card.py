@@ -23,7 +23,7 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _STOCK_WIDTHS = {"sdxl": 2048, "sd15": 768}  # of cross-attention in the models that other programs know
 _TAGS = {"sdxl": "stable-diffusion-xl", "sd15": "stable-diffusion"}
 _PIPELINES = {"sdxl": "StableDiffusionXLPipeline", "sd15": "StableDiffusionPipeline"}
-_MODIFIED = {"merge": "merge", "bake": "merge", "delta_apply": "merge"}  # our recipes, in the Hub's words
+_MODIFIED = dict.fromkeys(("merge", "bake", "delta_apply", "graph"), "merge")  # our recipes, in the Hub's words
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,11 @@ def _making(facts: Facts) -> str:
         return ""
     lines = ["## How it was made"]
     if recipe.get("kind") == "merge":
-        lines += [_merge_words(recipe), _parents(recipe), "```\n" + _merge_command(recipe, facts.file) + "\n```"]
+        lines.append(_merge_words(recipe))
+    if recipe.get("kind") in _MODIFIED:
+        commands = _commands(recipe, facts.file)
+        lines += [_parents(recipe), "```\n" + "\n".join(commands) + "\n```"]
+        lines.append("`dodgeburn inspect FILE --recipe` prints it with every number, those of single blocks too.")
     lines.append(
         "<details><summary>The whole recipe, with the shares of every block</summary>\n\n```json\n"
         + json.dumps(recipe, indent=1, ensure_ascii=True).replace("```", "'''")
@@ -169,15 +173,40 @@ def _merge_words(recipe: dict[str, Any]) -> str:
 
 
 def _parents(recipe: dict[str, Any]) -> str:
+    """Every file that went into it, whatever the kind of recipe."""
+    models = recipe.get("models")
+    found = list(models.items()) if isinstance(models, dict) else []
+    for role, name in (("A", "a"), ("B", "b"), ("model", "model"), ("more", "more"), ("base", "base_model"),
+                       ("added", "added")):  # fmt: skip
+        said = recipe.get(name)
+        found += [(role, one) for one in (said if isinstance(said, list) else [said])]
     rows = ["| | file | sha256 |", "|---|---|---|"]
-    for name in ("a", "b"):
-        parent = recipe.get(name) or {}
-        rows.append(f"| {name.upper()} | {_code(parent.get('file'))} | {_code(parent.get('sha256'))} |")
+    for role, parent in found:
+        if isinstance(parent, dict):
+            rows.append(f"| {_plain(str(role))} | {_code(parent.get('file'))} | {_code(parent.get('sha256'))} |")
     return "\n".join(rows)
 
 
+# What a merge's recipe may say besides preset, base, keep and convention: beyond the short command.
+_BEYOND = ("more", "base_model", "params", "components", "rules", "seed", "clip", "dtype")
+
+
+def _commands(recipe: dict[str, Any], out: str) -> list[str]:
+    """Commands that make the file again from its parents: the short one where that will do, else by the recipe."""
+    blocks = {k: v for k, v in (recipe.get("blocks") or {}).items() if k != "VAE"}
+    own = not recipe.get("preset") and any(share != recipe.get("base") for share in blocks.values())
+    plain = recipe.get("kind") == "merge" and recipe.get("method") == "weighted_sum"
+    if plain and not own and not any(recipe.get(name) for name in _BEYOND):
+        return [_merge_command(recipe, out)]
+    recipe_file = f"{out.removesuffix('.safetensors')}.toml"
+    return [
+        f"dodgeburn inspect {_shell(out)} --recipe > {_shell(recipe_file)}",
+        f"dodgeburn merge {_shell(recipe_file)} -o {_shell('again-' + out)}",
+    ]
+
+
 def _merge_command(recipe: dict[str, Any], out: str) -> str:
-    """The command that makes the file again. Block shares without a preset stand in the recipe alone."""
+    """The command for a merge that preset, base, keep and convention decide."""
     files = [str((recipe.get(name) or {}).get("file")) for name in ("a", "b")]
     parts = ["dodgeburn", "merge", *files, "-o", out]
     if recipe.get("preset"):
