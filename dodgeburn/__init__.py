@@ -20,17 +20,24 @@ if TYPE_CHECKING:
     from dodgeburn.merge.run import merge
     from dodgeburn.merge.run_recipe import run_recipe
     from dodgeburn.merge.verify import verify
+    from dodgeburn.models.adapter_file import load_adapter, save_adapter
     from dodgeburn.models.loading import load_model as load
+    from dodgeburn.sampling.adapted import Applied
     from dodgeburn.sampling.loop import GenerateSettings, generate
+    from dodgeburn.slide.compose import compose
 
 __all__ = [
-    "GenerateSettings", "bake", "compare", "diff", "estimate", "extract_delta", "generate", "load", "merge",
-    "run_recipe", "verify",
+    "Applied", "GenerateSettings", "bake", "compare", "compose", "diff", "estimate", "extract_delta", "generate", "load",
+    "load_adapter", "merge", "run_recipe", "save_adapter", "verify",
 ]  # fmt: skip
 
 _HOMES = {
     "load": ("dodgeburn.models.loading", "load_model"),
     "generate": ("dodgeburn.sampling.loop", "generate"),
+    "load_adapter": ("dodgeburn.models.adapter_file", "load_adapter"),
+    "save_adapter": ("dodgeburn.models.adapter_file", "save_adapter"),
+    "Applied": ("dodgeburn.sampling.adapted", "Applied"),
+    "compose": ("dodgeburn.slide.compose", "compose"),
     "GenerateSettings": ("dodgeburn.sampling.settings", "GenerateSettings"),
     "compare": ("dodgeburn.merge.compare", "compare"),
     "merge": ("dodgeburn.merge.run", "merge"),

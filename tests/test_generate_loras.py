@@ -259,6 +259,11 @@ def test_comfys_graph_has_the_loras(place: Path, tmp_path: Path, monkeypatch: py
     asked = read_graph(graph)
     assert asked is not None and asked.loras == [("smile.safetensors", 0.5), ("smile.safetensors", -1)]
     assert asked.checkpoint == "tiny.safetensors" and asked.clip_stop == -2 and not asked.ignored
+    graph["12"]["class_type"] = "LoraLoaderModelOnly"
+    asked = read_graph(graph)
+    assert asked is not None and asked.ignored == [
+        "LoRA smile.safetensors for the U-Net only: the text encoders get its part too, if it has one"
+    ]
     # A late start has no node.
     assert run(place, tmp_path / "late", "--lora", f"{lora}:0.5") == 0
     assert read_png(tmp_path / "late" / "a-red-hat-0.png").graph is None

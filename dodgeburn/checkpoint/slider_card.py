@@ -134,7 +134,7 @@ def card_lines(card: SliderCard) -> list[str]:
     if card.certificate is not None:
         lines += _certificate_lines(card.certificate)
     if card.training is not None:
-        lines.append(f"  trained: {_training(card.training)}")
+        lines.append(f"  trained: {_training(card)}")
     for parent in card.parents:
         lines.append(f"  + {parent.scale:g} x {parent.file} (sha256 {parent.sha256[:10]})")
     if card.base or card.base_sha256:
@@ -165,15 +165,20 @@ def _certificate_lines(found: Certificate) -> list[str]:
     return lines
 
 
-def _training(found: Training) -> str:
-    parts = []
+def _training(card: SliderCard) -> str:
+    found, parts = card.training or Training(), []
     if found.forwards is not None:
         parts.append(f"{found.forwards:,} U-Net samples")
     if found.seconds is not None:
         parts.append(f"{found.seconds:.1f} s")
     if found.seed is not None:
         parts.append(f"seed {found.seed}")
-    parts += [f"{key} {value}" for key, value in found.settings.items() if not isinstance(value, (dict, list))]
+    said = {*SliderCard.model_fields, *Training.model_fields}  # what stands in the other lines already
+    parts += [
+        f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
+        for key, value in found.settings.items()
+        if key not in said and value is not None and not isinstance(value, (dict, list))
+    ]
     return ", ".join(parts) or "nothing said"
 
 

@@ -146,6 +146,8 @@ class _Reader:
             if isinstance(lora, str):
                 strength = self.number(at, "strength_model", 1.0)
                 self.loras.append((lora, strength))
+                if kind == "LoraLoaderModelOnly":
+                    self.ignore(f"LoRA {lora} for the U-Net only: the text encoders get its part too, if it has one")
                 if (clip := self.number(at, "strength_clip", strength)) != strength:
                     self.ignore(f"strength {clip:g} of LoRA {lora} on the text encoders: {strength:g} instead")
             elif not kind.startswith("KSampler"):
