@@ -37,6 +37,7 @@ from dodgeburn.merge.recipe_text import read_recipe, to_toml
 from dodgeburn.merge.recipe_tree import recipe_lines
 from dodgeburn.merge.run import merge
 from dodgeburn.merge.run_recipe import RecipeResult, describe_recipe, run_recipe
+from dodgeburn.merge.verify import verify
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "recipe.toml"
 FILES = {"a": "a.safetensors", "b": "b.safetensors", "c": "c.safetensors"}
@@ -103,6 +104,30 @@ def test_one_step_is_the_plain_merge(place: Path, tmp_path: Path, method: str) -
     assert one.sha256_tensors == two.sha256_tensors
     again = run(place, graph_of(two.recipe.as_dict()), tmp_path / "again.safetensors")
     assert again.sha256_tensors == two.sha256_tensors, "the flat recipe in the file is a recipe too"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_large_tensors_come_out_the_same_from_a_graph(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, method: str
+) -> None:
+    """Tensors of more than one tile, and of more than one piece of a survey: merged directly, as a recipe, verified."""
+    place = tmp_path_factory.getbasetemp() / "large"
+    if not place.exists():
+        place.mkdir()
+        for seed, name in enumerate("abc"):
+            large = torch.randn(400, 500, generator=torch.Generator().manual_seed(seed)) / 8
+            save_tensors(place / FILES[name], small(seed) | {CONV_IN: large.half()}, {})
+    found = METHODS[method]
+    said: dict[str, Any] = {"method": method, "base": 0.4} | ({"seed": 3} if found.random else {})
+    names = ["a", "b", "c"][: max(2, found.models[0])]
+    base = "c" if found.needs_base else None
+    one = run(place, graph({"m": said | {"merge": names, "base_model": base}}), tmp_path / "one.safetensors")
+    two = merge(
+        place / "a.safetensors", place / "b.safetensors", tmp_path / "two.safetensors",
+        more=[place / FILES[name] for name in names[2:]], base_model=place / FILES[base] if base else None, **said,
+    )  # fmt: skip
+    assert one.sha256_tensors == two.sha256_tensors
+    assert verify(two.path, [place], samples=None).equal
 
 
 def test_a_bake_step_is_the_plain_bake_and_stands_between_merges(place: Path, tmp_path: Path) -> None:
