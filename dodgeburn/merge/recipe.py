@@ -134,7 +134,6 @@ class GraphRecipe(BaseModel):
     layout: str
     models: dict[str, Parent]
     steps: dict[str, dict[str, Any]]
-    conventions: str = "dodgeburn"
 
     def a1111(self) -> dict[str, Any]:
         """What A1111's own recipe has words for."""
