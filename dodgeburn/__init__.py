@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from dodgeburn.slide.compose import compose
 
 __all__ = [
-    "Applied", "GenerateSettings", "bake", "compare", "compose", "diff", "estimate", "extract_delta", "generate", "load",
-    "load_adapter", "merge", "run_recipe", "save_adapter", "verify",
+    "Applied", "GenerateSettings", "bake", "compare", "compose", "diff", "estimate", "extract_delta", "generate",
+    "load", "load_adapter", "merge", "run_recipe", "save_adapter", "verify",
 ]  # fmt: skip
 
 _HOMES = {

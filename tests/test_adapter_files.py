@@ -36,7 +36,9 @@ CARD = SliderCard(
         reader="judge", n=64, seeds=[5, 6], prompts_sha256="cd" * 32, monotone=0.99, spearman=0.998, selectivity=4.5,
         leakage={"age": 0.1, "zoom": -0.2}, intervals={"monotone": (0.97, 1.0), "leakage.age": (0.05, 0.15)},
     ),
-    training=Training(settings={"name": "smile", "rank": 4, "lr": 2e-4, "alpha": None}, forwards=2800, seconds=18.5, seed=3),
+    training=Training(
+        settings={"name": "smile", "rank": 4, "lr": 2e-4, "alpha": None}, forwards=2800, seconds=18.5, seed=3
+    ),
 )  # fmt: skip
 
 
@@ -237,7 +239,9 @@ def test_the_card_is_read_back_and_told(tmp_path: Path, capsys: pytest.CaptureFi
         "1.0 = one natural standard deviation of smile, read exactly (0.29)", "safe range: -3 to 3",
         "start: from time step 700 on", "-1: -1.02, 0: +0.00, 1: +0.98",
         "certificate (judge, 64 sweeps, 2 seeds): monotone 99.0% [97.0%, 100.0%], Spearman 0.998, selectivity 4.50",
-        "leakage, in deviations: zoom -0.20, age +0.10", "trained: 2,800 U-Net samples, 18.5 s, seed 3, rank 4, lr 0.0002\n", "made for pocket",
+        "leakage, in deviations: zoom -0.20, age +0.10",
+        "trained: 2,800 U-Net samples, 18.5 s, seed 3, rank 4, lr 0.0002\n",
+        "made for pocket",
     ):  # fmt: skip
         assert line in out
     found = json.loads(out.splitlines()[-1])
