@@ -42,7 +42,7 @@ class SliderSpec(BaseModel):
     points: int = Field(default=96, ge=1)  # noised latents with cached frozen predictions
     contexts: int = Field(default=1, ge=1)  # preserved attributes summed over at each point
     unconditional: float = Field(default=0.25, ge=0, le=1)  # share of rows trained with the empty prompt
-    steps: int = Field(default=30, ge=1)
+    steps: int = Field(default=28, ge=1)
     batch: int = Field(default=18, ge=1)
     lr: float = Field(default=2e-3, gt=0)
     begin: Literal["zero", "closed-form", "gradient"] = "zero"  # slide/begin.py

@@ -45,10 +45,10 @@ class QuickCalibration:
     `dodgeburn slider calibrate` measures again with as many pictures as wanted.
     """
 
-    pictures: int = 4  # at each scale
+    pictures: int = 6  # at each scale
     steps: int = 8  # denoising steps
     guidance: float = 4.0
-    search: CalibrationSettings = field(default_factory=lambda: CalibrationSettings(step=1.0, furthest=3.0, rounds=2))
+    search: CalibrationSettings = field(default_factory=lambda: CalibrationSettings(step=1.5, furthest=3.0, rounds=2))
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,8 @@ class SliderMaker:
     spelling: str = "kohya"
     dtype: str = "fp16"
     inputs: Sequence[Path] = ()
+    _drawn: list[int] = field(default_factory=list)  # samples through the U-Net of every picture looked at
+    _unedited: Unedited | None = None  # shared: sliders of a class are looked at on the same prompts and seeds
 
     def text(
         self, specs: Sequence[SliderSpec], out: Callable[[SliderSpec], Path],
@@ -107,13 +109,14 @@ class SliderMaker:
             if spec.cache_key() not in cached:
                 cached[spec.cache_key()] = make_points(self.model, predictor, spec), predictor.forwards
             points, shared = cached[spec.cache_key()]
-            look = self._look_text(spec, spec.start)
+            look, drawn = self._look_text(spec, spec.start), sum(self._drawn)
             trained = train_text(
                 self.model, predictor, points, spec, _folder(path),
                 None if progress is None else partial(progress, spec), begin(self.model, predictor, points, spec),
                 self._displacement(spec, look),
             )  # fmt: skip
-            yield self._finish("text", spec, trained.adapter, path, look, (shared, trained.forwards), began)
+            forwards = trained.forwards + sum(self._drawn) - drawn  # early stopping may have looked at pictures
+            yield self._finish("text", spec, trained.adapter, path, look, (shared, forwards), began)
 
     def closed_form(self, spec: SliderSpec, out: Path) -> Made:
         """A slider from prompts by least squares, without training."""
@@ -142,13 +145,13 @@ class SliderMaker:
     def _seeds(self, seed: int, prompts: int) -> list[int]:
         return [seed * 10_000 + 5_000 + i for i in range(-(-self.quick.pictures // prompts))]
 
-    def _edit(self, adapter: Adapter, look: _Look) -> tuple[AdapterEdit, list[int]]:
-        """The slider as an edit, and a list that counts its samples through the U-Net."""
-        counted: list[int] = []
-        calls = self.quick.steps * (1 if self.quick.guidance == 1 else 2)
-        settings = GenerateSettings(steps=self.quick.steps, guidance=self.quick.guidance)
-        unedited = Unedited(self.model, settings, progress=lambda made: counted.append(made * calls))
-        return AdapterEdit(self.model, adapter, look.start, unedited=unedited), counted
+    def _edit(self, adapter: Adapter, look: _Look) -> AdapterEdit:
+        """The slider as an edit; what it draws is counted in `_drawn`."""
+        if self._unedited is None:
+            calls = self.quick.steps * (1 if self.quick.guidance == 1 else 2)
+            settings = GenerateSettings(steps=self.quick.steps, guidance=self.quick.guidance)
+            self._unedited = Unedited(self.model, settings, progress=lambda made: self._drawn.append(made * calls))
+        return AdapterEdit(self.model, adapter, look.start, unedited=self._unedited)
 
     def _scores(self, spec: Spec) -> Scorer | None:
         return None if spec.attribute is None or self.scorer is None else self.scorer(spec.attribute)
@@ -160,7 +163,7 @@ class SliderMaker:
             return None
 
         def measure(adapter: Adapter) -> float:
-            edit, _ = self._edit(adapter, look)
+            edit = self._edit(adapter, look)
             found = scorer.scores(edit.pictures(*sweep_rows(look.prompts, look.seeds, [-1.0, 1.0]))).reshape(-1, 2)
             return float(np.nanmean(found[:, 1] - found[:, 0]))
 
@@ -173,10 +176,10 @@ class SliderMaker:
         """Calibrate, write, and clear what the training left."""
         found, cost, scorer = None, 0, self._scores(spec)
         if scorer is not None:
-            edit, counted = self._edit(adapter, look)
+            edit, before = self._edit(adapter, look), sum(self._drawn)
             known = self.sigma(scorer.attribute) if self.sigma is not None else None
             found = calibrate(edit, scorer, look.prompts, look.seeds, settings=self.quick.search, sigma=known)
-            adapter, cost = found.applied(adapter), sum(counted)
+            adapter, cost = found.applied(adapter), sum(self._drawn) - before
         seconds = time.perf_counter() - began
         start = None if look.start >= ALWAYS else look.start
         card = _card(self.model, method, spec, found, start, sum(forwards) + cost, seconds)
