@@ -113,7 +113,7 @@ def grid(
 def grid_name(choice: MethodChoice, preset: str | None, base: float) -> str:
     """GradV-0.4 for the weighted sum, ties-density-0.1-GradV-0.4 for others."""
     words = [] if str(choice) == "weighted_sum" and preset else [re.sub("[:=]", "-", str(choice))]
-    return "-".join([*words, *([preset] if preset else []), f"{base:g}"])
+    return _NAME.sub("-", "-".join([*words, *([preset] if preset else []), f"{base:g}"]))
 
 
 def models_for(method: str, more: Sequence[str], base_model: str | None) -> tuple[tuple[str, ...], str | None]:
