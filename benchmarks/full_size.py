@@ -2,9 +2,10 @@
 
 The file is written fp16 without a word of ours in it, as foreign files come, under a temporary folder that is removed
 again; the tokenizer is the pocket's, whose ids every CLIP has. Prints seconds, peak memory and shapes. `--quick`: one
-step at 256 pixels.
+step at 256 pixels. `--slider`: instead, one training step of a slider at the full size (batch 2, checkpointing).
 
     python benchmarks/full_size.py --json
+    python benchmarks/full_size.py --slider --json
 """
 
 from __future__ import annotations
@@ -22,9 +23,14 @@ import torch
 from dodgeburn.checkpoint.convert import diffusers_to_single_file
 from dodgeburn.checkpoint.tensorfile import save_tensors
 from dodgeburn.measure.machine import machine
+from dodgeburn.models.adapter_file import save_adapter
 from dodgeburn.models.loading import empty_module, known_configs, load_model
 from dodgeburn.pocket.model import TOKENIZER
 from dodgeburn.sampling.loop import GenerateSettings, Step, generate
+from dodgeburn.slide.cache import make_points
+from dodgeburn.slide.predict import Predictor
+from dodgeburn.slide.spec import SliderSpec
+from dodgeburn.slide.text import train_text
 
 
 def write_random(path: Path, layout: str) -> int:
@@ -42,6 +48,30 @@ def write_random(path: Path, layout: str) -> int:
     return path.stat().st_size
 
 
+def slider_step(layout: str, dtype: str) -> dict[str, object]:
+    """One training step of a text slider at real size, and what the whole took."""
+    spec = SliderSpec(
+        name="one", target="a person", positive="a smiling person", negative="a sad person", latents=1, latent_steps=1,
+        points=2, steps=1, batch=2, stop="never", checkpointing=True,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        path, out = Path(folder) / "random.safetensors", Path(folder) / "one.safetensors"
+        write_random(path, layout)
+        model = load_model(path, "cpu", dtype, TOKENIZER)
+        began = time.perf_counter()
+        predictor = Predictor(model, model.native_size, model.native_size)
+        points = make_points(model, predictor, spec)
+        cached = time.perf_counter()
+        trained = train_text(model, predictor, points, spec, Path(folder) / "run")
+        save_adapter(trained.adapter, out, model.layout.name)
+        return {
+            "layout": layout, "dtype": dtype, "latents": list(points.x.shape), "cache_s": round(cached - began, 1),
+            "train_s": round(trained.seconds, 1), "samples": predictor.forwards,
+            "layers": len(trained.adapter.modules_changed), "file_mb": round(out.stat().st_size / 1e6, 2),
+            "peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2), "machine": machine(),
+        }  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layout", choices=("sd15", "sdxl"), default="sd15")
@@ -49,7 +79,11 @@ def main() -> None:
     parser.add_argument("--dtype", default="bf16", help="fp32, fp16 or bf16")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--slider", action="store_true")
     options = parser.parse_args()
+    if options.slider:
+        print(json.dumps(slider_step(options.layout, options.dtype)))
+        return
     side = 256 if options.quick else {"sd15": 512, "sdxl": 1024}[options.layout]
     settings = GenerateSettings(steps=1 if options.quick else options.steps, width=side, height=side, clip_skip=2)
     with tempfile.TemporaryDirectory() as folder:

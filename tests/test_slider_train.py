@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import tiny_model
 
 from dodgeburn.checkpoint.tensorfile import sha256_tensors
 from dodgeburn.cli.main import main
@@ -259,3 +260,18 @@ def test_pairs_and_closed_form_on_the_command_line(tmp_path: Path, capsys: pytes
     (tmp_path / "pairs" / "after" / "1.png").unlink()
     assert main(arguments) == 2
     assert "1.png" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("layout", ["sd15", "sdxl"])
+def test_real_topologies_train_by_the_same_code(layout: str, tmp_path: Path) -> None:
+    model = tiny_model(layout)
+    made = []
+    for checkpointing in (False, True):
+        spec = small(layers="full", steps=3, stop="never", unconditional=0.5, checkpointing=checkpointing)
+        out = tmp_path / f"{checkpointing}.safetensors"
+        made += SliderMaker(model).text([spec], lambda s, out=out: out)  # type: ignore[misc]
+    plain, checkpointed = (one.adapter for one in made)
+    for name in plain.modules_changed:
+        assert torch.allclose(plain.up(name), checkpointed.up(name), atol=1e-5)
+    assert any(plain.up(name).any() for name in plain.modules_changed)
+    assert not model.unet.training and not any(p.grad is not None for p in model.unet.parameters())

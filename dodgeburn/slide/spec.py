@@ -45,6 +45,7 @@ class SliderSpec(BaseModel):
     steps: int = Field(default=28, ge=1)
     batch: int = Field(default=18, ge=1)
     lr: float = Field(default=2e-3, gt=0)
+    checkpointing: bool = False  # work activations out twice instead of keeping them: less memory, a third more time
     begin: Literal["zero", "closed-form", "gradient"] = "zero"  # slide/begin.py
     stop: Literal["auto", "measure", "loss", "never"] = "auto"  # early: on the reader's measure or held-out loss;
     # auto is the measure in trainings of over 60 steps, where there is a reader, else the loss

@@ -9,9 +9,11 @@ trained:
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +26,22 @@ from dodgeburn.slide.predict import Predictor, set_rows
 from dodgeburn.slide.spec import SliderSpec
 from dodgeburn.slide.stopping import Watch
 from dodgeburn.training.loop import LoopSettings, train
+
+
+@contextmanager
+def _checkpointing(unet: Any, on: bool) -> Iterator[None]:
+    """diffusers checkpoints in training mode only; Stable Diffusion's U-Nets have no dropout: nothing else changes."""
+    if not on:
+        yield
+        return
+    unet.enable_gradient_checkpointing()
+    unet.train()
+    try:
+        yield
+    finally:
+        unet.disable_gradient_checkpointing()
+        unet.eval()
+
 
 HELD_OUT = 12  # points that no step trains on
 Progress = Callable[[int, Adapter], None]
@@ -71,7 +89,7 @@ def train_text(
     n = len(points.x) - held
     reached = 0
 
-    with attached(components, [adapter], trains=True) as attachment:
+    with _checkpointing(model.unet, spec.checkpointing), attached(components, [adapter], trains=True) as attachment:
 
         def error(rows: Tensor, scales: Tensor) -> Tensor:
             set_rows(attachment, scales)
