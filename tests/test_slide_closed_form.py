@@ -149,9 +149,9 @@ def test_it_moves_a_smile_on_the_pocket_without_calling_the_unet() -> None:
     )  # fmt: skip
     calls: list[int] = []
     handle = model.unet.register_forward_hook(lambda *_: calls.append(1))
-    start = time.perf_counter()
+    start = time.process_time()  # of this process: what else the machine does plays no part
     adapter = closed_form(model, spec)
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     handle.remove()
     assert not calls and seconds < 5
     prompts = ["a person, black hair", "someone, green wall, long hair", "someone, wearing a cap", "a face, blue hair"]

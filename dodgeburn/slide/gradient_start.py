@@ -61,8 +61,8 @@ def gradient_start(
 
     loss(i): differentiable by the base weights, without the adapter. alpha: the rank by default. step 0: up is zero and
     nothing is changed yet; above 0, scale 1 already goes down the gradient, so far that the changes' norm over all
-    layers is that share of the weights'. Layers that get no gradient are left out. Raises UserError for a rank below 1
-    or a negative step, and as `mean_gradients`.
+    layers is that share of the weights' (a few 1e-4; on pocket 3e-3 is far too much). Layers that get no
+    gradient are left out. Raises UserError for a rank below 1 or a negative step, and as `mean_gradients`.
     """
     if rank < 1:
         raise UserError(f"rank {rank}: expected at least 1")
