@@ -12,7 +12,7 @@ from dodgeburn.checkpoint.tensorfile import byte_view
 if TYPE_CHECKING:
     import torch
 
-TILE = 1 << 18  # values; as float64 they stay in a core's cache
+TILE = 1 << 15  # values; as float64 a few of them stay in a core's cache
 
 
 class SideBySide:

@@ -251,7 +251,8 @@ def _sums_of(name: str, beside: SideBySide) -> _Sums | None:
         if not bool(gram.isfinite().all()):
             return None
         out.gram += gram.numpy()
-        sampled.append(torch.cat([differences, a[None]])[:, -start % stride :: stride].float())
+        chosen = slice(-start % stride, None, stride)
+        sampled.append(torch.cat([differences[:, chosen], a[None, chosen]]).float())
         start += a.numel()
     out.values = total
     if sampled:
