@@ -11,7 +11,8 @@ if TYPE_CHECKING:
 
 def region(alpha: float, beta: float, count: int) -> tuple[int, int, bool]:
     """First and last + 1 of `count` places of the share alpha from offset beta on, and whether what lies
-    outside them is meant (the share wraps around the end). Truncated as supermerger and meh do.
+    outside them is meant (the share wraps around the end). Truncated as supermerger's and meh's tensor sums do; meh's
+    top-k sum (@003017e8) rounds, so that its share may be one value wider than ours.
     """
     if alpha + beta <= 1:
         return int(count * beta), int(count * (alpha + beta)), False
