@@ -215,7 +215,7 @@ def test_bytes_do_not_depend_on_threads_or_tiles(
 ) -> None:
     digests = set()
     for i, (threads, tile) in enumerate([(1, 1 << 20), (4, 1 << 20), (3, 97), (1, 64)]):
-        monkeypatch.setattr("dodgeburn.merge.run.TILE", tile)
+        monkeypatch.setattr("dodgeburn.merge.tiles.TILE", tile)
         out = tmp_path / str(i) / "m.safetensors"
         out.parent.mkdir()
         merge(files.sdxl_a, files.sdxl_b, out, preset="Cosine", base=0.3, threads=threads)
@@ -316,7 +316,7 @@ def test_overflow_is_an_error(tmp_path: Path) -> None:
 
 
 def test_the_first_bad_tensor_is_named_at_any_number_of_threads(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("dodgeburn.merge.run.TILE", 2)
+    monkeypatch.setattr("dodgeburn.merge.tiles.TILE", 2)
     a = {k: torch.full_like(t, float("nan")) for k, t in small(1).items()}
     paths = pair(tmp_path, a, small(2))
     for threads in (1, 4):

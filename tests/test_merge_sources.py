@@ -58,7 +58,7 @@ def merged(a: Path, b: Path, out: Path, method: str) -> MergeResult:
 def test_every_form_merges_to_the_same_bytes(
     parents: dict[str, Path], tmp_path: Path, form: str, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dodgeburn.merge.run.TILE", 1 << 10)  # so that joined and transposed tensors are cut
+    monkeypatch.setattr("dodgeburn.merge.tiles.TILE", 1 << 10)  # so that joined and transposed tensors are cut
     wanted = merged(parents["file"], parents["b"], tmp_path / "wanted.safetensors", method)
     other = parents["b folder"] if form == "folder" else parents["b"]
     found = merged(parents[form], other, tmp_path / "found.safetensors", method)

@@ -12,12 +12,15 @@ from hypothesis import strategies as st
 from test_merge import CONV_IN, left, same, small
 
 from dodgeburn.checkpoint.layout import detect_layout
-from dodgeburn.checkpoint.tensorfile import load_tensors, save_tensors, sha256_file
+from dodgeburn.checkpoint.tensorfile import TensorFile, load_tensors, save_tensors, sha256_file
 from dodgeburn.errors import DodgeburnWarning, UserError
 from dodgeburn.merge.methods import METHODS, merge_tensors
+from dodgeburn.merge.methods.pieces import PIECE, HeldPieces, kth_smallest
+from dodgeburn.merge.methods.table import apply
 from dodgeburn.merge.methods.task_vectors import keep_probabilities
 from dodgeburn.merge.rules import parse_rules
 from dodgeburn.merge.run import dry_run, merge
+from dodgeburn.merge.tiles import tiles
 
 T = torch.tensor
 
@@ -182,11 +185,14 @@ def test_properties(method: str, alpha: float, seed: int) -> None:
     a = models[0]
     again = merge_tensors([a] * len(models), alpha, method, a if entry.needs_base else None)
     torch.testing.assert_close(again, a, rtol=1e-6, atol=1e-6)
-    if entry.elementwise:
-        parts = [
-            merge_tensors([m[i] for m in models], alpha, method, None if base is None else base[i]) for i in range(5)
-        ]
-        torch.testing.assert_close(torch.stack(parts), out, rtol=1e-6, atol=1e-6)
+    if entry.tiles:
+        params = entry.check_params({})
+        found = entry.look(HeldPieces(models, base), params)
+        parts = torch.empty(5, 4)
+        for i in range(5):
+            rows, origin = [m[i] for m in models], None if base is None else base[i]
+            apply(entry, rows, alpha, parts[i], origin, params, 0, "k", start=4 * i, found=found)
+        torch.testing.assert_close(parts, out, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("method", list(METHODS))
@@ -200,6 +206,24 @@ def test_every_shape(method: str, shape: tuple[int, ...]) -> None:
         zeros = [torch.zeros(shape)] * len(models)
         none = torch.zeros(shape) if base is not None else None
         assert not bool(merge_tensors(zeros, alpha, method, none).any())
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if METHODS[m].survey])
+def test_surveys_of_several_pieces(method: str) -> None:
+    """What lies in several pieces is found as in one: against a tensor of the same values, repeated."""
+    models, base = models_of(method, 1, (PIECE // 10 * 5,))  # a fifth of it, ties' default, is a whole number
+    once, thrice = ([m.repeat(n) for m in models] for n in (1, 3))
+    bases = [None if base is None else base.repeat(n) for n in (1, 3)]
+    found = merge_tensors(thrice, 0.3, method, bases[1])
+    expected = merge_tensors(once, 0.3, method, bases[0])
+    torch.testing.assert_close(found, expected.repeat(3), rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=50), st.data())
+def test_kth_smallest(values: list[float], data: st.DataObject) -> None:
+    k = data.draw(st.integers(1, len(values)))
+    assert kth_smallest(T(values), k) == sorted(values)[k - 1]
 
 
 @pytest.mark.parametrize("method", ["weighted_sum", "slerp"])
@@ -236,7 +260,7 @@ def arguments(method: str, four: dict[str, Path]) -> dict[str, object]:
 def test_files_hold_what_the_function_gives_at_any_number_of_threads(
     method: str, four: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dodgeburn.merge.run.TILE", 4)
+    monkeypatch.setattr("dodgeburn.merge.tiles.TILE", 4)
     digests = set()
     for threads in (1, 3):
         out = tmp_path / str(threads) / "m.safetensors"
@@ -251,6 +275,49 @@ def test_files_hold_what_the_function_gives_at_any_number_of_threads(
         base = tensors["o"][key] if METHODS[method].needs_base else None
         expected = merge_tensors([tensors[n][key] for n in names], 0.4, method, base, key=key)
         assert torch.equal(found[key], expected), key
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("method", list(METHODS))
+def test_nan_and_infinity_in_any_model(
+    method: str, clip: bool, value: float, four: dict[str, Path], tmp_path: Path
+) -> None:
+    if clip and method == "weighted_sum":
+        return
+    settings = arguments(method, four) | {"clip": clip}
+    names = "ab" + ("c" if METHODS[method].models[1] > 2 else "") + ("o" if METHODS[method].needs_base else "")
+    for name in names:
+        good = four[name].read_bytes()
+        tensors = load_tensors(four[name])
+        tensors[CONV_IN][2, 1] = value
+        save_tensors(four[name], tensors, {})
+        with pytest.raises(UserError, match=f"tensor {CONV_IN} of {name}.safetensors has NaN"):
+            merge(four["a"], four["b"], tmp_path / "m", base=0.4, **settings)  # type: ignore[arg-type]
+        four[name].write_bytes(good)
+
+
+def test_small_tensors_share_a_tile_and_errors_still_name_one(four: dict[str, Path], tmp_path: Path) -> None:
+    plan = dry_run(four["a"], four["b"], base=0.3, rules=["OUT00::0.1"])[0]
+    with TensorFile(four["a"]) as a, TensorFile(four["b"]) as b:
+        found = list(tiles(plan, [a, b]))
+    assert [w.name for tile in found for w in tile.works] == [w.name for w in plan.work]
+    assert 1 < len(found) < len(plan.work)
+    assert all(tile.count == sum(w.info.numel for w in tile.works) for tile in found)
+    key = "model.diffusion_model.out.2.bias"
+    large = {k: t.float() * (1e6 if k == key else 1) for k, t in load_tensors(four["b"]).items()}
+    save_tensors(four["b"], large, {})
+    with pytest.raises(UserError, match=f"{key} of the result is too large for F16"):
+        merge(four["a"], four["b"], tmp_path / "m", base=0.3)
+    merge(four["a"], four["b"], tmp_path / "m", base=0.3, dtype="bf16")
+
+
+def test_float8_does_not_cut_off_what_is_too_large(four: dict[str, Path], tmp_path: Path) -> None:
+    tensors = load_tensors(four["b"])
+    tensors[CONV_IN][0, 0] = 2000.0
+    save_tensors(four["b"], tensors, {})
+    with pytest.raises(UserError, match=f"{CONV_IN} of the result is too large for F8_E4M3"):
+        merge(four["a"], four["b"], tmp_path / "m", base=0.5, dtype="fp8_e4m3fn")
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if METHODS[m].zero_is_a])

@@ -13,8 +13,9 @@ from itertools import pairwise
 import torch
 
 from dodgeburn.merge.methods import merge_tensors
+from dodgeburn.merge.methods.pieces import HeldPieces
 from dodgeburn.merge.methods.statistics import stock_cosine
-from dodgeburn.merge.methods.task_vectors import keep_probabilities, trim
+from dodgeburn.merge.methods.task_vectors import keep_probabilities, trim, trim_limits
 
 T = torch.tensor
 ONE = T([[3.0, 4.0, 1.0, -2.0], [2.0, 1.0, -4.0, 3.0], [-1.0, 2.0, 3.0, 4.0], [4.0, -3.0, 2.0, 1.0]])
@@ -38,8 +39,11 @@ def test_ties_case_with_half_of_the_values() -> None:
     """The paper's own trimming at density 0.5: 3s and 4s, eight of sixteen. By hand."""
     expected = T([[3.0, 4.0, 3.0, 4.0], [4.0, -3.0, -4.0, 3.0], [3.0, 4.0, 3.0, 4.0], [4.0, -3.0, -4.0, 3.0]])
     assert torch.equal(merge_tensors([TURNED, ONE], 1.0, "ties", ZERO, {"density": 0.5}), expected)
-    assert torch.equal(trim(ONE.clone(), 0.5), ONE * (ONE.abs() >= 3))
-    assert int((trim(torch.randn(128, 64), 0.5) != 0).sum()) == 128 * 64 // 2  # mergekit's test of density
+    pieces = HeldPieces([ONE, torch.randn(16)], torch.zeros(16))
+    assert torch.equal(trim(ONE.clone(), trim_limits(pieces, density=0.5)[0]), ONE * (ONE.abs() >= 3))
+    many = torch.randn(128, 64)  # mergekit's test of density
+    limit = trim_limits(HeldPieces([many, many], torch.zeros_like(many)), density=0.5)[1]
+    assert int((trim(many.clone(), limit) != 0).sum()) == 128 * 64 // 2
 
 
 def test_model_stock_case() -> None:

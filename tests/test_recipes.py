@@ -190,7 +190,7 @@ def test_bytes_do_not_depend_on_threads_or_tiles(place: Path, tmp_path: Path, mo
     for steps_run in (steps, {name: steps[name] for name in ("x", "s")}):
         digests = set()
         for threads, tile in ((1, 1 << 20), (4, 1 << 20), (3, 997)):
-            monkeypatch.setattr("dodgeburn.merge.run.TILE", tile)
+            monkeypatch.setattr("dodgeburn.merge.tiles.TILE", tile)
             made = run(place, graph(steps_run, models), tmp_path / "m.safetensors", threads=threads)
             digests.add(made.path.read_bytes())
         assert len(digests) == 1

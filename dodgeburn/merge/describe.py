@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from dodgeburn.merge.formula import formula_text
 from dodgeburn.merge.plan import Models, Plan, issue_line
+from dodgeburn.merge.tiles import TILE, whole_memory
 
 
-def peak_memory(plan: Plan, models: int, threads: int, tile: int) -> int:
-    """Expected anonymous bytes of the merge's buffers: about five float32 copies of a tile for each thread, or
-    of the largest tensor for methods that take whole ones (one at a time).
+def peak_memory(plan: Plan, models: int, threads: int) -> int:
+    """Expected anonymous bytes of the merge's buffers: of each thread for every model a tile as stored and as float32,
+    and a few more for what is computed; and of the whole tensors that some methods need.
     """
-    merged = [w.info.numel for w in plan.work if w.action == "merge"]
-    largest = max(merged, default=0)
-    copies = models + 3
-    if plan.method.elementwise:
-        return 4 * copies * min(tile, max(largest, 1)) * threads
-    return 4 * (copies + models) * largest
+    merged = max((w.info.numel for w in plan.work if w.action == "merge"), default=0)
+    buffers = 4 * (2 * models + 4) * min(TILE, max(merged, 1)) * threads
+    return buffers + max(whole_memory(plan, models))
 
 
 def describe(plan: Plan, models: Models, memory: int = 0) -> str:

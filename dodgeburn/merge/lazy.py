@@ -144,7 +144,8 @@ class LazyMerge(Lazy):
         shaped = [values.view(shape) for values in inputs]
         base = shaped.pop() if plan.method.needs_base else None
         out = torch.empty(shape, dtype=wide)
-        apply(plan.method, shaped, work.alpha, out, base, plan.params, plan.settings.seed, name, plan.settings.clip)
+        seed, clip = plan.settings.seed, plan.settings.clip
+        apply(plan.method, shaped, work.alpha, out, base, plan.params, seed, name, clip, start)
         if not is_finite(out):
             for source, values in zip(self.sources, inputs, strict=True):
                 if not is_finite(values):

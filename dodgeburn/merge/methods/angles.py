@@ -1,19 +1,71 @@
-"""Merging along angles: spherical interpolation, rotation, cosine similarity. All work on whole tensors."""
+"""Merging along angles: spherical interpolation, rotation, cosine similarity."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from dodgeburn.merge.methods.pieces import BASE, Pieces
 
 if TYPE_CHECKING:
     import torch
 
 _TINY = 1e-12  # norms below are zero
+_SMALL = 1e-8  # least norm to divide by, as torch's cosine_similarity has it
 _FLAT = 1e-4  # sines below are a straight line
 
 
-def slerp(models: Sequence[torch.Tensor], alpha: float, out: torch.Tensor) -> None:
+@dataclass(frozen=True)
+class Arc:
+    """Two flattened tensors as vectors: their norms and the angle between them in radians; 0 if there is no arc."""
+
+    norm_a: float
+    norm_b: float
+    angle: float
+
+    def parts(self, alpha: float) -> tuple[float, float]:
+        """How much of A and B the point at `alpha` is."""
+        size = ((1 - alpha) * self.norm_a + alpha * self.norm_b) / math.sin(self.angle)
+        return (
+            math.sin((1 - alpha) * self.angle) * size / self.norm_a,
+            math.sin(alpha * self.angle) * size / self.norm_b,
+        )
+
+
+def arc(pieces: Pieces) -> Arc:
+    """The arc from A to B. Degenerate ones (see slerp) have the angle 0."""
+    return _arc(pieces, 0, 1)
+
+
+def arc_from_base(pieces: Pieces) -> Arc:
+    """The arc from A - base to B - base."""
+    return _arc(pieces, 0, 1, BASE)
+
+
+def _arc(pieces: Pieces, *which: int) -> Arc:
+    import torch
+
+    def norms(*factors: tuple[float, float]) -> list[float]:
+        squares = [0.0] * len(factors)
+        for a, b, *base in pieces(*which):
+            one, two = (a - base[0], b - base[0]) if base else (a, b)
+            for i, (of_a, of_b) in enumerate(factors):
+                vector = one * of_a + two * of_b
+                squares[i] += float(torch.linalg.vector_norm(vector, dtype=torch.float64)) ** 2
+        return [math.sqrt(square) for square in squares]
+
+    norm_a, norm_b = norms((1.0, 0.0), (0.0, 1.0))
+    if pieces.count < 2 or norm_a < _TINY or norm_b < _TINY:
+        return Arc(norm_a, norm_b, 0.0)
+    # Kahan's form: acos of the dot product loses half the digits near 0.
+    apart, together = norms((1 / norm_a, -1 / norm_b), (1 / norm_a, 1 / norm_b))
+    angle = 2 * math.atan2(apart, together)
+    return Arc(norm_a, norm_b, angle if math.sin(angle) >= _FLAT else 0.0)
+
+
+def slerp(models: Sequence[torch.Tensor], alpha: float, out: torch.Tensor, *, found: Arc) -> None:
     """Spherical interpolation of the flattened tensors (Shoemake 1985), magnitudes interpolated linearly:
 
     ((1 - alpha)|A| + alpha |B|) (sin((1 - alpha) w) A/|A| + sin(alpha w) B/|B|) / sin w, w the angle between.
@@ -24,29 +76,16 @@ def slerp(models: Sequence[torch.Tensor], alpha: float, out: torch.Tensor) -> No
     import torch
 
     a, b = models
-    if alpha in (0.0, 1.0):
-        out.copy_(b if alpha else a)
-        return
-    norm_a, norm_b = float(torch.linalg.vector_norm(a)), float(torch.linalg.vector_norm(b))
-    if a.numel() < 2 or norm_a < _TINY or norm_b < _TINY:
+    if alpha in (0.0, 1.0) or found.angle == 0.0:
         torch.lerp(a, b, alpha, out=out)
         return
-    unit_a, unit_b = a / norm_a, b / norm_b
-    # Kahan's form: acos of the dot product loses half the digits near 0.
-    torch.sub(unit_a, unit_b, out=out)
-    apart = float(torch.linalg.vector_norm(out))
-    torch.add(unit_a, unit_b, out=out)
-    angle = 2 * math.atan2(apart, float(torch.linalg.vector_norm(out)))
-    if math.sin(angle) < _FLAT:
-        torch.lerp(a, b, alpha, out=out)
-        return
-    size = ((1 - alpha) * norm_a + alpha * norm_b) / math.sin(angle)
-    torch.mul(unit_a, math.sin((1 - alpha) * angle) * size, out=out)
-    out.add_(unit_b, alpha=math.sin(alpha * angle) * size)
+    of_a, of_b = found.parts(alpha)
+    torch.mul(a, of_a, out=out)
+    out.add_(b, alpha=of_b)
 
 
 def bislerp(
-    models: Sequence[torch.Tensor], alpha: float, out: torch.Tensor, *, base: torch.Tensor, strength: float
+    models: Sequence[torch.Tensor], alpha: float, out: torch.Tensor, *, base: torch.Tensor, found: Arc, strength: float
 ) -> None:
     """base + strength slerp(A - base, B - base; alpha): spherical in the space of differences, where angles
     mean something (fine-tunes are nearly parallel as weights). Degenerate cases as slerp's.
@@ -57,7 +96,7 @@ def bislerp(
     if strength == 1.0 and alpha in (0.0, 1.0):
         out.copy_(b if alpha else a)
         return
-    slerp((a - base, b - base), alpha, out)
+    slerp((a - base, b - base), alpha, out, found=found)
     out.mul_(strength).add_(base)
 
 
@@ -78,16 +117,18 @@ def rotate(models: Sequence[torch.Tensor], alpha: float, out: torch.Tensor) -> N
     if a.ndim < 2 or min(a.shape[0], a[0].numel()) < 2:
         torch.lerp(a, b, alpha, out=out)
         return
-    one, two = a.reshape(a.shape[0], -1), b.reshape(b.shape[0], -1)
+    one, two, result = (t.reshape(a.shape[0], -1) for t in (a, b, out))
     turned = one.shape[0] > one.shape[1]
     if turned:
-        one, two = one.T, two.T
+        one, two, result = one.T, two.T, result.T
     rotation = _orthogonal(two @ one.T)
     if alpha != 1.0:
         identity = torch.eye(len(rotation), dtype=a.dtype, device=a.device)
         rotation = _orthogonal(torch.lerp(identity, rotation, alpha))
-    result = rotation @ one
-    out.copy_((result.T if turned else result).reshape(out.shape))
+    if turned:
+        torch.matmul(one.T, rotation.T, out=result.T)
+    else:
+        torch.matmul(rotation, one, out=result)
 
 
 def _orthogonal(matrix: torch.Tensor) -> torch.Tensor:
@@ -121,15 +162,17 @@ def cosine_b(models: Sequence[torch.Tensor], alpha: float, out: torch.Tensor) ->
 
 def _cosine(models: Sequence[torch.Tensor], alpha: float, out: torch.Tensor, whole: bool) -> None:
     import torch
-    from torch.nn.functional import cosine_similarity
 
     a, b = models
     if alpha == 1.0:
         out.copy_(b)
         return
-    one, two = (a.reshape(1), b.reshape(1)) if a.ndim == 0 else (a, b)
-    similarity = cosine_similarity(one, two, dim=0)
+    one, two, result = (t.reshape(1) if t.ndim == 0 else t for t in (a, b, out))
+    products = torch.mul(one, two, out=result).sum(0)
+    norms = [torch.linalg.vector_norm(t, dim=0) for t in (one, two)]
+    similarity = products / norms[0].clamp(min=_SMALL) / norms[1].clamp(min=_SMALL)
     if whole:
-        similarity = (similarity + cosine_similarity(one.flatten(), two.flatten(), dim=0)) / 2
+        of_all = [torch.linalg.vector_norm(norm).clamp(min=_SMALL) for norm in norms]
+        similarity = (similarity + products.sum() / of_all[0] / of_all[1]) / 2
     share = (similarity - alpha).clamp_(0, 1)
-    torch.lerp(two, one, share.expand_as(one), out=out.reshape(one.shape))
+    torch.lerp(two, one, share.expand_as(one), out=result)

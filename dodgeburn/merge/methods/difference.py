@@ -91,13 +91,14 @@ def smooth_add(models: Sequence[torch.Tensor], alpha: float, out: torch.Tensor, 
     of sigma 1 along every axis, edges mirrored: supermerger's "smoothAdd" by the same SciPy filters (its "smoothAdd MT"
     is the same sum). Whole tensors; slow on large ones.
     """
-    import numpy as np
     import torch
     from scipy.ndimage import gaussian_filter, median_filter
 
     a, b = models
-    difference = (b - base).cpu().numpy()
-    if difference.ndim and difference.size:
-        difference = gaussian_filter(median_filter(difference, size=3), sigma=1)
-    out.copy_(torch.from_numpy(np.ascontiguousarray(difference)).reshape(out.shape))
+    torch.sub(b, base, out=out)
+    if a.ndim:
+        difference, filtered = out.cpu().numpy(), b.cpu().numpy()
+        median_filter(difference, size=3, output=filtered)
+        gaussian_filter(filtered, sigma=1, output=difference)
+        out.copy_(torch.from_numpy(difference))
     out.mul_(alpha).add_(a)

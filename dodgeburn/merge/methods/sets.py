@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from dodgeburn.merge.methods.pieces import PIECE, kth_smallest
+
 if TYPE_CHECKING:
     import torch
 
@@ -25,15 +27,10 @@ def tensor_sum(models: Sequence[torch.Tensor], alpha: float, out: torch.Tensor, 
     Rows floor(n beta) to floor(n (alpha + beta)), going on at the first row after the last. A tensor without
     axes counts as one row.
     """
-    import torch
-
-    a, b = models
-    rows = a.shape[0] if a.ndim else 1
-    start, end, outside = region(alpha, beta, rows)
-    inside = torch.zeros(rows, dtype=torch.bool, device=a.device)
-    inside[start:end] = True
-    from_b = ~inside if outside else inside
-    torch.where(from_b.reshape(-1, *[1] * (a.ndim - 1)) if a.ndim else from_b[0], b, a, out=out)
+    a, b, result = (t.reshape(1) if t.ndim == 0 else t for t in (*models, out))
+    start, end, outside = region(alpha, beta, a.shape[0])
+    result.copy_(b if outside else a)
+    result[start:end] = (a if outside else b)[start:end]
 
 
 def top_k_sum(models: Sequence[torch.Tensor], alpha: float, out: torch.Tensor, *, beta: float) -> None:
@@ -44,20 +41,24 @@ def top_k_sum(models: Sequence[torch.Tensor], alpha: float, out: torch.Tensor, *
     """
     import torch
 
-    a, b = models
+    a, b, result = (t.reshape(-1) for t in (*models, out))
     count = a.numel()
     start, end, outside = region(alpha, beta, count)
-    flat = a.flatten()
-    values = flat.sort(stable=True).values
-    ranks = torch.argsort(torch.argsort(b.flatten(), stable=True))
-    sizes = values.abs()
+    order = torch.argsort(b, stable=True)  # of places, by B's values; B itself is not needed again
 
-    def size_of(k: int) -> torch.Tensor | float:
-        return sizes.kthvalue(min(k, count)).values if k > 0 else -1.0
+    def size_of(k: int) -> float:
+        return kth_smallest(torch.abs(a, out=result), min(k, count)) if k > 0 else -1.0
 
-    inside = (sizes > size_of(start)) & (sizes <= size_of(end))
-    chosen = ~inside if outside else inside
-    out.copy_(torch.where(chosen[ranks], values[ranks], flat).reshape(out.shape))
+    least, most = size_of(start), size_of(end)
+    values = b.copy_(a)
+    if values.device.type == "cpu":
+        values.numpy().sort()
+    else:
+        values = values.sort().values
+    for at in range(0, count, PIECE):
+        places, wanted = order[at : at + PIECE], values[at : at + PIECE]
+        inside = (wanted.abs() > least) & (wanted.abs() <= most)
+        result[places] = torch.where(~inside if outside else inside, wanted, a[places])
 
 
 def distribution_crossover(
@@ -75,13 +76,15 @@ def distribution_crossover(
     if alpha in (0.0, 1.0):
         out.copy_(b if alpha else a)
         return
-    order = torch.argsort(base.flatten(), stable=True)
-    frequencies = torch.fft.rfft((b - a).flatten()[order])
-    u = torch.linspace(0, 1, len(frequencies), dtype=a.dtype, device=a.device)
+    start, order = base.reshape(-1), torch.argsort(base.reshape(-1), stable=True)
+    change = b.sub_(a).reshape(-1)
+    frequencies = torch.fft.rfft(torch.index_select(change, 0, order, out=start))
     centre = (1 - alpha) * (1 + tilt) - tilt / 2
-    weight = ((u - centre) / tilt + 0.5).clamp_(0, 1) if tilt > 0 else (u >= centre).to(a.dtype)
-    change = torch.empty(a.numel(), dtype=a.dtype, device=a.device)
-    change[order] = torch.fft.irfft(frequencies * weight, n=a.numel())
+    for at in range(0, len(frequencies), PIECE):
+        part = frequencies[at : at + PIECE]
+        u = torch.arange(at, at + len(part), dtype=a.dtype, device=a.device) / max(1, len(frequencies) - 1)
+        part.mul_(((u - centre) / tilt + 0.5).clamp_(0, 1) if tilt > 0 else (u >= centre).to(a.dtype))
+    change[order] = torch.fft.irfft(frequencies, n=a.numel())
     torch.add(a, change.reshape(a.shape), out=out)
 
 

@@ -8,7 +8,7 @@ tests/test_methods.py runs every entry.
 from __future__ import annotations
 
 import difflib
-import hashlib
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,13 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 from dodgeburn.errors import UserError
 from dodgeburn.merge.methods import angles, difference, linear, sets, statistics, task_vectors
+from dodgeburn.merge.methods.draws import Draws
+from dodgeburn.merge.methods.pieces import HeldPieces, Pieces
 
 if TYPE_CHECKING:
     import torch
 
-# (values of each model, alpha, where to write, base= generator= and parameters as the table says) -> None.
-# `out` is never one of the inputs, and inputs stay as they are.
+# (values of each model, alpha, where to write, base= draws= found= and parameters as the table says) -> None.
+# `out` is never one of the inputs. Functions that take whole tensors may use them as scratch.
 Function = Callable[..., None]
+Survey = Callable[..., Any]  # (pieces of the tensor, parameters it names) -> what the function takes as found=
 MAX_MODELS = 12
 
 
@@ -42,9 +45,11 @@ class Method:
     """A merge method: name, function, formula in words, and how it may be run.
 
     `models` is the least and the greatest number of models, without the base. `elementwise`: each output
-    value depends on the inputs at the same place only, so tensors may be cut into tiles. `needs_base`: takes
-    the model that the others were tuned from. `random`: takes a generator. `lerps`: the result is (1 - alpha) A
-    + alpha M with an M that does not depend on alpha, by torch.lerp. `zero_is_a` and `one_is_b`: alpha
+    value depends on the inputs at the same place only, so tensors may be cut into tiles. `survey`: so it is once that
+    has gone through the whole tensor. All others take whole tensors; `spare` is how many more of them, as float32,
+    they need at a time beside the models, the base and the result. `needs_base`: takes the model that the others were
+    tuned from. `random`: takes draws. `lerps`: the result is (1 - alpha) A + alpha M with an M that does not depend on
+    alpha, by torch.lerp. `zero_is_a` and `one_is_b`: alpha
     0 gives A (alpha 1 gives B) exactly, so that those tensors are copied as bytes. `alpha` is the default.
     """
 
@@ -60,6 +65,20 @@ class Method:
     one_is_b: bool = False
     alpha: float = 0.5
     params: tuple[Param, ...] = ()
+    survey: Survey | None = None
+    spare: int = 0
+
+    @property
+    def tiles(self) -> bool:
+        """Whether a tensor may be cut into tiles (after a survey, if there is one)."""
+        return self.elementwise or self.survey is not None
+
+    def look(self, pieces: Pieces, params: Mapping[str, float]) -> Any:
+        """What the survey finds in a tensor; nothing for methods without one."""
+        if self.survey is None:
+            return None
+        names = inspect.signature(self.survey).parameters
+        return self.survey(pieces, **{name: value for name, value in params.items() if name in names})
 
     def check_params(self, given: Mapping[str, float]) -> dict[str, float]:
         """All parameters with their values; UserError for unknown names and values out of range."""
@@ -128,10 +147,11 @@ _TABLE = (
            zero_is_a=False, one_is_b=True),
     Method("cosine_b", angles.cosine_b, "the same, cos the mean of the column's and the tensor's",
            zero_is_a=False, one_is_b=True),
-    Method("slerp", angles.slerp, "along the arc from A to B, norms linearly", one_is_b=True),
+    Method("slerp", angles.slerp, "along the arc from A to B, norms linearly", one_is_b=True, survey=angles.arc),
     Method(
         "bislerp", angles.bislerp, "base + strength slerp(A - base, B - base; alpha)", needs_base=True,
         zero_is_a=False, params=(Param("strength", 1, -1, 2, "factor of the difference; negative moves away"),),
+        survey=angles.arc_from_base,
     ),
     Method("rotate", angles.rotate, "A turned towards B (Procrustes)"),
     Method(
@@ -140,32 +160,32 @@ _TABLE = (
     ),
     Method(
         "top_k_sum", sets.top_k_sum, "A's values in B's order, for a share alpha by size",
-        params=(Param("beta", 0, 0, 1, "where the sizes begin"),),
+        params=(Param("beta", 0, 0, 1, "where the sizes begin"),), spare=3,
     ),
     Method(
         "distribution_crossover", sets.distribution_crossover, "low frequencies from A, high ones from B",
-        needs_base=True, one_is_b=True, params=(Param("tilt", 0, 0, 1, "width of the crossover"),),
+        needs_base=True, one_is_b=True, params=(Param("tilt", 0, 0, 1, "width of the crossover"),), spare=4,
     ),
     Method(
         "ties", task_vectors.ties, "(1 - alpha) A + alpha (base + strength TIES of all)", _MANY,
-        needs_base=True, lerps=True, alpha=1.0, params=(_DENSITY, _STRENGTH),
+        needs_base=True, lerps=True, alpha=1.0, params=(_DENSITY, _STRENGTH), survey=task_vectors.trim_limits,
     ),
     Method(
-        "dare", task_vectors.dare, "(1 - alpha) A + alpha (base + strength mean of thinned differences)", _MANY,
+        "dare", task_vectors.dare, "(1 - alpha) A + alpha (base + strength mean of thinned differences)", _MANY, True,
         needs_base=True, random=True, lerps=True, alpha=1.0, params=(_DENSITY, _STRENGTH),
     ),
     Method(
         "della", task_vectors.della, "(1 - alpha) A + alpha (base + strength DELLA of all)", _MANY,
         needs_base=True, random=True, lerps=True, alpha=1.0,
-        params=(_DENSITY, Param("window", 0.1, 0, 1, "spread of the probabilities to be kept"), _STRENGTH),
+        params=(_DENSITY, Param("window", 0.1, 0, 1, "spread of the probabilities to be kept"), _STRENGTH), spare=5,
     ),
     Method(
         "model_stock", statistics.model_stock, "(1 - alpha) A + alpha (t mean + (1 - t) base)", _MANY,
-        needs_base=True, lerps=True, alpha=1.0,
+        needs_base=True, lerps=True, alpha=1.0, survey=statistics.stock_share,
     ),
     Method(
         "geometric_median", statistics.geometric_median, "(1 - alpha) A + alpha geometric median of all", _MANY,
-        alpha=1.0,
+        alpha=1.0, survey=statistics.median_weights,
     ),
 )  # fmt: skip
 
@@ -181,13 +201,6 @@ def find_method(name: str) -> Method:
     return METHODS[folded]
 
 
-def tensor_seed(seed: int, key: str) -> int:
-    """The seed of one tensor's random numbers: of the merge's seed and the tensor's name only, so that order
-    and threads do not matter.
-    """
-    return int.from_bytes(hashlib.sha256(f"{seed}:{key}".encode()).digest()[:8], "little") >> 1
-
-
 def apply(
     method: Method,
     models: Sequence[torch.Tensor],
@@ -198,18 +211,25 @@ def apply(
     seed: int,
     key: str,
     clip: bool = False,
+    start: int = 0,
+    found: Any = None,
 ) -> None:
-    """Run a method on wide values; `params` as from `check_params`. `clip` bounds the result by A and B."""
-    import torch
+    """Run a method on wide values, which it may overwrite; `params` as from `check_params`.
 
+    `clip` bounds the result by A and B. For a part of a tensor, `start` is its first value's number, and `found` what
+    the method's survey of the whole tensor found; without it, what is given is taken for the whole.
+    """
     more: dict[str, Any] = dict(params)
     if method.needs_base:
         more["base"] = base
     if method.random:
-        more["generator"] = torch.Generator().manual_seed(tensor_seed(seed, key))
+        more["draws"] = Draws(seed, key, start)
+    if method.survey is not None:
+        more["found"] = method.look(HeldPieces(models, base), params) if found is None else found
+    bounds = [model.clone() for model in models[:2]] if clip and not method.tiles else models[:2]
     method.function(models, alpha, out, **more)
     if clip:
-        sets.clip_between(models[0], models[1], out)
+        sets.clip_between(bounds[0], bounds[1], out)
 
 
 def merge_tensors(
@@ -234,8 +254,9 @@ def merge_tensors(
     found.check_models(len(models), base is not None)
     first = models[0]
     width = torch.float64 if first.dtype == torch.float64 else torch.float32
-    wide = [tensor.to(device=first.device, dtype=width) for tensor in models]
-    wide_base = None if base is None else base.to(device=first.device, dtype=width)
+    copied = not found.tiles  # those use their inputs as scratch
+    wide = [tensor.to(device=first.device, dtype=width, copy=copied) for tensor in models]
+    wide_base = None if base is None else base.to(device=first.device, dtype=width, copy=copied)
     out = torch.empty_like(wide[0], memory_format=torch.contiguous_format)
     apply(found, wide, alpha, out, wide_base, found.check_params(params or {}), seed, key, clip)
     return out.to(first.dtype)

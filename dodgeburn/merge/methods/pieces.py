@@ -1,0 +1,139 @@
+"""A tensor's values of several models, piece by piece, for methods that must look at a whole tensor before they merge.
+
+Such a method has a survey, which goes through the pieces as often as it needs and returns a few numbers; with these its
+function works on any part of the tensor. So a tensor of any size is merged in little memory. Pieces have a fixed size,
+so that sums over them are the same to the last bit wherever the values come from.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+PIECE = 1 << 17  # values; a few of them in float32 stay in a core's cache
+SLICES, SLICE = 32, 1024  # of a tensor, that a sample consists of
+_DOUBT = 8  # standard errors; neighbours in a tensor are alike, so a sample of slices errs more than one of values
+_spare = threading.local()
+BASE = -1  # the number of the base, after those of the models
+
+
+class Pieces(Protocol):
+    """`count` values in each of `models` models, and perhaps in a base."""
+
+    count: int
+    models: int
+
+    def __call__(self, *which: int) -> Iterator[list[torch.Tensor]]:
+        """From first to last, flat pieces of these models (from 0 on; BASE), float32 or wider; not to be changed."""
+        ...
+
+    def sample(self, *which: int) -> list[torch.Tensor]:
+        """Values of these models at the same places, from all over the tensor; all of a small tensor."""
+        ...
+
+
+def slices(count: int) -> list[tuple[int, int]]:
+    """Start and length of the slices of a sample."""
+    if count <= SLICES * SLICE:
+        return [(0, count)]
+    return [(i * (count - SLICE) // (SLICES - 1), SLICE) for i in range(SLICES)]
+
+
+class HeldPieces:
+    """Pieces of tensors in memory."""
+
+    def __init__(self, models: Sequence[torch.Tensor], base: torch.Tensor | None) -> None:
+        self.count = models[0].numel()
+        self.models = len(models)
+        self._flat = [tensor.reshape(-1) for tensor in (*models, *([] if base is None else [base]))]
+
+    def __call__(self, *which: int) -> Iterator[list[torch.Tensor]]:
+        for start in range(0, self.count, PIECE):
+            yield [self._flat[i][start : start + PIECE] for i in which]
+
+    def sample(self, *which: int) -> list[torch.Tensor]:
+        import torch
+
+        return [torch.cat([self._flat[i][at : at + size] for at, size in slices(self.count)]) for i in which]
+
+
+def kth_smallest(values: torch.Tensor, k: int) -> float:
+    """The value of rank k (from 1 on) of flat values, which are put into another order. NaN ranks last."""
+    if values.device.type != "cpu":
+        return float(values.kthvalue(k).values)
+    array = values.numpy()
+    array.partition(k - 1)  # some ten times faster than kthvalue
+    return float(array[k - 1])
+
+
+def kth_of_pieces(
+    samples: Sequence[torch.Tensor], pieces: Callable[[], Iterator[Sequence[torch.Tensor]]], k: int, count: int
+) -> list[float]:
+    """The values of rank k (from 1 on) of some series of `count` values that come in pieces, exactly. NaN ranks last.
+
+    `samples` are some of each series' values, from which a narrow band is guessed that the wanted one lies in: values
+    below it are counted and only those in it are kept. Where it was guessed wrong, all are.
+    """
+    import numpy as np
+    import torch
+
+    bounds = [_band(sample.cpu().numpy(), k / count) for sample in samples]
+    found: list[float | None] = [None] * len(samples)
+    for _ in range(2):
+        below = [0] * len(samples)
+        kept: list[list[Any]] = [[] for _ in samples]
+        for parts in pieces():
+            for i, (part, (least, most)) in enumerate(zip(parts, bounds, strict=True)):
+                array = part.cpu().numpy()
+                below[i] += int(np.count_nonzero(array < least))
+                kept[i].append(array[(array >= least) & (array <= most)])
+        for i in range(len(samples)):
+            band, rank = np.concatenate(kept[i]), k - below[i]
+            if found[i] is None and 1 <= rank <= len(band):
+                found[i] = kth_smallest(torch.from_numpy(band), rank)
+        bounds = [(-math.inf, math.inf) if value is None else (math.inf, math.inf) for value in found]
+        if None not in found:
+            break
+    return [math.nan if value is None else value for value in found]
+
+
+def _band(sample: Any, share: float) -> tuple[float, float]:
+    """Bounds that the value at this share of all very likely lies between."""
+    import numpy as np
+
+    ordered, size = np.sort(sample), len(sample)
+    margin = _DOUBT * math.sqrt(size * share * (1 - share)) + 2
+    low, high = math.floor(share * size - margin), math.ceil(share * size + margin)
+    return float(ordered[low]) if low >= 0 else -math.inf, float(ordered[high]) if high < size else math.inf
+
+
+def spare(like: torch.Tensor, number: int) -> torch.Tensor:
+    """Memory of the shape and type of a tile, to write to: for each number the same again in the same thread, because
+    new memory costs more than what is computed in it. The number of a use must be its own within a method.
+    """
+    import torch
+
+    if like.numel() > PIECE or like.device.type != "cpu":
+        return torch.empty_like(like)
+    held: dict[Any, torch.Tensor] = _spare.__dict__
+    key = f"{number} {like.dtype}"
+    if key not in held:
+        held[key] = torch.empty(PIECE, dtype=like.dtype)
+    return held[key][: like.numel()].view(like.shape)
+
+
+def gram(pieces: Pieces, origin: int) -> torch.Tensor:
+    """Scalar products of the models' differences from model `origin` (or BASE): models x models, float64."""
+    import torch
+
+    total = torch.zeros(pieces.models, pieces.models, dtype=torch.float64)
+    for parts in pieces(*range(pieces.models), *([BASE] if origin == BASE else [])):
+        start = parts[origin]
+        deltas = torch.stack([part - start for part in parts[: pieces.models]]).double()
+        total += (deltas @ deltas.T).cpu()
+    return total
