@@ -214,7 +214,7 @@ def _check_metadata(raw: object, path: Path) -> dict[str, str]:
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_SIDE
+    return type(value) is int and 0 <= value <= MAX_SIDE
 
 
 def _check_tensor(name: str, entry: object, path: Path) -> TensorInfo:
@@ -226,13 +226,12 @@ def _check_tensor(name: str, entry: object, path: Path) -> TensorInfo:
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         broken(f"has the unknown type {dtype!r}")
-    if not isinstance(shape, list) or len(shape) > MAX_RANK or not all(_is_count(n) for n in shape):
+    if not isinstance(shape, list) or len(shape) > MAX_RANK or not all(map(_is_count, shape)):
         broken("has a shape that is not a list of counts")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(n) for n in offsets):
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
         broken("has no valid data_offsets")
     start, end = offsets
-    bits = DTYPE_BITS[dtype] * math.prod(shape)
-    if end < start or bits != 8 * (end - start):
+    if end < start or DTYPE_BITS[dtype] * math.prod(shape) != 8 * (end - start):
         broken(f"of type {dtype} and shape {shape} does not take {end - start} bytes")
     return TensorInfo(dtype, tuple(shape), start, end)
 

@@ -117,6 +117,9 @@ class Layout:
         return self._home(kind if kind in ("out", "label_emb") else "time_embed")
 
 
+_TRANSFORMER = tuple(f"{_UNET}{part}" for part in ("joint_blocks.", "double_blocks.", "layers."))
+
+
 def detect_layout(keys: Iterable[str], shapes: Mapping[str, Sequence[int]] | None = None) -> Layout:
     """The layout of a checkpoint with these tensor names (and shapes, where known).
 
@@ -126,11 +129,7 @@ def detect_layout(keys: Iterable[str], shapes: Mapping[str, Sequence[int]] | Non
     unet = [k for k in names if k.startswith(_UNET)]
     if not unet:
         raise UserError(f"not a Stable Diffusion single-file checkpoint: {_what_else(names)}")
-    if any(
-        k.startswith(f"{_UNET}{part}")
-        for k in unet
-        for part in ("joint_blocks.", "double_blocks.", "layers.")
-    ):
+    if any(k.startswith(_TRANSFORMER) for k in unet):
         raise UserError(
             "the checkpoint is a transformer model (SD3, Flux or later): only SD1.5 and SDXL are known"
         )

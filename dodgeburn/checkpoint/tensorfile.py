@@ -177,8 +177,8 @@ class TensorWriter:
         self.path = Path(path)
         self._target = check_output(path, inputs)
         self.infos = _place(infos)
-        self._metadata = dict(metadata)
-        head = _encode_header(self.infos, self._metadata)
+        self._entries = _encode_entries(self.infos)
+        self._head = head = _encode_header(self._entries, metadata)
         self.data_start = len(head)
         self._total = sum(info.nbytes for info in self.infos.values())
         self._written = 0
@@ -244,9 +244,8 @@ class TensorWriter:
 
         For hashes that are known only at the end; what is left of the space is filled with blanks.
         """
-        head = _encode_header(self.infos, metadata, self.data_start)
-        self._metadata = dict(metadata)
-        self._pwrite(head[8:], 8)
+        self._head = _encode_header(self._entries, metadata, self.data_start)
+        self._pwrite(self._head[8:], 8)
 
     def sha256_tensors(self, progress: Callable[[int], object] | None = None) -> str:
         """sha256 (hex) of all bytes after the header, read back from the unfinished file."""
@@ -258,10 +257,11 @@ class TensorWriter:
             if self._written != self._total:
                 raise RuntimeError(f"{self._written} of {self._total} bytes were written to {self.path}")
             os.fsync(self._fd)
-            self._pwrite(struct.pack("<Q", self.data_start - 8), 0)
+            self._pwrite(self._head[:8], 0)
             os.fsync(self._fd)
-            header = header_of(self._fd, self._part)
-            if header.tensors != {n: i for n, i in self.infos.items()} or header.metadata != self._metadata:
+            found = bytearray(self.data_start)
+            pread_into(self._fd, 0, memoryview(found), self._part)
+            if found != self._head:
                 raise UserError(f"{self.path} did not read back as written: the disk may be faulty")
             os.close(self._fd)
             self._fd = -1
@@ -295,25 +295,30 @@ def _place(infos: Mapping[str, tuple[str, Sequence[int]]]) -> dict[str, TensorIn
     return placed
 
 
-def _encode_header(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str], size: int = 0) -> bytes:
+def _encode_entries(infos: Mapping[str, TensorInfo]) -> bytes:
+    """The tensors' part of a header: what stands between its outer braces."""
+    if "__metadata__" in infos:
+        raise ValueError("a tensor cannot be named __metadata__")
+    entries = {
+        name: {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": [info.start, info.end]}
+        for name, info in infos.items()
+    }
+    return _json(entries)[1:-1]
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+
+
+def _encode_header(entries: bytes, metadata: Mapping[str, str], size: int = 0) -> bytes:
     """Length and header, filled with blanks to `size` bytes in all, or to a multiple of 8 if there is no
     size.
     """
-    entries: dict[str, Any] = {}
-    if metadata:
-        for key, value in metadata.items():
-            if not isinstance(key, str) or not isinstance(value, str):
-                raise TypeError(f"metadata {key!r} must be text, not {type(value).__name__}")
-        entries["__metadata__"] = dict(metadata)
-    for name, info in infos.items():
-        if name == "__metadata__":
-            raise ValueError("a tensor cannot be named __metadata__")
-        entries[name] = {
-            "dtype": info.dtype,
-            "shape": list(info.shape),
-            "data_offsets": [info.start, info.end],
-        }
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    for key, value in metadata.items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise TypeError(f"metadata {key!r} must be text, not {type(value).__name__}")
+    parts = [_json({"__metadata__": dict(metadata)})[1:-1]] if metadata else []
+    text = b"{" + b",".join([*parts, *([entries] if entries else [])]) + b"}"
     text += b" " * (size - 8 - len(text) if size else -len(text) % 8)
     if size and len(text) + 8 != size:
         raise ValueError(f"the replacement header takes {len(text) + 8} bytes, the first has only {size}")
