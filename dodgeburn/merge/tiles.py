@@ -134,9 +134,9 @@ def whole_memory(plan: Plan, models: int) -> tuple[int, int]:
     in tiles. `models` counts the base.
     """
     largest = max((w.info.numel for w in plan.work if w.action == "merge"), default=0)
-    if plan.method.elementwise:
+    if plan.method.tiles:
         return 0, 0
-    return WHOLE * 4 * largest, 4 * largest * (0 if plan.method.survey is not None else _copies(plan, models))
+    return WHOLE * 4 * largest, 4 * largest * _copies(plan, models)
 
 
 def _copies(plan: Plan, models: int) -> int:
@@ -256,12 +256,18 @@ class _Job:
         self._write(tile, result, used)
 
     def _apply(
-        self, work: Work, inputs: Sequence[torch.Tensor], out: torch.Tensor, start: int = 0, found: Any = None
+        self,
+        work: Work,
+        inputs: Sequence[torch.Tensor],
+        out: torch.Tensor,
+        start: int = 0,
+        found: Any = None,
+        scratch: bool = False,
     ) -> None:
         plan = self.plan
         models, base = (inputs[:-1], inputs[-1]) if plan.method.needs_base else (inputs, None)
         seed, clip = plan.settings.seed, plan.settings.clip
-        apply(plan.method, models, work.alpha, out, base, plan.params, seed, work.name, clip, start, found)
+        apply(plan.method, models, work.alpha, out, base, plan.params, seed, work.name, clip, start, found, scratch)
 
     def _surveyed(self, work: Work) -> None:
         """Go through the tensor once or more for the method's survey, then merge it in tiles. It is read again each
@@ -285,7 +291,7 @@ class _Job:
             if not finite(flat):
                 _not_finite(work.name, file.path.name)
         result = torch.empty(work.info.shape, dtype=wide)
-        self._apply(work, inputs, result)
+        self._apply(work, inputs, result, scratch=True)
         del inputs
         for tile in _cut(work):
             self._write(tile, result.view(-1)[tile.start : tile.start + tile.count], self.files)

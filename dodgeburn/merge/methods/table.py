@@ -213,20 +213,24 @@ def apply(
     clip: bool = False,
     start: int = 0,
     found: Any = None,
+    scratch: bool = False,
 ) -> None:
-    """Run a method on wide values, which it may overwrite; `params` as from `check_params`.
+    """Run a method on wide values; `params` as from `check_params`. With `scratch` it may overwrite them.
 
     `clip` bounds the result by A and B. For a part of a tensor, `start` is its first value's number, and `found` what
     the method's survey of the whole tensor found; without it, what is given is taken for the whole.
     """
     more: dict[str, Any] = dict(params)
+    bounds = [model.clone() for model in models[:2]] if clip and scratch else models[:2]
+    if not scratch and not method.tiles:
+        models = [model.clone() for model in models]
+        base = None if base is None else base.clone()
     if method.needs_base:
         more["base"] = base
     if method.random:
         more["draws"] = Draws(seed, key, start)
     if method.survey is not None:
         more["found"] = method.look(HeldPieces(models, base), params) if found is None else found
-    bounds = [model.clone() for model in models[:2]] if clip and not method.tiles else models[:2]
     method.function(models, alpha, out, **more)
     if clip:
         sets.clip_between(bounds[0], bounds[1], out)
@@ -254,9 +258,8 @@ def merge_tensors(
     found.check_models(len(models), base is not None)
     first = models[0]
     width = torch.float64 if first.dtype == torch.float64 else torch.float32
-    copied = not found.tiles  # those use their inputs as scratch
-    wide = [tensor.to(device=first.device, dtype=width, copy=copied) for tensor in models]
-    wide_base = None if base is None else base.to(device=first.device, dtype=width, copy=copied)
+    wide = [tensor.to(device=first.device, dtype=width) for tensor in models]
+    wide_base = None if base is None else base.to(device=first.device, dtype=width)
     out = torch.empty_like(wide[0], memory_format=torch.contiguous_format)
     apply(found, wide, alpha, out, wide_base, found.check_params(params or {}), seed, key, clip)
     return out.to(first.dtype)
