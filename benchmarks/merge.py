@@ -1,27 +1,35 @@
 """Merging against the disk: our weighted sum beside `cp A OUT` and reading B, taking turns; memory; fixed cost.
 
-Two random files of the chosen size (SD1.5's or SDXL's real keys and shapes) are made under a temporary folder and
-removed again. `limit_s` is the time to read B plus `cp A OUT` in the same cache state; `anon_mb` the peak of anonymous
-memory (RssAnon: no mapped file pages) that a merge adds to what importing it takes, measured in a process of its own;
-`fixed_s` a merge of SDXL's 2 500 tensors cut to a few values each, imports not counted; `ties_ratio` TIES of three
-models against the weighted sum (pocket's shapes), medians. With --peer PYTHON, an interpreter with sd-mecha, its
-weighted sum takes turns too.
+Random files of the chosen size (SD1.5's or SDXL's real keys and shapes) are made under a temporary folder and removed
+again, also after Ctrl-C.
 
-    python benchmarks/merge.py --size sdxl --json
-    python benchmarks/merge.py --quick --json         SD1.5, one round
+`limit_s`: reading B plus `cp A OUT` in the same cache state. `anon_mb`: the peak of anonymous memory (RssAnon: no
+mapped file pages) that a merge adds to what importing it takes, in a process of its own. `anon_mb_by_method`: the same
+of methods that look at whole tensors, on files with SDXL's names and its four largest tensors (the others are tiny),
+three models where a method takes them; `anon_mb_whole_tensor` is the largest of it, `whole_tensor_limit_mb` four times
+the largest tensor as float32. `fixed_s`: a merge of SDXL's 2 500 tensors cut to a few values each, imports not counted.
+`ties_ratio`: TIES of three models over a base against the weighted sum of two, taking turns, at SD1.5's size (pocket's
+with --size pocket). `compare_*`: the 16 strategies x three bases put one after the other into a live pocket model, and
+how often that read all of both models' tensors. Medians of rounds. With --peer PYTHON, an interpreter with sd-mecha
+(CONTRIBUTING.md), its weighted sum takes turns too; `ratio_peer` is its time over ours.
+
+    python benchmarks/merge.py --size sdxl --peer ~/mecha/bin/python --json      needs 22 GB of disk, 5 minutes a round
+    python benchmarks/merge.py --quick --json                                    SD1.5, one round, fewer methods
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +39,12 @@ from dodgeburn.checkpoint.convert import diffusers_to_single_file
 from dodgeburn.checkpoint.header import dtype_name
 from dodgeburn.checkpoint.tensorfile import TensorWriter, byte_view
 from dodgeburn.measure.machine import machine
-from dodgeburn.models.loading import empty_module, known_configs
+from dodgeburn.merge.live import LiveMerge
+from dodgeburn.merge.methods import METHODS
+from dodgeburn.merge.presets import preset_names
+from dodgeburn.merge.settings import MergeSettings
+from dodgeburn.models.as_single_file import open_as_single_file
+from dodgeburn.models.loading import empty_module, known_configs, load_model
 from dodgeburn.pocket.model import component_configs
 
 BLOCK = 32 * 2**20  # values of the random block that files are filled from
@@ -132,22 +145,99 @@ def taking_turns(rounds: int, jobs: dict[str, Callable[[], float]]) -> dict[str,
     return found
 
 
+def largest_only(count: int = 4) -> dict[str, tuple[int, ...]]:
+    """SDXL's keys with the shapes of its `count` largest tensors; the others at most 2 a side."""
+    shapes = shapes_of("sdxl")
+    large = sorted(shapes, key=lambda key: -math.prod(shapes[key]))[:count]
+    return {key: shape if key in large else tuple(min(side, 2) for side in shape) for key, shape in shapes.items()}
+
+
+WHOLE = ("ties", "slerp", "cosine_b", "tensor_sum", "model_stock", "geometric_median", "rotate", "top_k_sum",
+         "distribution_crossover", "della")  # fmt: skip
+
+
+def whole_tensors(folder: Path, methods: Sequence[str]) -> dict[str, float]:
+    """MB of anonymous memory of each method on SDXL's largest tensors. Leaves no files."""
+    files = {name: folder / f"whole-{name}.safetensors" for name in "abco"}
+    shapes = largest_only()
+    for seed, path in enumerate(files.values()):
+        write_random(path, shapes, seed)
+    found = {}
+    for name in methods:
+        entry = METHODS[name]
+        more: dict[str, Any] = {"method": name, "base": 0.4}
+        if entry.models[1] > 2:
+            more["more"] = [str(files["c"])]
+        if entry.needs_base:
+            more["base_model"] = str(files["o"])
+        found[name] = ours(files["a"], files["b"], folder / "out.safetensors", **more)["anon_mb"]
+        print(f"{name:<22} {found[name]:,.0f} MB", flush=True)
+    for path in (*files.values(), folder / "out.safetensors"):
+        path.unlink()
+    return found
+
+
+def ties_and_sum(folder: Path, size: str, rounds: int) -> dict[str, list[float]]:
+    """Seconds of a weighted sum of two and of TIES of three models over a base, taking turns. Leaves no files."""
+    files = {name: folder / f"ties-{name}.safetensors" for name in "abco"}
+    shapes = shapes_of(size)
+    for seed, path in enumerate(files.values()):
+        write_random(path, shapes, seed)
+    out = folder / "out.safetensors"
+    more = {"method": "ties", "more": [str(files["c"])], "base_model": str(files["o"])}
+    jobs = {
+        "sum": lambda: ours(files["a"], files["b"], out, base=0.4)["seconds"],
+        "ties": lambda: ours(files["a"], files["b"], out, **more)["seconds"],
+    }
+    for job in jobs.values() if rounds > 1 else ():
+        job()  # warms up
+    found = taking_turns(rounds, jobs)
+    for path in (*files.values(), out):
+        path.unlink()
+    return found
+
+
+def live_variants() -> tuple[int, float, float]:
+    """The 16 strategies x bases 0.4, 0.5, 0.6 in a live pocket model: how many, seconds, full reads of both models."""
+    model = load_model("pocket-style", "cpu")
+    with open_as_single_file("pocket-style") as a, open_as_single_file("pocket-bold") as b:
+        live = LiveMerge(model, {"A": a, "B": b})
+        start = time.perf_counter()
+        variants = [MergeSettings(preset=preset, base=base) for preset in preset_names() for base in (0.4, 0.5, 0.6)]
+        for variant in variants:
+            live.apply(live.plan(variant))
+        return len(variants), time.perf_counter() - start, live.shelf.full_reads
+
+
+def stop(*_: object) -> None:
+    """A polite kill removes the files too."""
+    raise SystemExit("stopped")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=("sdxl", "sd15", "pocket"), default="sd15")
     parser.add_argument("--peer", metavar="PYTHON", help="an interpreter with sd-mecha")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--folder", type=Path, help="where to make the files; default: the system's temporary folder")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
-    shapes = shapes_of("sd15" if options.quick else options.size)
-    with tempfile.TemporaryDirectory() as name:
+    signal.signal(signal.SIGTERM, stop)
+    size, rounds = ("sd15", 1) if options.quick and options.size == "sdxl" else (options.size, options.rounds)
+    rounds = 1 if options.quick else rounds
+    ties_size = "pocket" if size == "pocket" else "sd15"
+    shapes = shapes_of(size)
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
-        a, b, c, out = (folder / f"{n}.safetensors" for n in ("a", "b", "c", "out"))
+        bytes_of = {s: 2 * sum(math.prod(shape) for shape in shapes_of(s).values()) for s in {size, ties_size}}
+        need, free = max(3 * bytes_of[size], 5 * bytes_of[ties_size]) + 2 * 10**9, shutil.disk_usage(folder).free
+        if free < need:
+            raise SystemExit(f"{free / 1e9:.0f} GB are free, {need / 1e9:.0f} GB needed: name another --folder")
+        a, b, out = (folder / f"{n}.safetensors" for n in ("a", "b", "out"))
         write_random(a, shapes, 1)
         write_random(b, shapes, 2)
-        free = shutil.disk_usage(folder).free
-        print(f"two files of {a.stat().st_size / 1e9:.2f} GB; {free / 1e9:.0f} GB free")
+        print(f"two files of {a.stat().st_size / 1e9:.2f} GB; {free / 1e9:.0f} GB were free", flush=True)
         anon: list[float] = []
 
         def run_ours() -> float:
@@ -158,29 +248,32 @@ def main() -> None:
         jobs = {"cp": lambda: copy(a, out), "read": lambda: read(b), "ours": run_ours}
         if options.peer:
             jobs["peer"] = lambda: peer(options.peer, a, b, out)
-        times = taking_turns(1 if options.quick else options.rounds, jobs)
+        times = taking_turns(rounds, jobs)
         limits = [x + y for x, y in zip(times["cp"], times["read"], strict=True)]
-        small = shapes_of("pocket")
-        for path, seed in ((a, 1), (b, 2), (c, 3)):
-            write_random(path, small, seed)
-        plain = [ours(a, b, out, base=0.4)["seconds"] for _ in range(3)]
-        ties = [ours(a, b, out, method="ties", more=[str(c)], base_model=str(c)) for _ in range(3)]
+        for path in (a, b, out):
+            path.unlink()
         tiny = {key: tuple(min(side, 2) for side in shape) for key, shape in shapes_of("sdxl").items()}
         write_random(a, tiny, 1)
         write_random(b, tiny, 2)
         fixed = [ours(a, b, out, base=0.4)["seconds"] for _ in range(3)]
+        turns = ties_and_sum(folder, ties_size, rounds)
+        whole = whole_tensors(folder, WHOLE[:4] if options.quick else WHOLE)
+    variants, live_s, reads = live_variants()
     median = statistics.median
     result: dict[str, Any] = {
-        "size": "sd15" if options.quick else options.size,
-        "ours_s": median(times["ours"]), "limit_s": median(limits),
+        "size": size, "ours_s": median(times["ours"]), "limit_s": median(limits),
         "ratio_limit": median([o / limit for o, limit in zip(times["ours"], limits, strict=True)]),
-        "peer_s": median(times["peer"]) if options.peer else None,
-        "ratio_peer": None,
-        "anon_mb": max(anon), "anon_mb_whole_tensor": max(t["anon_mb"] for t in ties), "fixed_s": median(fixed),
-        "tiny_tensors": len(tiny), "ties_ratio": median([t["seconds"] for t in ties]) / median(plain),
-        "rounds": len(times["ours"]), "machine": machine(),
+        "peer_s": None, "ratio_peer": None, "anon_mb": max(anon), "anon_mb_whole_tensor": max(whole.values()),
+        "whole_tensor_limit_mb": 4 * 4 * max(math.prod(shape) for shape in largest_only().values()) / 1e6,
+        "anon_mb_by_method": {name: round(mb) for name, mb in whole.items()},
+        "fixed_s": median(fixed), "tiny_tensors": len(tiny),
+        "ties_size": ties_size, "ties_s": median(turns["ties"]), "sum_s": median(turns["sum"]),
+        "ties_ratio": median([t / s for t, s in zip(turns["ties"], turns["sum"], strict=True)]),
+        "compare_variants": variants, "compare_s": live_s, "compare_full_reads": reads,
+        "rounds": len(times["ours"]), "times": times, "machine": machine(),
     }  # fmt: skip
     if options.peer:
+        result["peer_s"] = median(times["peer"])
         result["ratio_peer"] = median([p / o for p, o in zip(times["peer"], times["ours"], strict=True)])
     for key, value in result.items():
         print(f"{key:<22} {value:.3f}" if isinstance(value, float) else f"{key:<22} {value}")
