@@ -208,6 +208,20 @@ def test_every_shape(method: str, shape: tuple[int, ...]) -> None:
         assert not bool(merge_tensors(zeros, alpha, method, none).any())
 
 
+@pytest.mark.parametrize(
+    "method", [m for m, e in METHODS.items() if e.elementwise and not e.random and not e.uneven]
+)
+@pytest.mark.parametrize("alpha", [0.3, 0.8])
+def test_tensors_that_share_a_tile_get_the_same_bits(method: str, alpha: float) -> None:
+    models, base = models_of(method, 2, (500,))
+    joined = merge_tensors(models, alpha, method, base)
+    start = 0
+    for size in (1, 3, 17, 31, 33, 64, 351):
+        part = slice(start, start := start + size)
+        alone = merge_tensors([m[part] for m in models], alpha, method, None if base is None else base[part])
+        assert torch.equal(joined[part], alone)
+
+
 @pytest.mark.parametrize("method", [m for m in METHODS if METHODS[m].survey])
 def test_surveys_of_several_pieces(method: str) -> None:
     """What lies in several pieces is found as in one: against a tensor of the same values, repeated."""

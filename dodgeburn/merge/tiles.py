@@ -75,7 +75,7 @@ def _kind(plan: Plan, work: Work, files: Sequence[Tensors]) -> object:
     """Tensors of one kind may lie in one tile; None if the tensor must be alone."""
     if work.action in ("copy_a", "copy_b"):
         return work.action, work.info.dtype
-    if work.action == "merge" and (not plan.method.elementwise or plan.method.random):
+    if work.action == "merge" and (not plan.method.elementwise or plan.method.random or plan.method.uneven):
         return None
     used = files[:1] if work.action == "cast_a" else files
     return (work.action, work.alpha, work.out_dtype, *(file.header.tensors[work.name].dtype for file in used))

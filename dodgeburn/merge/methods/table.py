@@ -47,7 +47,8 @@ class Method:
     `models` is the least and the greatest number of models, without the base. `elementwise`: each output
     value depends on the inputs at the same place only, so tensors may be cut into tiles. `survey`: so it is once that
     has gone through the whole tensor. All others take whole tensors; `spare` is how many more of them, as float32,
-    they need at a time beside the models, the base and the result. `needs_base`: takes the model that the others were
+    they need at a time beside the models, the base and the result. `uneven`: torch rounds its functions (powers) in
+    another way for the last values of a tensor, so that tensors must not be joined. `needs_base`: takes the model that the others were
     tuned from. `random`: takes draws. `lerps`: the result is (1 - alpha) A + alpha M with an M that does not depend on
     alpha, by torch.lerp. `zero_is_a` and `one_is_b`: alpha
     0 gives A (alpha 1 gives B) exactly, so that those tensors are copied as bytes. `alpha` is the default.
@@ -67,6 +68,7 @@ class Method:
     params: tuple[Param, ...] = ()
     survey: Survey | None = None
     spare: int = 0
+    uneven: bool = False
 
     @property
     def tiles(self) -> bool:
@@ -135,7 +137,7 @@ _TABLE = (
     Method(
         "multiply_difference", difference.multiply_difference,
         "base + sign |A - base|^(1 - alpha) |B - base|^alpha", elementwise=True, needs_base=True, zero_is_a=False,
-        params=(Param("beta", 0.5, 0, 1, "share of B in what decides the sign"),),
+        params=(Param("beta", 0.5, 0, 1, "share of B in what decides the sign"),), uneven=True,
     ),
     Method(
         "similarity_add_difference", difference.similarity_add_difference,

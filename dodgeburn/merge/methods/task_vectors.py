@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from dodgeburn.errors import UserError
 from dodgeburn.merge.methods.draws import Draws
-from dodgeburn.merge.methods.pieces import BASE, PIECE, Pieces, kth_of_pieces, spare
+from dodgeburn.merge.methods.pieces import BASE, PIECE, Pieces, kth_of_pieces, kth_smallest, spare
 
 if TYPE_CHECKING:
     import torch
@@ -36,8 +36,13 @@ def trim_limits(pieces: Pieces, *, density: float) -> list[float]:
 
     *models, base = pieces.sample(*which)
     samples = [(model - base).abs_() for model in models]
+    rank = pieces.count - keep + 1
+    if len(base) == pieces.count:  # all of it
+        found = [kth_smallest(sample, rank) for sample in samples]
+    else:
+        found = kth_of_pieces(samples, sizes, rank, pieces.count)
     limits = []
-    for smallest in kth_of_pieces(samples, sizes, pieces.count - keep + 1, pieces.count):
+    for smallest in found:
         exact = torch.tensor(smallest, dtype=base.dtype)
         limits.append(float(torch.nextafter(exact, torch.zeros_like(exact))) if smallest > 0 else -1.0)
     return limits
