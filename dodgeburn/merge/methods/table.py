@@ -44,14 +44,14 @@ class Param:
 class Method:
     """A merge method: name, function, formula in words, and how it may be run.
 
-    `models` is the least and the greatest number of models, without the base. `elementwise`: each output
-    value depends on the inputs at the same place only, so tensors may be cut into tiles. `survey`: so it is once that
+    `models` is the least and the greatest number of models, without the base. `elementwise`: each output value
+    depends on the inputs at the same place only, so tensors may be cut into tiles. `survey`: so it is once that
     has gone through the whole tensor. All others take whole tensors; `spare` is how many more of them, as float32,
-    they need at a time beside the models, the base and the result. `uneven`: torch rounds its functions (powers) in
-    another way for the last values of a tensor, so that tensors must not be joined. `needs_base`: takes the model that the others were
-    tuned from. `random`: takes draws. `lerps`: the result is (1 - alpha) A + alpha M with an M that does not depend on
-    alpha, by torch.lerp. `zero_is_a` and `one_is_b`: alpha
-    0 gives A (alpha 1 gives B) exactly, so that those tensors are copied as bytes. `alpha` is the default.
+    they need at a time beside the models, the base and the result. `uneven`: torch rounds its functions (powers)
+    in another way for the last values of a tensor, so that tensors must not be joined. `needs_base`: takes the
+    model that the others were tuned from. `random`: takes draws. `lerps`: the result is (1 - alpha) A + alpha M
+    with an M that does not depend on alpha, by torch.lerp. `zero_is_a` and `one_is_b`: alpha 0 gives A (alpha 1
+    gives B) exactly, so that those tensors are copied as bytes. `alpha` is the default.
     """
 
     name: str
