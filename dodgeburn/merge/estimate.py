@@ -243,7 +243,9 @@ def _sums_of(name: str, beside: SideBySide) -> _Sums | None:
     out = _Sums(len(beside.sources) - 2)
     out.tensors = 1
     stride = max(1, total // SAMPLE)
-    sampled, start = [], 0
+    # Taken whole beforehand: small pieces kept between large ones that come and go would hold the memory of all.
+    sampled = torch.empty(len(beside.sources), -(-total // stride))
+    start = filled = 0
     for merged, a, *parents in beside.tiles(name):
         differences = torch.stack([merged, *parents]).sub_(a)
         gram = differences @ differences.T
@@ -252,12 +254,13 @@ def _sums_of(name: str, beside: SideBySide) -> _Sums | None:
             return None
         out.gram += gram.numpy()
         chosen = slice(-start % stride, None, stride)
-        sampled.append(torch.cat([differences[:, chosen], a[None, chosen]]).float())
-        start += a.numel()
+        size = a[chosen].numel()
+        sampled[:-1, filled : filled + size] = differences[:, chosen]
+        sampled[-1, filled : filled + size] = a[chosen]
+        start, filled = start + a.numel(), filled + size
     out.values = total
-    if sampled:
-        values = torch.cat(sampled, 1)
-        out.sample.append(_Sample(values, total / values.shape[1], torch_dtype(beside.sources[0].info(name).dtype)))
+    if total:
+        out.sample.append(_Sample(sampled, total / filled, torch_dtype(beside.sources[0].info(name).dtype)))
     return out
 
 
