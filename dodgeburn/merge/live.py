@@ -7,8 +7,7 @@ weights and subtracted again, so no rounding is left behind however many merges 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +22,7 @@ from dodgeburn.merge.methods.table import apply
 from dodgeburn.merge.plan import Plan, Work, plan_merge
 from dodgeburn.merge.settings import MergeSettings
 from dodgeburn.merge.shelf import Shelf
+from dodgeburn.merge.tiles import one_thread
 from dodgeburn.models.model import Model
 
 # What a tensor is at present: its action, and all that its values depend on besides. A's own, where nothing is said.
@@ -94,7 +94,7 @@ class LiveMerge:
         changed: set[str] = set()
         work = merge.plan.work
         try:
-            with _one_thread():
+            with one_thread():
                 changed = self._apply(merge, progress)
         except UserError:
             self._now = {one.name: ("unknown",) for one in work}
@@ -207,14 +207,3 @@ class LiveMerge:
 
     def _names(self, merge: LivePlan) -> str:
         return ", ".join(f"{self._file(name)}" for name in merge.models)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """torch on one thread, as when a file is merged: sums over several may round otherwise."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -143,13 +143,25 @@ def _copies(plan: Plan, models: int) -> int:
     return models + 1 + plan.method.spare
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """torch on one thread: its own would only compete with ours, and sums over several may round otherwise."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def fill(plan: Plan, files: Sequence[Tensors], writer: TensorWriter, threads: int) -> None:
     """Work out every tensor of the plan from `files` (the base last) and write it.
 
     Raises UserError for NaN and infinite values and for results that the output's type cannot hold, the first in the
     plan's order at any number of threads.
     """
-    import torch
     from tqdm import tqdm
 
     waiting = tiles(plan, files)
@@ -173,10 +185,7 @@ def fill(plan: Plan, files: Sequence[Tensors], writer: TensorWriter, threads: in
             with lock:
                 progress(sum(w.info.nbytes for w in tile.works) * tile.count // sum(w.info.numel for w in tile.works))
 
-    # Threads of our own: torch's would only compete with them.
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         # disable=None: no bar unless stderr is a terminal
         with tqdm(
             total=sum(w.info.nbytes for w in plan.work), unit="B", unit_scale=True, desc="merge", disable=None
@@ -190,8 +199,6 @@ def fill(plan: Plan, files: Sequence[Tensors], writer: TensorWriter, threads: in
                     with lock:
                         failed[-1] = error
                     raise
-    finally:
-        torch.set_num_threads(before)
     if failed:
         # Tiles are handed out in order, so the first failure is the same at any number of threads.
         raise failed[min(failed)]

@@ -20,6 +20,7 @@ from dodgeburn.errors import UserError
 from dodgeburn.merge.graph import Graph, ModelEntry
 from dodgeburn.merge.open_graph import open_graph
 from dodgeburn.merge.recipe import graph_of
+from dodgeburn.merge.tiles import one_thread
 from dodgeburn.models.as_single_file import open_as_single_file
 from dodgeburn.pocket.model import NAMES, weights_path
 
@@ -118,7 +119,8 @@ def verify(
         derived, written = opened.output, opened.output.as_written
         chosen, seed = _chosen(source, written, opened.layout, samples, seed)
         result = Verification(path, str(recipe.get("kind")), places, len(source.keys()), seed)
-        result.checks = list(_checks(source, derived, written, opened.layout, chosen))
+        with one_thread():
+            result.checks = list(_checks(source, derived, written, opened.layout, chosen))
         said = source.header.metadata.get(SPEC_HASH, "").removeprefix("0x")
         if said and path.is_file() and said != NO_HASH:
             result.hash_equal = said == sha256_tensors(path)
