@@ -3,7 +3,8 @@
 Random files of the chosen size (SD1.5's or SDXL's real keys and shapes) are made under a temporary folder and removed
 again, also after Ctrl-C.
 
-`limit_s`: reading B plus `cp A OUT` in the same cache state. `anon_mb`: the peak of anonymous memory (RssAnon: no
+`limit_s`: reading B plus `cp A OUT` in the same cache state; `limit_flushed_s`: the same with the copy flushed to the
+disk, which ours always is. `anon_mb`: the peak of anonymous memory (RssAnon: no
 mapped file pages) that a merge adds to what importing it takes, in a process of its own. `anon_mb_by_method`: the same
 of methods that look at whole tensors, on files with SDXL's names and its four largest tensors (the others are tiny),
 three models where a method takes them; `anon_mb_whole_tensor` is the largest of it, `whole_tensor_limit_mb` four times
@@ -22,6 +23,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import shutil
 import signal
 import statistics
@@ -115,10 +117,14 @@ def read(path: Path) -> float:
     return time.perf_counter() - start
 
 
-def copy(a: Path, out: Path) -> float:
+def copy(a: Path, out: Path, flush: bool = False) -> float:
+    """Seconds of `cp`; `flush`: until the copy is on the disk, as ours is when it ends."""
     out.unlink(missing_ok=True)
     start = time.perf_counter()
     subprocess.run(["cp", str(a), str(out)], check=True)
+    if flush:
+        with out.open("rb") as file:
+            os.fsync(file.fileno())
     return time.perf_counter() - start
 
 
@@ -141,6 +147,7 @@ def taking_turns(rounds: int, jobs: dict[str, Callable[[], float]]) -> dict[str,
     found: dict[str, list[float]] = {name: [] for name in jobs}
     for number in range(rounds):
         for name in list(jobs) if number % 2 == 0 else reversed(list(jobs)):
+            os.sync()  # what a job left unwritten is not the next one's to pay for
             found[name].append(jobs[name]())
     return found
 
@@ -245,11 +252,14 @@ def main() -> None:
             anon.append(found["anon_mb"])
             return found["seconds"]
 
-        jobs = {"cp": lambda: copy(a, out), "read": lambda: read(b), "ours": run_ours}
+        jobs = {
+            "cp": lambda: copy(a, out), "cp_flushed": lambda: copy(a, out, flush=True), "read": lambda: read(b),
+            "ours": run_ours,
+        }  # fmt: skip
         if options.peer:
             jobs["peer"] = lambda: peer(options.peer, a, b, out)
         times = taking_turns(rounds, jobs)
-        limits = [x + y for x, y in zip(times["cp"], times["read"], strict=True)]
+        limits, flushed = ([x + y for x, y in zip(times[n], times["read"], strict=True)] for n in ("cp", "cp_flushed"))
         for path in (a, b, out):
             path.unlink()
         tiny = {key: tuple(min(side, 2) for side in shape) for key, shape in shapes_of("sdxl").items()}
@@ -263,6 +273,8 @@ def main() -> None:
     result: dict[str, Any] = {
         "size": size, "ours_s": median(times["ours"]), "limit_s": median(limits),
         "ratio_limit": median([o / limit for o, limit in zip(times["ours"], limits, strict=True)]),
+        "limit_flushed_s": median(flushed),
+        "ratio_limit_flushed": median([o / limit for o, limit in zip(times["ours"], flushed, strict=True)]),
         "peer_s": None, "ratio_peer": None, "anon_mb": max(anon), "anon_mb_whole_tensor": max(whole.values()),
         "whole_tensor_limit_mb": 4 * 4 * max(math.prod(shape) for shape in largest_only().values()) / 1e6,
         "anon_mb_by_method": {name: round(mb) for name, mb in whole.items()},
