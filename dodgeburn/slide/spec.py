@@ -62,14 +62,14 @@ class SliderSpec(BaseModel):
     @classmethod
     def _rank(cls, value: int) -> int:
         if value < 1:
-            raise ValueError(f"rank {value}: expected at least 1")
+            raise ValueError(f"{value}: expected at least 1")
         return value
 
     @field_validator("layers")
     @classmethod
     def _layers(cls, value: str) -> str:
         if value not in LAYER_SETS:
-            raise ValueError(f"unknown layer set {value!r}: expected {', '.join(LAYER_SETS)}")
+            raise ValueError(f"is an unknown layer set, {value!r}: expected {', '.join(LAYER_SETS)}")
         return value
 
     @field_validator("name", "target", "positive", "negative")

@@ -137,7 +137,7 @@ def train_text(
             means = train(spec.name, {"adapter": adapter}, batch, losses, folder, settings, after, str(model.device))
         except FloatingPointError as failure:
             raise UserError(
-                f"slider {spec.name}: {failure}; the last good state is in {folder}; train with a smaller lr than "
+                f"slider {failure}; the last good state is in {folder}; train with a smaller lr than "
                 f"{spec.lr:g}"
             ) from None
     forwards = predictor.forwards - before
