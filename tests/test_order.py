@@ -4,6 +4,8 @@ against sorting and transforming all at once.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from dodgeburn.merge.methods import METHODS, merge_tensors, order
 from dodgeburn.merge.methods.draws import Draws
 from dodgeburn.merge.methods.order import in_order, order_of
-from dodgeburn.merge.methods.pieces import PIECE
+from dodgeburn.merge.methods.pieces import PIECE, SAMPLE, HeldPieces, kth_of_pieces, places
 from dodgeburn.merge.methods.spectrum import filtered
 from dodgeburn.merge.methods.task_vectors import keep_probabilities
 
@@ -57,9 +59,9 @@ def test_places_that_were_given_may_be_overwritten_from_below() -> None:
     values = normal(3).abs().numpy()
     expected = np.argsort(values, kind="stable")
     ranks = []
-    for _, places in in_order(values):
-        ranks.append(places.copy())
-        values[places] = -1
+    for _, where in in_order(values):
+        ranks.append(where.copy())
+        values[where] = -1
     assert np.array_equal(np.concatenate(ranks), expected)
 
 
@@ -120,6 +122,31 @@ def test_della_of_several_pieces() -> None:
     agrees = stacked * sign > 0
     mean = (stacked * agrees).sum(0) / agrees.sum(0).clamp(min=1)
     torch.testing.assert_close(found, base + mean, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("count", [1, SAMPLE, SAMPLE + 1, 3 * SAMPLE - 7, 1_000_003])
+def test_a_sample_is_spread_over_the_tensor(count: int) -> None:
+    at = places(count)
+    assert len(at) == min(count, SAMPLE)
+    assert (np.diff(at) >= 0).all() and at[0] >= 0 and at[-1] < count
+    np.testing.assert_array_less(np.abs(at - np.arange(len(at)) * count / len(at)), 1 + count / len(at))
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
+def test_uneven_rows_and_columns_are_gone_through_once(share: float) -> None:
+    """A sample of a few rows would guess the band wrong, and everything would be read again."""
+    draw = torch.Generator().manual_seed(1)
+    rows, columns = (torch.exp(0.6 * torch.randn(size, generator=draw)) for size in ((640, 1), (1, 1440)))
+    values = (torch.randn(640, 1440, generator=draw) * rows * columns).abs().flatten()
+    pieces, went = HeldPieces([values], None), []
+
+    def through() -> Iterator[list[torch.Tensor]]:
+        went.append(1)
+        yield from pieces(0)
+
+    k = round(share * len(values))
+    assert kth_of_pieces(pieces.sample(0), through, k, len(values)) == [float(values.sort().values[k - 1])]
+    assert len(went) == 1
 
 
 def test_methods_that_hold_tensors_say_how_many() -> None:
