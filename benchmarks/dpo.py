@@ -20,12 +20,9 @@ chooses, the judge grades.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -35,6 +32,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from sizes import run_sized
 
 from dodgeburn.jobs import PartStore
 from dodgeburn.measure.fidelity import fidelity
@@ -352,23 +350,5 @@ def _memory() -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--folder", type=Path, help="finished parts are kept here; a temporary one by default")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    for name, kind in Size.__annotations__.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"instead of the size's own ({kind})")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    size = QUICK if args.quick else Size()
-    said = {name: getattr(args, name) for name in Size.__annotations__ if getattr(args, name) is not None}
-    size = Size(**{**asdict(size), **said})
-    with tempfile.TemporaryDirectory() as temporary:
-        found = run(size, args.folder or Path(temporary) / "run")
-    print(json.dumps(found, indent=None if args.json else 1))
-
-
 if __name__ == "__main__":
-    main()
+    run_sized(__doc__, run, Size(), QUICK)

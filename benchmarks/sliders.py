@@ -15,10 +15,8 @@ baselines: mean leakage onto the other attributes where the target has moved by 
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -30,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from sizes import run_sized
 
 from dodgeburn.jobs import PartStore
 from dodgeburn.measure.machine import machine
@@ -183,7 +182,7 @@ class Bench:
         return out
 
     def hands(self) -> dict[str, Any]:
-        """"Fix hands" from pairs: drawings with wrong finger counts, and the same with five.
+        """ "Fix hands" from pairs: drawings with wrong finger counts, and the same with five.
 
         The scale is chosen by the reader on prompts and seeds of its own; the judge counts on others. A picture without
         a readable waving hand is no five-fingered one.
@@ -366,26 +365,5 @@ def run(size: Size, folder: Path) -> dict[str, Any]:
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--folder", type=Path, help="finished parts are kept here; a temporary one by default")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    for name, kind in Size.__annotations__.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"instead of the size's own ({kind})")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    size = QUICK if args.quick else Size()
-    said = {name: getattr(args, name) for name in Size.__annotations__ if getattr(args, name) is not None}
-    size = Size(**{**asdict(size), **said})
-    with tempfile.TemporaryDirectory() as temporary:
-        found = run(size, args.folder or Path(temporary) / "run")
-    if args.json:
-        print(json.dumps(found))
-    else:
-        print(json.dumps(found, indent=1))
-
-
 if __name__ == "__main__":
-    main()
+    run_sized(__doc__, run, Size(), QUICK)

@@ -286,9 +286,8 @@ def test_the_command_writes_the_very_variant(result, five, tmp_path) -> None:
 def test_options_are_read_back_as_they_were(
     method, base, preset, outside, shares, keep, seed, clip, dtype, density
 ) -> None:
-    import tyro
-
-    from dodgeburn.cli.merge import CONFIG, Merge, _settings
+    from dodgeburn.cli.merge import Merge, _settings
+    from dodgeburn.cli.options import parse
 
     params = {} if density is None or method == "weighted_sum" else {"density": density}
     chosen = MergeSettings(
@@ -297,7 +296,7 @@ def test_options_are_read_back_as_they_were(
         rules=("NOT M00:NOT norm:0.2", "::0.3"), outside=outside,
     )  # fmt: skip
     words = shlex.split(merge_command(Variant(name="x", merge=chosen), {"A": "a b", "B": "b"}))
-    parsed = tyro.cli(Merge, args=words[2:], config=CONFIG)
+    parsed = parse(Merge, words[2:], "merge", "")
     assert _settings(parsed) == chosen and (parsed.a, parsed.b) == ("a b", "b")
 
 

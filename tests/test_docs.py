@@ -14,6 +14,7 @@ import pytest
 import tyro
 
 from dodgeburn.cli.main import VERBS
+from dodgeburn.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -162,7 +163,7 @@ def test_the_checks_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     assert unknown == ["fly", "--now"]
     with pytest.raises(AssertionError):
         check_command(unknown, monkeypatch)
-    with pytest.raises(SystemExit):
+    with pytest.raises(UserError, match="not understood: --bass"):
         check_command(mistyped, monkeypatch)
     check_command(right, monkeypatch)
     home = "/".join(["", "home", "ann", "models"])

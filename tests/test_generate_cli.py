@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dodgeburn.cli.generate import slug
 from dodgeburn.cli.main import main
+from dodgeburn.cli.picture_files import slug
 from dodgeburn.images.png import read_png
 from dodgeburn.models.loading import load_model
 from dodgeburn.models.saving import save_single_file

@@ -42,7 +42,7 @@ __all__ = ["place"]  # a fixture
         ({"x": {"merge": ["a", "b"], "preset": "GradX"}}, "step x: no preset is named 'GradX'"),
         ({"x": {"merge": ["a", "b"], "base": 2}}, "step x: base is 2"),
         ({"x": {"merge": ["a"]}}, "step x: merge names 1 models"),
-        ({"x": {"merge": "ab"}}, "step x: merge: "),
+        ({"x": {"merge": "ab"}}, "step x: merge is 'ab': expected a list"),
         ({"x": {}}, "step x: expected either merge"),
         ({"x": {"merge": ["a", "b"], "bake": "a"}}, "step x: expected either merge"),
         ({"x": {"bake": "a", "add": {}}}, "step x: add names nothing"),

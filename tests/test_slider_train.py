@@ -59,7 +59,7 @@ def small(name: str = "smile", **more: object) -> SliderSpec:
         ("name: smile\ntarget: a\npositive: b", "negative is missing"),
         ("name: smile\ntarget: a\npositive: b\nnegative: b", "there is no direction"),
         ("name: smile\ntarget: a\npositive: b\nnegative: c\nlayers: all", "unknown layer set"),
-        ("name: smile\ntarget: a\npositive: b\nnegative: c\nrank: 0", "rank 0"),
+        ("name: smile\ntarget: a\npositive: b\nnegative: c\nrank: 0", "rank is 0: expected a whole number from 1"),
         ("name: a/b\ntarget: a\npositive: b\nnegative: c", "no name for a file"),
         ("name: smile\ntarget: a\npositive: ''\nnegative: c", "positive is empty"),
         ("name: smile\ntarget: a\npositive: b\nnegative: c\nranks: 3", "ranks is not known"),

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError, model_
 
 from dodgeburn.checkpoint.metadata import json_of, to_json
 from dodgeburn.errors import UserError
+from dodgeburn.given_settings import first_problem
 
 SLIDER = "dodgeburn.slider"
 _SHOWN = 11  # points of the curve, and leaks, that are printed
@@ -111,9 +112,7 @@ def slider_of(metadata: Mapping[str, str]) -> SliderCard | None:
     try:
         return SliderCard(**{str(key): value for key, value in said.items()})
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"the file's {SLIDER} metadata is damaged: {where}: {first['msg']}") from None
+        raise UserError(f"the file's {SLIDER} metadata is damaged: {first_problem(error, SliderCard)}") from None
 
 
 def card_lines(card: SliderCard) -> list[str]:

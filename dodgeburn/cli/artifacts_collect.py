@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import sys
-import warnings
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from dodgeburn.errors import DodgeburnWarning, UserError
+from dodgeburn.cli.options import parse
+from dodgeburn.cli.warned import said_at_once
+from dodgeburn.errors import UserError
 
 if TYPE_CHECKING:
     from dodgeburn.foresee.collect import Labeller
@@ -82,26 +82,13 @@ class Collect:
 
 def main(args: list[str]) -> int:
     """Run `dodgeburn artifacts collect`; raises UserError for bad input."""
-    options = tyro.cli(
-        Collect,
-        args=args,
-        prog="dodgeburn artifacts collect",
-        description=f"{inspect.cleandoc(Collect.__doc__ or '')}\n\nexample: {EXAMPLE}",
-    )
+    options = parse(Collect, args, "artifacts collect", EXAMPLE)
     _check(options)
-    with warnings.catch_warnings():
-        warnings.showwarning = _say
+    with said_at_once():
         found = _rated(options) if options.ratings else _zoo(options)
     if options.json:
         print(json.dumps(found))
     return 0
-
-
-def _say(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
-    from tqdm import tqdm
-
-    if issubclass(category, DodgeburnWarning):
-        tqdm.write(f"warning: {message}", file=sys.stderr)
 
 
 def _check(options: Collect) -> None:

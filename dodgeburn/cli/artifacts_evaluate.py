@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import warnings
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import Annotated, Any
 import tyro
 
 from dodgeburn.cli.bake import print_warnings
+from dodgeburn.cli.options import parse
 from dodgeburn.errors import DodgeburnWarning, UserError
 
 HELP = "grade an estimator on held-out trajectories: ranks within prompts, AUROC, calibration, what it saves"
@@ -41,11 +41,7 @@ class Evaluate:
 
 def main(args: list[str]) -> int:
     """Run `dodgeburn artifacts evaluate`; raises UserError for bad input."""
-    options = tyro.cli(
-        Evaluate, args=args, prog="dodgeburn artifacts evaluate",
-        description=f"{inspect.cleandoc(Evaluate.__doc__ or '')}\n\nexample: {EXAMPLE}",
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )  # fmt: skip
+    options = parse(Evaluate, args, "artifacts evaluate", EXAMPLE)
     if not options.stores:
         raise UserError(f"no trajectories: name folders of `artifacts collect`, as in {EXAMPLE}")
     if options.split not in ("test", "train", "all"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import warnings
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import Annotated, Any
 import tyro
 
 from dodgeburn.cli.bake import print_warnings
+from dodgeburn.cli.options import parse
 from dodgeburn.errors import DodgeburnWarning, UserError
 
 HELP = "say of each collected trajectory how likely its picture is bad, moment by moment"
@@ -36,11 +36,7 @@ class Score:
 
 def main(args: list[str]) -> int:
     """Run `dodgeburn artifacts score`; raises UserError for bad input."""
-    options = tyro.cli(
-        Score, args=args, prog="dodgeburn artifacts score",
-        description=f"{inspect.cleandoc(Score.__doc__ or '')}\n\nexample: {EXAMPLE}",
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )  # fmt: skip
+    options = parse(Score, args, "artifacts score", EXAMPLE)
     if not options.stores:
         raise UserError(f"no trajectories: name folders of `artifacts collect`, as in {EXAMPLE}")
     with warnings.catch_warnings(record=True) as caught:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import warnings
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from dodgeburn.cli.bake import print_warnings
+from dodgeburn.cli.options import parse
 from dodgeburn.errors import DodgeburnWarning, UserError
 
 HELP = "train an estimator of artifacts from collected trajectories, and choose when it gives pictures up"
@@ -57,11 +57,7 @@ class Train:
 
 def main(args: list[str]) -> int:
     """Run `dodgeburn artifacts train`; raises UserError for bad input."""
-    options = tyro.cli(
-        Train, args=args, prog="dodgeburn artifacts train",
-        description=f"{inspect.cleandoc(Train.__doc__ or '')}\n\nexample: {EXAMPLE}",
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )  # fmt: skip
+    options = parse(Train, args, "artifacts train", EXAMPLE)
     if not options.stores:
         raise UserError(f"no trajectories: name folders of `artifacts collect`, as in {EXAMPLE}")
     if options.out.suffix != ".safetensors":

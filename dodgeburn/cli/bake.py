@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import sys
 import warnings
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from dodgeburn.cli.options import parse
 from dodgeburn.errors import DodgeburnWarning, UserError
 
 if TYPE_CHECKING:
@@ -60,13 +60,7 @@ def parse_strength(text: str) -> tuple[str, float]:
 
 def main(args: list[str]) -> int:
     """Run `dodgeburn bake`; raises UserError for bad input."""
-    settings = tyro.cli(
-        Bake,
-        args=args,
-        prog="dodgeburn bake",
-        description=f"{inspect.cleandoc(Bake.__doc__ or '')}\n\nexample: {EXAMPLE}",
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
+    settings = parse(Bake, args, "bake", EXAMPLE)
     if not settings.loras:
         raise UserError(f"nothing to bake: name LoRA files after the checkpoint, as in {EXAMPLE}")
     if settings.out is None:

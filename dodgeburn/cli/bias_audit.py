@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import sys
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from dodgeburn.cli.options import parse
 from dodgeburn.errors import UserError
 
 if TYPE_CHECKING:
@@ -87,13 +87,7 @@ class AuditOptions:
 
 def main(args: list[str]) -> int:
     """Run `dodgeburn bias audit`; raises UserError for bad input."""
-    options = tyro.cli(
-        AuditOptions,
-        args=args,
-        prog="dodgeburn bias audit",
-        description=f"{inspect.cleandoc(AuditOptions.__doc__ or '')}\n\nexample: {EXAMPLE}\nexample: {EXAMPLE_CLIP}",
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
+    options = parse(AuditOptions, args, "bias audit", EXAMPLE, EXAMPLE_CLIP)
     if (options.clip is None) != (options.attributes is None):
         raise UserError("--clip and --attributes belong together: a CLIP folder, and what to tell apart with it")
     if options.clip is not None and options.judge:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from dodgeburn.cli.options import parse
 from dodgeburn.errors import UserError
 
 if TYPE_CHECKING:
@@ -88,13 +88,7 @@ class FixOptions:
 def main(args: list[str], method: str | None = None) -> int:
     """Run `dodgeburn bias fix`; raises UserError for bad input."""
     verb = "uce" if method else "fix"
-    options = tyro.cli(
-        FixOptions,
-        args=args,
-        prog=f"dodgeburn bias {verb}",
-        description=f"{inspect.cleandoc(FixOptions.__doc__ or '')}\n\nexample: {EXAMPLE_UCE if method else EXAMPLE}",
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
+    options = parse(FixOptions, args, f"bias {verb}", EXAMPLE_UCE if method else EXAMPLE)
     if method is not None:
         if options.method not in ("auto", method):
             raise UserError(f"bias {verb} is bias fix --method {method}: leave --method out")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import shutil
 from dataclasses import dataclass
@@ -13,7 +12,8 @@ import tyro
 
 from dodgeburn.checkpoint.card import Shown, card_text, facts_of
 from dodgeburn.checkpoint.naming import find_checkpoint
-from dodgeburn.cli.generate import slug, writable_folder
+from dodgeburn.cli.options import parse
+from dodgeburn.cli.picture_files import slug, writable_folder
 from dodgeburn.errors import UserError
 from dodgeburn.images.png import KINDS, read_png
 
@@ -74,13 +74,7 @@ class Card:
 
 def main(args: list[str]) -> int:
     """Run `dodgeburn card`; raises UserError for bad input."""
-    options = tyro.cli(
-        Card,
-        args=args,
-        prog="dodgeburn card",
-        description=f"{inspect.cleandoc(Card.__doc__ or '')}\n\nexample: {EXAMPLE}",
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
+    options = parse(Card, args, "card", EXAMPLE)
     if options.images is not None and options.prompt:
         raise UserError("--prompt has no effect with --images: those pictures are made already")
     readme = options.out / "README.md"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import sys
 import warnings
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from dodgeburn.cli.options import parse
 from dodgeburn.errors import DodgeburnWarning, UserError
 
 if TYPE_CHECKING:
@@ -121,11 +121,7 @@ def numbers(text: str, option: str, kind: type[int] | type[float]) -> list[int] 
 
 def main(args: list[str]) -> int:
     """Run `dodgeburn compare`; raises UserError for bad input."""
-    chosen = tyro.cli(
-        Compare, args=args, prog="dodgeburn compare",
-        description=f"{inspect.cleandoc(Compare.__doc__ or '')}\n\nexample: {EXAMPLE}",
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )  # fmt: skip
+    chosen = parse(Compare, args, "compare", EXAMPLE)
     if chosen.out is None:
         raise UserError("no output folder: say where to write with -o DIR")
     seeds = numbers(chosen.seeds, "seeds", int)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import time
 import warnings
@@ -12,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from dodgeburn.cli.options import parse
 from dodgeburn.errors import DodgeburnWarning, UserError
 
 HELP = "convert between a single .safetensors file and a diffusers folder, and LoRAs between spellings"
@@ -50,13 +50,7 @@ class Convert:
 
 def main(args: list[str]) -> int:
     """Run `dodgeburn convert`; raises UserError for bad input."""
-    options = tyro.cli(
-        Convert,
-        args=args,
-        prog="dodgeburn convert",
-        description=f"{inspect.cleandoc(Convert.__doc__ or '')}\n\nexample: {EXAMPLE}",
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
+    options = parse(Convert, args, "convert", EXAMPLE)
     if options.out is None:
         raise UserError("no output: say where to write with -o OUT.safetensors or -o FOLDER")
     from dodgeburn.checkpoint.lora_file import names_adapter

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import json
 import sys
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from dodgeburn.cli.options import parse
+from dodgeburn.cli.verbs import Part, run_verb
 from dodgeburn.errors import DodgeburnWarning, UserError
 
 if TYPE_CHECKING:
@@ -68,34 +70,28 @@ class Deconstruct:
     """Print one JSON object as the last line."""
 
 
-def main(args: list[str]) -> int:
-    """Run `dodgeburn deconstruct VERB ...`; raises UserError for bad input."""
-    if not args or args[0] in ("-h", "--help"):
-        print(_help())
-        return 0
-    verb = args[0]
-    if verb not in VERBS:
-        near = difflib.get_close_matches(verb, VERBS, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise UserError(f"no verb 'deconstruct {verb}': {hint}known: {', '.join(VERBS)}")
-    example = EXAMPLE.replace("run", verb, 1) if verb in ("run", "overtrain", "nightshade") else (
-        f"dodgeburn deconstruct {verb} SPEC.yaml -o FOLDER "
-        + ("--overtrained a/overtrain.safetensors --nightshaded b/nightshade.safetensors" if verb == "bucket"
-           else "--begin merged.safetensors")
-    )  # fmt: skip
-    options = tyro.cli(
-        Deconstruct, args=args[1:], prog=f"dodgeburn deconstruct {verb}", config=(tyro.conf.FlagCreatePairsOff,),
-        description=f"{verb}: {VERBS[verb]}.\n\n{inspect.cleandoc(Deconstruct.__doc__ or '')}\n\nexample: {example}",
-    )  # fmt: skip
+def _example(verb: str) -> str:
+    if verb in ("run", "overtrain", "nightshade"):
+        return EXAMPLE.replace("run", verb, 1)
+    begun = {
+        "bucket": "--overtrained a/overtrain.safetensors --nightshaded b/nightshade.safetensors",
+        "retrain": "--begin merged.safetensors",
+    }
+    return f"dodgeburn deconstruct {verb} SPEC.yaml -o FOLDER {begun[verb]}"
+
+
+def _stage(verb: str, args: list[str]) -> int:
+    about = f"{verb}: {VERBS[verb]}.\n\n{inspect.cleandoc(Deconstruct.__doc__ or '')}"
+    options = parse(Deconstruct, args, f"deconstruct {verb}", _example(verb), about=about)
     if options.out is None:
-        raise UserError(f"no output: say where to write with -o FOLDER: {example}")
+        raise UserError(f"no output: say where to write with -o FOLDER: {_example(verb)}")
     return _run(verb, options, options.out)
 
 
-def _help() -> str:
-    lines = ["usage: dodgeburn deconstruct VERB SPEC.yaml -o FOLDER", ""]
-    lines += [f"  {verb:<11} {text}" for verb, text in VERBS.items()]
-    return "\n".join([*lines, "", f"example: {EXAMPLE}", "", "`dodgeburn deconstruct VERB --help` explains a verb."])
+def main(args: list[str]) -> int:
+    """Run `dodgeburn deconstruct VERB ...`; raises UserError for bad input."""
+    verbs = {verb: Part(text, _example(verb), partial(_stage, verb)) for verb, text in VERBS.items()}
+    return run_verb("deconstruct", verbs, args)
 
 
 def _run(verb: str, options: Deconstruct, out: Path) -> int:

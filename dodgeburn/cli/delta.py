@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import warnings
 from dataclasses import dataclass, field
@@ -11,12 +10,13 @@ from typing import Annotated, Literal
 
 import tyro
 
+from dodgeburn.cli.options import parse
+from dodgeburn.cli.verbs import Part, run_verb
 from dodgeburn.errors import DodgeburnWarning, UserError
 
 HELP = "extract what a fine-tune changed (full, or as a LoRA), and apply it to another model"
 EXAMPLE = "dodgeburn delta extract tuned.safetensors base.safetensors -o change.safetensors --as lora --energy 0.9"
 EXAMPLE_APPLY = "dodgeburn delta apply model.safetensors change.safetensors -o out.safetensors --strength 0.7"
-_USAGE = f"expected `delta extract` or `delta apply`, as in: {EXAMPLE}; {EXAMPLE_APPLY}"
 
 
 @dataclass
@@ -69,23 +69,15 @@ class Apply:
 
 def main(args: list[str]) -> int:
     """Run `dodgeburn delta extract` or `dodgeburn delta apply`; raises UserError for bad input."""
-    if args and args[0] in ("-h", "--help"):
-        print(f"usage: dodgeburn delta {{extract,apply}} ...\n\n{HELP}\n\nexamples:\n  {EXAMPLE}\n  {EXAMPLE_APPLY}")
-        print("\n`dodgeburn delta extract --help` and `dodgeburn delta apply --help` explain the options.")
-        return 0
-    if not args or args[0] not in ("extract", "apply"):
-        raise UserError(f"{args[0] if args else 'nothing'} after delta: {_USAGE}")
-    return _extract(args[1:]) if args[0] == "extract" else _apply(args[1:])
+    verbs = {
+        "extract": Part("write what TUNED changed of BASE, whole or as a LoRA", EXAMPLE, _extract),
+        "apply": Part("add a delta (or a LoRA) to a model", EXAMPLE_APPLY, _apply),
+    }
+    return run_verb("delta", verbs, args)
 
 
 def _extract(args: list[str]) -> int:
-    settings = tyro.cli(
-        Extract,
-        args=args,
-        prog="dodgeburn delta extract",
-        description=f"{inspect.cleandoc(Extract.__doc__ or '')}\n\nexample: {EXAMPLE}",
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
+    settings = parse(Extract, args, "delta extract", EXAMPLE)
     if settings.out is None:
         raise UserError("no output file: say where to write with -o OUT.safetensors")
     from dodgeburn.cli.bake import print_warnings
@@ -120,13 +112,7 @@ def _extract(args: list[str]) -> int:
 
 
 def _apply(args: list[str]) -> int:
-    settings = tyro.cli(
-        Apply,
-        args=args,
-        prog="dodgeburn delta apply",
-        description=f"{inspect.cleandoc(Apply.__doc__ or '')}\n\nexample: {EXAMPLE_APPLY}",
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
+    settings = parse(Apply, args, "delta apply", EXAMPLE_APPLY)
     if settings.out is None:
         raise UserError("no output file: say where to write with -o OUT.safetensors")
     from dodgeburn.cli.bake import print_warnings, report

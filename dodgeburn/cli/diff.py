@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
+
+from dodgeburn.cli.options import parse
 
 if TYPE_CHECKING:
     from dodgeburn.merge.diff import Change, Diff
@@ -38,13 +39,7 @@ class DiffCommand:
 
 def main(args: list[str]) -> int:
     """Run `dodgeburn diff`; raises UserError for bad input."""
-    settings = tyro.cli(
-        DiffCommand,
-        args=args,
-        prog="dodgeburn diff",
-        description=f"{inspect.cleandoc(DiffCommand.__doc__ or '')}\n\nexample: {EXAMPLE}",
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
+    settings = parse(DiffCommand, args, "diff", EXAMPLE)
     from dodgeburn.merge.diff import diff
 
     found = diff(settings.a, settings.b)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import sys
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from dodgeburn.cli.options import parse
 from dodgeburn.errors import UserError
 
 if TYPE_CHECKING:
@@ -70,13 +70,7 @@ class Pairs:
 
 def main(args: list[str]) -> int:
     """Run `dodgeburn dpo pairs`; raises UserError for bad input."""
-    options = tyro.cli(
-        Pairs,
-        args=args,
-        prog="dodgeburn dpo pairs",
-        description=f"{inspect.cleandoc(Pairs.__doc__ or '')}\n\nexample: {EXAMPLE}\nexample: {EXAMPLE_PERSON}",
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
+    options = parse(Pairs, args, "dpo pairs", EXAMPLE, EXAMPLE_PERSON)
     if options.out is None:
         raise UserError(f"no output folder: say where to write with -o FOLDER, as in {EXAMPLE}")
     person = options.by.endswith(".json")

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import shutil
 import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from dodgeburn.cli.bake import print_warnings
+from dodgeburn.cli.options import Grouped, as_option, parse
 from dodgeburn.errors import DodgeburnWarning, UserError
+from dodgeburn.given_settings import first_problem
 
 if TYPE_CHECKING:
     from dodgeburn.rework.dpo import Aligned, DpoSettings
@@ -26,7 +27,74 @@ EXAMPLE = "dodgeburn dpo train --pairs my_pairs --model pocket --loss sigmoid --
 
 
 @dataclass
-class Train:
+class Objective:
+    """What is optimised, and against which reference."""
+
+    beta: float | None = None
+    """How dear leaving the reference is, as the paper counts (diffusers' beta is half of it), for this model's latents.
+    Left out: 5000 at SD1.5's latents, scaled with their number of elements."""
+    safeguard: bool = False
+    """Scale the loser's gradient so that the winner's error cannot rise, to first order (SDPO)."""
+    reference: Literal["auto", "off", "bank", "copy"] = "auto"
+    """off: the LoRA switched off; bank: errors worked out beforehand at --bank points; copy: a second U-Net (a
+    LoRA needs none). auto: off for a LoRA, copy for full."""
+    bank: int = 2048
+    """Points of --reference bank."""
+    reference_decay: float = 0.0
+    """Above 0, the reference follows the model as a moving average with this decay (Linear-DPO: with --loss linear)."""
+
+
+@dataclass
+class Training:
+    """How it is trained."""
+
+    layers: str = "full"
+    """Layers that the LoRA changes: full, noxattn, xattn, selfattn or xattn-strict."""
+    batch: int = 8
+    """Pairs a batch; two pictures each."""
+    accumulate: int = 1
+    """Batches a step."""
+    lr: float | None = None
+    """Learning rate; left out: 1e-4 for a LoRA, 1e-5 for full."""
+    dropout: float = 0.1
+    """Share of pairs trained with an empty caption."""
+    flips: bool = False
+    """Mirror half of the pairs, both pictures alike."""
+    start: int = 1000
+    """Train at time steps below this one."""
+    ema: float = 0.0
+    """Above 0, write the moving average of the weights with this decay."""
+    seed: int = 0
+    """Of batches, time steps and noise."""
+
+
+@dataclass
+class Memory:
+    """Less memory for more time."""
+
+    checkpointing: bool = False
+    """Gradient checkpointing: less memory, a third more time."""
+    one_by_one: bool = False
+    """Winners and losers pass through the U-Net one after the other: about half of the memory for activations, one
+    forward more."""
+
+
+@dataclass
+class Files:
+    """Which pairs are read, and how the result is written."""
+
+    crop: bool = False
+    """Crop pictures of a pair that differ in size to the smaller; otherwise such pairs are dropped."""
+    limit: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """Read the first N good pairs only."""
+    spelling: Literal["kohya", "sgm", "peft"] = "kohya"
+    """Spelling of the LoRA's keys."""
+    dtype: Literal["fp32", "fp16", "bf16"] | None = None
+    """Type of the numbers written; left out: fp16 for a LoRA, fp32 for full."""
+
+
+@dataclass
+class Train(Grouped):
     """Align a model with preference pairs: Pick-a-Pic's parquet, or a folder with pairs.jsonl (caption, win, lose).
 
     Writes a LoRA that every program reads, or with --lora full a checkpoint. Watch `winner` in the log: the winners'
@@ -43,65 +111,23 @@ class Train:
     loss: Literal["sigmoid", "ipo", "hinge", "linear", "kto", "mapo", "sft"] = "sigmoid"
     """sigmoid: Diffusion-DPO; ipo, hinge, linear: other functions of its margin; kto: likes and dislikes, one by one;
     mapo: no reference; sft: the winners alone, the control."""
-    beta: float | None = None
-    """How dear leaving the reference is, as the paper counts (diffusers' beta is half of it), for this model's latents.
-    Left out: 5000 at SD1.5's latents, scaled with their number of elements."""
-    safeguard: bool = False
-    """Scale the loser's gradient so that the winner's error cannot rise, to first order (SDPO)."""
     lora: Annotated[str, tyro.conf.arg(metavar="RANK|full")] = "8"
     """Rank of the LoRA, or full for the whole U-Net."""
-    layers: str = "full"
-    """Layers that the LoRA changes: full, noxattn, xattn, selfattn or xattn-strict."""
-    reference: Literal["auto", "off", "bank", "copy"] = "auto"
-    """off: the LoRA switched off; bank: errors worked out beforehand at --bank points; copy: a second U-Net (a
-    LoRA needs none). auto: off for a LoRA, copy for full."""
-    bank: int = 2048
-    """Points of --reference bank."""
-    reference_decay: float = 0.0
-    """Above 0, the reference follows the model as a moving average with this decay (Linear-DPO: with --loss linear)."""
     steps: int = 200
-    batch: int = 8
-    """Pairs a batch; two pictures each."""
-    accumulate: int = 1
-    """Batches a step."""
-    lr: float | None = None
-    """Learning rate; left out: 1e-4 for a LoRA, 1e-5 for full."""
-    dropout: float = 0.1
-    """Share of pairs trained with an empty caption."""
-    flips: bool = False
-    """Mirror half of the pairs, both pictures alike."""
-    start: int = 1000
-    """Train at time steps below this one."""
-    ema: float = 0.0
-    """Above 0, write the moving average of the weights with this decay."""
-    checkpointing: bool = False
-    """Gradient checkpointing: less memory, a third more time."""
-    one_by_one: bool = False
-    """Winners and losers pass through the U-Net one after the other: about half of the memory for activations, one
-    forward more."""
-    crop: bool = False
-    """Crop pictures of a pair that differ in size to the smaller; otherwise such pairs are dropped."""
-    limit: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """Read the first N good pairs only."""
-    seed: int = 0
+    """Optimizer steps."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
-    spelling: Literal["kohya", "sgm", "peft"] = "kohya"
-    """Spelling of the LoRA's keys."""
-    dtype: Literal["fp32", "fp16", "bf16"] | None = None
-    """Type of the numbers written; left out: fp16 for a LoRA, fp32 for full."""
     json: bool = False
     """Print one JSON object as the last line."""
+    objective: Objective = field(default_factory=Objective)
+    training: Training = field(default_factory=Training)
+    memory: Memory = field(default_factory=Memory)
+    files: Files = field(default_factory=Files)
 
 
 def main(args: list[str]) -> int:
     """Run `dodgeburn dpo train`; raises UserError for bad input."""
-    settings = tyro.cli(
-        Train,
-        args=args,
-        prog="dodgeburn dpo train",
-        description=f"{inspect.cleandoc(Train.__doc__ or '')}\n\nexample: {EXAMPLE}",
-    )
+    settings = parse(Train, args, "dpo train", EXAMPLE)
     if settings.pairs is None:
         raise UserError(f"no pairs: say where they are with --pairs PATH: {EXAMPLE}")
     if settings.out is None:
@@ -164,18 +190,15 @@ def _chosen(settings: Train) -> DpoSettings:
 
     from dodgeburn.rework.dpo import DpoSettings
 
-    if settings.lora != "full" and not settings.lora.isdecimal():
-        raise UserError(f"--lora {settings.lora}: expected a rank (a whole number from 1) or full")
-    names = set(DpoSettings.model_fields) & set(vars(settings))
-    values = {name: getattr(settings, name) for name in names}
-    values["rank"] = None if settings.lora == "full" else int(settings.lora)
+    full = settings.lora == "full"
+    if not full and not (settings.lora.isdecimal() and int(settings.lora) > 0):
+        raise UserError(f"--lora is {settings.lora}: expected a rank (a whole number from 1 up) or full")
+    values = {name: getattr(settings, name) for name in DpoSettings.model_fields if hasattr(settings, name)}
+    values["rank"] = None if full else int(settings.lora)
     try:
         return DpoSettings(**values)
     except ValidationError as error:
-        first = error.errors()[0]
-        name = str(first["loc"][0]) if first["loc"] else ""
-        where = f"--{'lora' if name == 'rank' else name.replace('_', '-')}: " if name else ""
-        raise UserError(f"{where}{first['msg'].removeprefix('Value error, ')}") from None
+        raise UserError(first_problem(error, DpoSettings, as_option)) from None
 
 
 def _device(device: str) -> str:

@@ -13,7 +13,7 @@ from dodgeburn.errors import UserError
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from dodgeburn.cli.generate import Generate
+    from dodgeburn.cli.generate_options import Generate
     from dodgeburn.foresee.acting import Foreseen
     from dodgeburn.models.model import Model
     from dodgeburn.sampling.loop import Applied, Generated, GenerateSettings, Step, Tuned
@@ -89,7 +89,7 @@ def run(
 
 def _free(folder: Path, prompt: str) -> Path:
     """A name for the chart that is not taken."""
-    from dodgeburn.cli.generate import slug
+    from dodgeburn.cli.picture_files import slug
 
     number = 1
     while (path := folder / f"{slug(prompt)}-risk{'' if number == 1 else f'-{number}'}.png").exists():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections import Counter
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from dodgeburn.checkpoint.naming import find_checkpoint
 from dodgeburn.checkpoint.slider_card import SLIDER, card_lines, slider_of
 from dodgeburn.checkpoint.sources import is_index, open_tensors
 from dodgeburn.checkpoint.tensorfile import read_header
+from dodgeburn.cli.options import parse
 from dodgeburn.errors import UserError
 from dodgeburn.merge.recipe_tree import recipe_lines
 
@@ -153,13 +153,7 @@ def _recipe_text(found: dict[str, Any]) -> str:
 
 def main(args: list[str]) -> int:
     """Run `dodgeburn inspect`; raises UserError for bad input."""
-    settings = tyro.cli(
-        Inspect,
-        args=args,
-        prog="dodgeburn inspect",
-        description=f"{inspect.cleandoc(Inspect.__doc__ or '')}\n\nexample: {EXAMPLE}",
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
+    settings = parse(Inspect, args, "inspect", EXAMPLE)
     found = inspect_file(settings.file)
     if settings.recipe:
         if settings.json:

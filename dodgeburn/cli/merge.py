@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import sys
 import warnings
-from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from dodgeburn.cli.options import Grouped, given, parse
 from dodgeburn.errors import DodgeburnWarning, UserError
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ HELP = "merge two checkpoints block by block, or many by a recipe, streamed and 
 _ESTIMATES = ("a", "b", "also", "estimate", "simplex", "json")  # options that --estimate goes with
 _RECIPES = ("a", "out", "threads", "rehash", "dry_run", "json")  # and a recipe
 EXAMPLE = "dodgeburn merge pocket-style pocket-bold -o merged.safetensors --preset ReverseSmoothstep --base 0.4"
-CONFIG = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)
 EXAMPLE_RECIPE = "dodgeburn merge recipe.toml -o merged.safetensors"
 
 
@@ -98,7 +97,7 @@ class Estimate:
 
 
 @dataclass
-class Merge:
+class Merge(Grouped):
     """Merge checkpoint B into checkpoint A, block by block; or run a recipe, a text with many such steps.
 
     Every share, preset and base is B's: 0 = all A, 1 = all B. (ComfyUI's merge nodes count the other way:
@@ -138,24 +137,10 @@ class Merge:
     output: File = field(default_factory=File)
     estimating: Estimate = field(default_factory=Estimate)
 
-    def __getattr__(self, name: str) -> Any:
-        """An option of a group, as if it were one of these."""
-        for group in fields(type(self)):
-            options = self.__dict__.get(group.name)
-            if is_dataclass(options) and name in {option.name for option in fields(options)}:
-                return getattr(options, name)
-        raise AttributeError(name)
-
 
 def main(args: list[str]) -> int:
     """Run `dodgeburn merge`; raises UserError for bad input."""
-    settings = tyro.cli(
-        Merge,
-        args=args,
-        prog="dodgeburn merge",
-        description=f"{inspect.cleandoc(Merge.__doc__ or '')}\n\nexamples:\n{EXAMPLE}\n{EXAMPLE_RECIPE}",
-        config=CONFIG,
-    )
+    settings = parse(Merge, args, "merge", EXAMPLE, EXAMPLE_RECIPE)
     if settings.estimate is not None:
         return _estimate(settings)
     if settings.simplex:
@@ -298,14 +283,7 @@ def _estimate(options: Merge) -> int:
 
 def _asked(options: Merge, known: tuple[str, ...]) -> str:
     """The first option given that is none of these, as it is written; empty if there is none."""
-    groups = [options, *(value for value in vars(options).values() if is_dataclass(value))]
-    every = [f for group in groups for f in fields(group) if not is_dataclass(getattr(group, f.name))]
-    asked = [f.name for f in every if f.name not in known and getattr(options, f.name) != _default(f)]
-    return min(asked, default="").replace("_", "-")
-
-
-def _default(option: Field[Any]) -> Any:
-    return option.default if option.default_factory is MISSING else option.default_factory()
+    return min((name for name in given(options) if name not in known), default="").replace("_", "-")
 
 
 def _numbers(texts: list[str], what: str) -> dict[str, float]:

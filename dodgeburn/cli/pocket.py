@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from dodgeburn.cli.options import parse
+from dodgeburn.cli.verbs import Part, run_verb
 from dodgeburn.errors import UserError
 
 if TYPE_CHECKING:
@@ -81,18 +84,16 @@ class Draw:
 
 def main(args: list[str]) -> int:
     """Run `dodgeburn pocket train|evaluate|draw`; raises UserError for bad input."""
-    verbs = {"train": (Train, _train), "evaluate": (Evaluate, _evaluate), "draw": (Draw, _draw)}
-    if not args or args[0] in ("-h", "--help"):
-        print("usage: dodgeburn pocket train|evaluate|draw [options]\n")
-        for name, (kind, _) in verbs.items():
-            print(f"  {name:<9} {(kind.__doc__ or '').splitlines()[0]}\n            {EXAMPLES[name]}")
-        return 0
-    if args[0] not in verbs:
-        raise UserError(f"dodgeburn pocket has no '{args[0]}': expected {', '.join(verbs)}")
-    kind, run = verbs[args[0]]
-    text = f"{kind.__doc__}\n\nexample:\n  {EXAMPLES[args[0]]}"
-    settings: Any = tyro.cli(kind, args=args[1:], prog=f"dodgeburn pocket {args[0]}", description=text)
-    return run(settings)  # type: ignore[operator]
+    kinds: dict[str, tuple[Any, Callable[[Any], int]]]
+    kinds = {"train": (Train, _train), "evaluate": (Evaluate, _evaluate), "draw": (Draw, _draw)}
+
+    def part(verb: str) -> Part:
+        kind, run = kinds[verb]
+        example = EXAMPLES[verb]
+        first = kind.__doc__.splitlines()[0]
+        return Part(first, example, lambda rest: run(parse(kind, rest, f"pocket {verb}", example)))
+
+    return run_verb("pocket", {verb: part(verb) for verb in kinds}, args)
 
 
 def _train(settings: Train) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from dodgeburn.cli.options import parse
 from dodgeburn.cli.slider_model import OnModel, drawing, of_pocket
 from dodgeburn.errors import UserError
 
@@ -48,13 +48,7 @@ class Calibrate(OnModel):
 
 def main(args: list[str]) -> int:
     """Run `dodgeburn slider calibrate`; raises UserError for bad input."""
-    options = tyro.cli(
-        Calibrate,
-        args=args,
-        prog="dodgeburn slider calibrate",
-        description=f"{inspect.cleandoc(Calibrate.__doc__ or '')}\n\nexample: {EXAMPLE}",
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
+    options = parse(Calibrate, args, "slider calibrate", EXAMPLE)
     if options.file is None or options.out is None:
         raise UserError(f"name a slider, and where to write with -o OUT.safetensors, as in {EXAMPLE}")
     if not 0.05 <= options.step <= options.furthest <= 100:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import warnings
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import Annotated, Literal
 import tyro
 
 from dodgeburn.cli.bake import parse_strength, print_warnings
+from dodgeburn.cli.options import parse
 from dodgeburn.errors import DodgeburnWarning, UserError
 
 HELP = "put sliders or LoRAs together as one file, each at its scale"
@@ -44,13 +44,7 @@ class Compose:
 
 def main(args: list[str]) -> int:
     """Run `dodgeburn slider compose`; raises UserError for bad input."""
-    settings = tyro.cli(
-        Compose,
-        args=args,
-        prog="dodgeburn slider compose",
-        description=f"{inspect.cleandoc(Compose.__doc__ or '')}\n\nexample: {EXAMPLE}",
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
+    settings = parse(Compose, args, "slider compose", EXAMPLE)
     if not settings.sliders:
         raise UserError(f"nothing to compose: name slider or LoRA files, as in {EXAMPLE}")
     if settings.out is None:

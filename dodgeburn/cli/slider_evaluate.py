@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from dodgeburn.cli.options import parse
 from dodgeburn.cli.slider_model import OnModel, drawing, need_files, numbers, of_pocket
 from dodgeburn.errors import UserError
 
@@ -58,13 +58,7 @@ class Evaluate(OnModel):
 
 def main(args: list[str]) -> int:
     """Run `dodgeburn slider evaluate`; raises UserError for bad input."""
-    options = tyro.cli(
-        Evaluate,
-        args=args,
-        prog="dodgeburn slider evaluate",
-        description=f"{inspect.cleandoc(Evaluate.__doc__ or '')}\n\nexample: {EXAMPLE}",
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
+    options = parse(Evaluate, args, "slider evaluate", EXAMPLE)
     need_files(options.files, EXAMPLE)
     if options.attribute is not None and len(options.files) > 1:
         raise UserError("--attribute names one slider's attribute: evaluate one file with it")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from dodgeburn.errors import DodgeburnWarning, UserError
+from dodgeburn.cli.warned import said_at_once
+from dodgeburn.errors import UserError
 
 if TYPE_CHECKING:
     from dodgeburn.models.model import Model
@@ -74,13 +74,7 @@ def drawing(model: Model, options: OnModel, what: str) -> Iterator[Unedited]:
 
     from dodgeburn.slide.edits import Unedited
 
-    def say(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
-        if issubclass(category, DodgeburnWarning):
-            tqdm.write(f"warning: {message}", file=sys.stderr)
-
-    with warnings.catch_warnings(), tqdm(unit="picture", desc=what, disable=None, file=sys.stderr, leave=False) as bar:
-        warnings.simplefilter("always", DodgeburnWarning)
-        warnings.showwarning = say
+    with said_at_once(), tqdm(unit="picture", desc=what, disable=None, file=sys.stderr, leave=False) as bar:
         yield Unedited(model, options.settings(), options.batch_size, lambda n: None if bar.update(n) else None)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from dodgeburn.cli.bake import parse_strength
+from dodgeburn.cli.options import parse
 from dodgeburn.cli.slider_model import OnModel, drawing, need_files, numbers, seeds_of
 from dodgeburn.errors import UserError
 
@@ -58,13 +58,7 @@ class Sweep(OnModel):
 
 def main(args: list[str]) -> int:
     """Run `dodgeburn slider sweep`; raises UserError for bad input."""
-    options = tyro.cli(
-        Sweep,
-        args=args,
-        prog="dodgeburn slider sweep",
-        description=f"{inspect.cleandoc(Sweep.__doc__ or '')}\n\nexample: {EXAMPLE}",
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
+    options = parse(Sweep, args, "slider sweep", EXAMPLE)
     need_files(options.files, EXAMPLE)
     if options.out is None and options.animate is None:
         raise UserError("no output file: say where to write with -o OUT.png or --animate OUT.gif")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import warnings
 from collections.abc import Iterable, Iterator
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from dodgeburn.cli.bake import print_warnings
+from dodgeburn.cli.options import parse
 from dodgeburn.errors import DodgeburnWarning, UserError
 
 if TYPE_CHECKING:
@@ -67,12 +67,7 @@ class Train:
 
 def main(args: list[str]) -> int:
     """Run `dodgeburn slider train`; raises UserError for bad input."""
-    settings = tyro.cli(
-        Train,
-        args=args,
-        prog="dodgeburn slider train",
-        description=f"{inspect.cleandoc(Train.__doc__ or '')}\n\nexamples:\n{EXAMPLE}\n{EXAMPLE_PAIRS}",
-    )
+    settings = parse(Train, args, "slider train", EXAMPLE, EXAMPLE_PAIRS)
     if settings.out is None:
         raise UserError("no output: say where to write with -o OUT.safetensors (or a folder for several sliders)")
     if (settings.spec is None) == (settings.pairs is None):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from dodgeburn.cli.options import parse
 from dodgeburn.cli.slider_model import OnModel, drawing, need_files, of_pocket
 from dodgeburn.errors import UserError
 
@@ -46,13 +46,7 @@ class Unmix(OnModel):
 
 def main(args: list[str]) -> int:
     """Run `dodgeburn slider unmix`; raises UserError for bad input."""
-    options = tyro.cli(
-        Unmix,
-        args=args,
-        prog="dodgeburn slider unmix",
-        description=f"{inspect.cleandoc(Unmix.__doc__ or '')}\n\nexample: {EXAMPLE}",
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
+    options = parse(Unmix, args, "slider unmix", EXAMPLE)
     need_files(options.files, EXAMPLE)
     if options.out is None:
         raise UserError("no output folder: say where to write with -o DIR")
@@ -72,7 +66,7 @@ def main(args: list[str]) -> int:
 def _run(options: Unmix, out: Path) -> dict[str, Any]:
     from dodgeburn.checkpoint.atomic import check_output
     from dodgeburn.checkpoint.slider_card import SliderParent
-    from dodgeburn.cli.generate import writable_folder
+    from dodgeburn.cli.picture_files import writable_folder
     from dodgeburn.pocket.reader import Reader
     from dodgeburn.slide.calibrate import calibrate, reader_scorer
     from dodgeburn.slide.edits import AdapterEdit

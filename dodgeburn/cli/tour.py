@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
+
+from dodgeburn.cli.options import parse
 
 HELP = "see it all in a minute or two: pictures, sliders, every merge of two models, one HTML page"
 EXAMPLE = "dodgeburn tour -o tour"
@@ -32,11 +33,7 @@ class Tour:
 
 def main(args: list[str]) -> int:
     """Run `dodgeburn tour`; raises UserError for bad input."""
-    chosen = tyro.cli(
-        Tour, args=args, prog="dodgeburn tour",
-        description=f"{inspect.cleandoc(Tour.__doc__ or '')}\n\nexample: {EXAMPLE}",
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )  # fmt: skip
+    chosen = parse(Tour, args, "tour", EXAMPLE)
     from dodgeburn.cli.compare import table
     from dodgeburn.tour import tour
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from dodgeburn.cli.options import parse
 from dodgeburn.errors import UserError
 
 if TYPE_CHECKING:
@@ -43,13 +43,7 @@ class Verify:
 
 def main(args: list[str]) -> int:
     """Run `dodgeburn verify`; raises UserError for bad input."""
-    options = tyro.cli(
-        Verify,
-        args=args,
-        prog="dodgeburn verify",
-        description=f"{inspect.cleandoc(Verify.__doc__ or '')}\n\nexample: {EXAMPLE}",
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
+    options = parse(Verify, args, "verify", EXAMPLE)
     if options.all and (options.samples is not None or options.seed is not None):
         raise UserError("--samples and --seed have no effect beside --all: leave out one or the other")
     from dodgeburn.merge.verify import SAMPLES, verify

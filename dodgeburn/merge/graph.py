@@ -15,8 +15,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from dodgeburn.errors import UserError
+from dodgeburn.given_settings import first_problem
 from dodgeburn.merge.presets import preset_name
-from dodgeburn.merge.settings import DTYPES, MergeSettings, first_problem
+from dodgeburn.merge.settings import DTYPES, MergeSettings
 
 VERSION = 1
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
@@ -217,7 +218,7 @@ def _built(kind: Any, table: Mapping[Any, Any], where: str) -> Any:
     try:
         return kind(**table)
     except ValidationError as error:
-        raise UserError(f"{where}: {first_problem(error)}") from None
+        raise UserError(f"{where}: {first_problem(error, kind)}") from None
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
 

@@ -14,9 +14,10 @@ from dodgeburn.checkpoint.metadata import NO_HASH, recipe_of
 from dodgeburn.checkpoint.outside import OWN
 from dodgeburn.checkpoint.sources import Tensors
 from dodgeburn.errors import UserError
+from dodgeburn.given_settings import first_problem
 from dodgeburn.merge.graph import Graph, parse_graph
 from dodgeburn.merge.plan import Plan
-from dodgeburn.merge.settings import MergeSettings, first_problem
+from dodgeburn.merge.settings import MergeSettings
 from dodgeburn.pocket.model import NAMES
 
 

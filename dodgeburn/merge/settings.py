@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from dodgeburn.checkpoint.outside import Outside
 from dodgeburn.errors import UserError
+from dodgeburn.given_settings import first_problem
 from dodgeburn.merge.blocks import check_share
 from dodgeburn.merge.methods import find_method
 from dodgeburn.merge.presets import Convention, preset_name
@@ -53,7 +54,7 @@ class MergeSettings(BaseModel):
         try:
             return cls(**options)
         except ValidationError as error:
-            raise UserError(first_problem(error)) from None
+            raise UserError(first_problem(error, cls)) from None
 
     def but(self, **options: Any) -> MergeSettings:
         """These settings with some replaced, checked again."""
@@ -107,15 +108,3 @@ def check_keep(keep: Iterable[str]) -> tuple[str, ...]:
     if unknown:
         raise UserError(f"cannot keep {min(unknown)!r}: expected {' or '.join(KEEPABLE)}")
     return tuple(part for part in KEEPABLE if part in parts)
-
-
-def first_problem(error: ValidationError) -> str:
-    """The first thing that pydantic found wrong, in one line that names the field and what it holds."""
-    first: Mapping[str, Any] = error.errors()[0]
-    where: Sequence[Any] = first["loc"]
-    name = ".".join(str(part) for part in where) or "the text"
-    if first["type"] == "extra_forbidden":
-        return f"there is no setting {name!r}"
-    if first["type"] == "missing":
-        return f"{name} is missing"
-    return f"{name}: {first['msg']}, not {first['input']!r}"[:300]

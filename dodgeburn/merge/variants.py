@@ -12,9 +12,10 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dodgeburn.errors import UserError
+from dodgeburn.given_settings import first_problem
 from dodgeburn.merge.methods import find_method
 from dodgeburn.merge.presets import Convention
-from dodgeburn.merge.settings import MergeSettings, first_problem
+from dodgeburn.merge.settings import MergeSettings
 
 UNIFORM = "none"  # the preset that is none: every block has the base's share
 FOUND = "search-"  # how the names of merges that a search proposed begin

@@ -12,6 +12,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dodgeburn.errors import UserError
+from dodgeburn.given_settings import first_problem, read_yaml
 from dodgeburn.training.fine_tune import FineTuneSettings
 
 Stage = Literal["overtrain", "nightshade", "bucket", "retrain"]
@@ -211,17 +212,9 @@ class DeconstructSpec(_Part):
 
 def load_spec(path: str | Path) -> DeconstructSpec:
     """A run from a YAML file; UserError of one line that names what is wrong. Paths in it are relative to the file."""
-    import yaml
-
     path = Path(path)
-    try:
-        said = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is not there: expected a run's YAML file (examples/deconstruct/)") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read as YAML: {' '.join(str(error).split())[:200]}") from None
-    if not isinstance(said, dict) or not said:
-        raise UserError(f"{path} is empty or no mapping: expected at least concept with prompts, attribute and values")
+    wanted = "at least concept with prompts, attribute and values"
+    said = read_yaml(path, "a run's YAML file (examples/deconstruct/)", wanted)
     folder = said.get("data", {}).get("folder") if isinstance(said.get("data"), dict) else None
     if isinstance(folder, str):
         said["data"]["folder"] = path.parent / folder
@@ -233,11 +226,4 @@ def make_spec(said: dict[str, Any], where: str = "spec") -> DeconstructSpec:
     try:
         return DeconstructSpec(**said)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "spec"
-        what = first["msg"].removeprefix("Value error, ")
-        if first["type"] == "missing":
-            what = "is missing"
-        elif first["type"] == "extra_forbidden":
-            what = "is not known"
-        raise UserError(f"{where}: {key}: {what}") from None
+        raise UserError(f"{where}: {first_problem(error, DeconstructSpec)}") from None

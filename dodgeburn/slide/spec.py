@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
 
 from dodgeburn.errors import UserError
+from dodgeburn.given_settings import first_problem, read_yaml
 
 LAYER_SETS = ("full", "noxattn", "xattn", "selfattn", "xattn-strict")
+Said = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 
 
 class SliderSpec(BaseModel):
@@ -22,17 +24,17 @@ class SliderSpec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str
-    target: str  # the class that the slider is for; what the trained U-Net is asked for
-    positive: str  # what +1 should look like
-    negative: str  # what -1 should look like
+    name: Said
+    target: Said  # the class that the slider is for; what the trained U-Net is asked for
+    positive: Said  # what +1 should look like
+    negative: Said  # what -1 should look like
     neutral: str | None = None  # the prompt whose prediction is shifted; the target where left out
     preserve: tuple[str, ...] = ()  # attributes to be kept: put behind every prompt in turn
     changes: tuple[str, ...] = ()  # those of a class's preserved ones that this slider changes itself: not put behind
     attribute: str | None = None  # pocket: what the readers measure; calibrates the slider
     eta: float = Field(default=1.0, gt=0)  # strength of the target at scale 1
     reach: float = Field(default=1.5, gt=0)  # scales from -reach to reach are trained
-    rank: int = 4
+    rank: int = Field(default=4, ge=1)
     alpha: float | None = None  # None: the rank
     layers: str = "noxattn"
     start: int = Field(default=875, ge=1, le=1000)  # trained, and to be used, at time steps up to this
@@ -55,29 +57,15 @@ class SliderSpec(BaseModel):
     @classmethod
     def _name(cls, value: str) -> str:
         if not re.fullmatch(r"[\w.+-]+", value):
-            raise ValueError(f"{value!r} is no name for a file: expected letters, digits and . _ - +")
-        return value
-
-    @field_validator("rank")
-    @classmethod
-    def _rank(cls, value: int) -> int:
-        if value < 1:
-            raise ValueError(f"{value}: expected at least 1")
+            raise ValueError(f"{value!r} is no name for a file, expected letters, digits and . _ - +")
         return value
 
     @field_validator("layers")
     @classmethod
     def _layers(cls, value: str) -> str:
         if value not in LAYER_SETS:
-            raise ValueError(f"is an unknown layer set, {value!r}: expected {', '.join(LAYER_SETS)}")
+            raise ValueError(f"unknown layer set {value!r}, expected one of {', '.join(LAYER_SETS)}")
         return value
-
-    @field_validator("name", "target", "positive", "negative")
-    @classmethod
-    def _said(cls, value: str) -> str:
-        if not value.strip():
-            raise ValueError("is empty: expected a prompt")
-        return value.strip()
 
     @model_validator(mode="after")
     def _apart(self) -> Self:
@@ -106,17 +94,8 @@ class SliderSpec(BaseModel):
 
 def load_specs(path: str | Path) -> list[SliderSpec]:
     """The sliders of a YAML file. Raises UserError for a file that cannot be read, and missing or unknown keys."""
-    import yaml
-
     path = Path(path)
-    try:
-        said = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is not there: expected a slider's YAML file") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read as YAML: {' '.join(str(error).split())[:200]}") from None
-    if not isinstance(said, dict) or not said:
-        raise UserError(f"{path} is empty or no mapping: expected name, target, positive and negative")
+    said = read_yaml(path, "a slider's YAML file", "name, target, positive and negative")
     if "sliders" not in said:
         return [make_spec(said, str(path))]
     shared = {key: value for key, value in said.items() if key != "sliders"}
@@ -139,11 +118,4 @@ def make_spec(said: dict[str, Any], where: str = "slider") -> SliderSpec:
     try:
         return SliderSpec(**said)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "slider"
-        what = first["msg"].removeprefix("Value error, ")
-        if first["type"] == "missing":
-            what = "is missing"
-        elif first["type"] == "extra_forbidden":
-            what = f"is not known: expected one of {', '.join(SliderSpec.model_fields)}"
-        raise UserError(f"{where}: {key} {what}") from None
+        raise UserError(f"{where}: {first_problem(error, SliderSpec)}") from None

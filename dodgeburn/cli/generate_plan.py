@@ -1,0 +1,150 @@
+"""What `dodgeburn generate` is to make: the options, and with --from what a picture says under them."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dodgeburn.cli.generate_options import Generate
+from dodgeburn.cli.loras import Finder
+from dodgeburn.cli.tuned import TunedUse, tuned_use
+from dodgeburn.errors import DodgeburnWarning, UserError
+
+if TYPE_CHECKING:
+    from dodgeburn.models.model import Model
+    from dodgeburn.sampling.loras import LoraUse
+    from dodgeburn.sampling.reproduce import Request
+    from dodgeburn.sampling.settings import GenerateSettings, Thresholding
+
+# Settings whose option has another name.
+OPTIONS = {"fraction": "threshold_fraction"}
+
+
+@dataclass
+class Plan:
+    """What to make: the pictures' prompt and seeds, and where they came from."""
+
+    prompt: str
+    seeds: list[int]
+    settings: GenerateSettings
+    model: str
+    batch_size: int | None
+    dtype: str | None
+    source: Request | None = None
+    loras: list[tuple[Path, LoraUse]] = field(default_factory=list)
+    tuned: TunedUse | None = None
+    not_honoured: list[str] = field(default_factory=list)  # of the picture's settings
+    row: int | None = None  # only this row of the batch is kept: the picture that is made again
+
+
+def _settings(options: Generate) -> GenerateSettings:
+    from dodgeburn.sampling.settings import GenerateSettings
+    from dodgeburn.sampling.sizes import SIZE_FIELDS
+
+    sizes: dict[str, Any] = {name: _pair(name, getattr(options, name)) for name in SIZE_FIELDS[1:]}
+    return GenerateSettings(
+        steps=options.steps, guidance=options.guidance, sampler=options.sampler, spacing=options.spacing,
+        width=options.width, height=options.height, negative=options.negative,
+        prompt_syntax=options.prompt_syntax, noise=options.noise,
+        zero_snr=options.zero_snr, clip_skip=options.clip_skip, cfg_rescale=options.cfg_rescale,
+        cfg_start=options.cfg_start, cfg_end=options.cfg_end, thresholding=_thresholding(options),
+        size_scale=options.size_scale, **sizes,
+    )  # fmt: skip
+
+
+def plan_of(options: Generate) -> Plan:
+    """The generation as asked for; with --from, the picture's settings under those given as options."""
+    settings = _settings(options)
+    if options.source is None:
+        if options.prompt is None:
+            raise UserError("no prompt: give one, or a picture to take it from with --from PICTURE")
+        seeds = [options.seed + i for i in range(options.n)]
+        model = options.model or "pocket"
+        plan = Plan(options.prompt, seeds, settings, model, options.batch_size, options.dtype)
+        plan.tuned = tuned_use(options.tuned)
+        return _with_loras(plan, options)
+    from dodgeburn.pocket.model import NAMES
+    from dodgeburn.sampling.reproduce import request_of
+    from dodgeburn.sampling.settings import GenerateSettings
+
+    asked = request_of(options.source)
+    default = _settings(Generate())
+    given = {k: v for k in GenerateSettings.model_fields if (v := getattr(settings, k)) != getattr(default, k)}
+    if options.model is None and asked.model not in NAMES:
+        name, short = asked.model or "a model without a name", asked.model_hash[:10] or "not known"
+        raise UserError(f"{options.source} was made with {name} (hash {short}): give its file with --model")
+    plan = Plan(
+        prompt=asked.prompt if options.prompt is None else options.prompt,
+        seeds=asked.seeds, settings=GenerateSettings(**{**asked.settings.model_dump(), **given}),
+        model=options.model or asked.model, batch_size=options.batch_size, dtype=options.dtype or asked.dtype,
+        source=asked, tuned=tuned_use(options.tuned, asked),
+    )  # fmt: skip
+    if options.seed or options.n > 1:
+        first = options.seed or asked.seeds[0]
+        plan.seeds = [first + i for i in range(options.n)]
+    elif len(plan.seeds) == 1 and plan.batch_size is None:
+        # The last bit of a picture depends on its batch's size and its row there: it is made in the same place.
+        plan.row, plan.batch_size = asked.batch
+        plan.seeds = plan.seeds * plan.batch_size
+    return _with_loras(plan, options)
+
+
+def _with_loras(plan: Plan, options: Generate) -> Plan:
+    """The plan with LoRAs: options', else the picture's; and those that tags in the prompt name."""
+    finder = Finder(options.lora_dir, plan.model)
+    finder.options(options.lora)
+    if plan.source is not None:
+        if not options.lora:
+            plan.not_honoured = finder.picture(plan.source.adapters, plan.source.kind == "dodgeburn")
+        plan.not_honoured = plan.source.not_honoured + plan.not_honoured
+    if plan.settings.prompt_syntax != "plain":
+        plan.prompt = finder.tags(plan.prompt)
+    plan.loras = finder.found
+    return plan
+
+
+def tell_source(plan: Plan, model: Model) -> None:
+    """Warn of what a picture's settings say that isn't followed."""
+    asked = plan.source
+    if asked is None:
+        return
+    if asked.model_hash and not model.sha256.startswith(asked.model_hash):
+        warnings.warn(
+            f"the picture was made with another model: {asked.model or 'hash'} {asked.model_hash[:10]}, this one is "
+            f"{model.name} {model.sha256[:10]}", DodgeburnWarning, stacklevel=2,
+        )  # fmt: skip
+    if asked.device and asked.device != model.device.type:
+        warnings.warn(
+            f"the picture was made on {asked.device}, this is {model.device.type}: expect small differences",
+            DodgeburnWarning, stacklevel=2,
+        )  # fmt: skip
+    for line in plan.not_honoured:
+        warnings.warn(f"not honoured from {asked.kind}'s settings: {line}", DodgeburnWarning, stacklevel=2)
+
+
+def _thresholding(options: Generate) -> Thresholding | None:
+    """Dynamic thresholding as asked for; UserError for settings of it without the one that switches it on."""
+    from dodgeburn.sampling.settings import Thresholding
+
+    asked = {name: getattr(options, OPTIONS.get(name, name)) for name in Thresholding.model_fields}
+    if asked["separate_feature_channels"]:
+        del asked["separate_feature_channels"]  # the default; without it nothing may be asked for at all
+    given = {name: value for name, value in asked.items() if value is not None}
+    if given and options.mimic_scale is None:
+        names = ", ".join(OPTIONS.get(name, name).replace("_", "-") for name in given)
+        raise UserError(f"{names}: no effect without dynamic thresholding, switch it on with --mimic-scale 7")
+    return Thresholding(**given) if given else None
+
+
+def _pair(name: str, text: str | None) -> tuple[int, int] | None:
+    """Two whole numbers from "5376x3072" or "0,0"; UserError for anything else."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"\s*(\d{1,9})\s*[x,]\s*(\d{1,9})\s*", text.lower())
+    if match is None:
+        wanted = "LEFT,TOP such as 0,0" if name.endswith("crop") else "WIDTHxHEIGHT such as 1344x768"
+        raise UserError(f"--{name.replace('_', '-')} is {text!r}: expected {wanted}")
+    return int(match[1]), int(match[2])

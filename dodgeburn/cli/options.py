@@ -1,0 +1,166 @@
+"""The options of a verb: read, explained and refused in one place, the same way for every verb.
+
+Options are a dataclass. Those that everyday use needs are its own fields; further ones stand in groups, fields that are
+dataclasses themselves, and `Grouped` lets an option of a group be read as if it were the verb's own. `--help` explains
+the everyday options and names the others under their headings; `--help-all` explains all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import io
+import re
+import sys
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from typing import Annotated, Any, NoReturn, TypeVar, get_args, get_type_hints
+
+import tyro
+
+from dodgeburn.errors import UserError
+
+CONFIG = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)
+_HELP, _ALL = ("-h", "--help"), "--help-all"
+_WIDTH = 100
+T = TypeVar("T")
+
+
+class Grouped:
+    """Options in groups."""
+
+    def __getattr__(self, name: str) -> Any:
+        """An option of a group, as if it were one of these."""
+        for group in groups(type(self)):
+            options = self.__dict__.get(group.name)
+            if options is not None and name in {option.name for option in fields(options)}:
+                return getattr(options, name)
+        raise AttributeError(f"{type(self).__name__} has no option {name!r}")
+
+
+def groups(kind: Any) -> Iterator[Field[Any]]:
+    """The fields of a dataclass of options that are groups: dataclasses made without arguments."""
+    for one in fields(kind):
+        if isinstance(one.default_factory, type) and is_dataclass(one.default_factory):
+            yield one
+
+
+def parse(kind: type[T], args: Sequence[str], verb: str, *examples: str, about: str | None = None) -> T:
+    """`dodgeburn VERB ARGS` as an instance of `kind`, whose docstring (or `about`) explains the verb.
+
+    Prints help and exits where that is asked for. Raises UserError of one line for what cannot be understood.
+    """
+    text = inspect.cleandoc(about or kind.__doc__ or "")
+    shown = "\n".join(examples)
+    text += f"\n\nexample: {shown}" if len(examples) == 1 else f"\n\nexamples:\n{shown}"
+    prog = f"dodgeburn {verb}"
+    if _ALL in args or any(arg in _HELP for arg in args):
+        _explain(kind, prog, text, _ALL in args)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(kind, args=list(args), prog=prog, description=text, config=CONFIG)
+    except SystemExit as stopped:
+        if not stopped.code:
+            raise
+        raise UserError(f"{_one_line(said.getvalue())} (`{prog} --help` explains)") from None
+
+
+# What tyro says, and how our errors say it: the option, what was given, what was expected.
+_REWORDED = (
+    (r"Error parsing (\S+): invalid literal for int\(\) with base 10: (.*)", r"\1 is \2: expected a whole number"),
+    (r"Error parsing (\S+): could not convert string to float: (.*)", r"\1 is \2: expected a number"),
+    (r"invalid choice (.*) for argument '(.*)'\. Expected one of \((.*?),?\)\.", r"\2 is \1: expected one of \3"),
+    (r"Missing value for argument '(.*)'\. Expected .*", r"\1: expected a value behind it"),
+    (r"Unrecognized options: (.*)", r"not understood: \1"),
+    (r"Missing from dodgeburn [^:]*: (\S+) (.*?) ?\(required\).*", r"\1 is missing: \2"),
+    (r"Perhaps you meant: (.*)", r"perhaps you meant \1"),
+    (r"Argument helptext: \S+ (?:(?:[A-Z]+|\{\S+\}) )?(.*?)(?: \(default: .*)?", r"\1"),
+)
+
+
+def _one_line(box: str) -> str:
+    """What tyro says, in one line: the title (in the frame of a box, or above a rule) and the pointer to the help are
+    left out.
+    """
+    lines = [re.sub(r"^[│|] ?| ?[│|]$", "", re.sub(r"\x1b\[[0-9;]*m", "", line)).strip() for line in box.splitlines()]
+    parts: list[list[str]] = [[]]
+    for line in lines:
+        if re.match(r"[╭╰+]", line) or not line:
+            continue
+        if re.fullmatch(r"[─-]+", line):
+            parts.append([])
+        else:
+            parts[-1].append(line)
+    said = []
+    for part in (" ".join(lines) for lines in (parts if "╭" in box else parts[1:])):
+        if part and not part.startswith("For full helptext"):
+            for pattern, form in _REWORDED:
+                if match := re.fullmatch(pattern, part):
+                    part = match.expand(form)
+                    break
+            said.append(part.rstrip("."))
+    return "; ".join(said)
+
+
+def given(options: Any) -> list[str]:
+    """The options that differ from their defaults, those of groups among them."""
+    kind, found = type(options), []
+    inside = {group.name for group in groups(kind)}
+    for one in fields(kind):
+        value = getattr(options, one.name)
+        default = one.default if one.default_factory is MISSING else one.default_factory()
+        if one.name in inside:
+            found += given(value)
+        elif value != default:
+            found.append(one.name)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------- short help
+
+
+def _explain(kind: Any, prog: str, text: str, everything: bool) -> NoReturn:
+    """Print help, and leave."""
+    more = "" if everything else _named(kind)
+    try:
+        tyro.cli(_everyday(kind) if more else kind, args=["--help"], prog=prog, description=text, config=CONFIG)
+    except SystemExit:
+        if more:
+            print(f"more options, which `{prog} {_ALL}` explains:\n{more}")
+    sys.exit(0)
+
+
+def _everyday(kind: Any) -> Any:
+    """The options without their groups, for a help that fits on a screen."""
+    hints = get_type_hints(kind, include_extras=True)
+    hidden: dict[str, Any] = {one.name: field(default_factory=one.default_factory) for one in groups(kind)}
+    annotations = {name: Annotated[hints[name], tyro.conf.Suppress] for name in hidden}
+    body = {**hidden, "__annotations__": annotations, "__doc__": kind.__doc__, "__module__": kind.__module__}
+    return dataclass(type(kind.__name__, (kind,), body))
+
+
+def _named(kind: Any) -> str:
+    """The groups' options by name, a paragraph a group."""
+    lines = []
+    for group in groups(kind):
+        inside: Any = group.default_factory
+        hints = get_type_hints(inside, include_extras=True)
+        names = [
+            f"{'--no-' if one.default is True else '--'}{_name(one.name, hints[one.name])}" for one in fields(inside)
+        ]
+        line = f"  {group.name.replace('_', ' ')}: {' '.join(names)}"
+        lines += textwrap.wrap(line, _WIDTH, subsequent_indent="    ", break_on_hyphens=False)
+    return "\n".join(lines)
+
+
+def _name(name: str, hint: Any) -> str:
+    """An option as it is written on the command line, without the hyphens before it."""
+    said = [getattr(one, "name", None) for one in get_args(hint)[1:]]
+    return next((text for text in said if isinstance(text, str)), name).replace("_", "-")
+
+
+def as_option(name: str) -> str:
+    """A setting as it is written on the command line: batch_size is --batch-size."""
+    return f"--{name.replace('_', '-')}"

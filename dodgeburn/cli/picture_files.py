@@ -1,0 +1,71 @@
+"""Pictures as files of `dodgeburn generate`: their names, the folder, the contact sheet."""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dodgeburn.errors import UserError
+
+if TYPE_CHECKING:
+    from dodgeburn.models.model import Model
+    from dodgeburn.sampling.loop import Generated
+
+
+def writable_folder(folder: Path) -> None:
+    """UserError unless a file can be written in the folder, or where it would be made: now rather than after the work.
+
+    Does not make it, so that nothing is left behind where something else turns out to be wrong.
+    """
+    try:
+        there = next((place for place in (folder, *folder.absolute().parents) if place.exists()), folder)
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to folder {folder}: {error.strerror or error}") from error
+
+
+def slug(prompt: str) -> str:
+    """A prompt as a file name: lower case words with hyphens, 60 characters at most."""
+    words = re.sub(r"[^\w]+", "-", prompt.lower()).strip("-_")
+    return words[:60].rstrip("-") or "picture"
+
+
+def free_name(folder: Path, stem: str, ending: str, record: dict[str, object]) -> Path:
+    """A file name that is free, or holds the same picture already: nothing else is overwritten."""
+    from dodgeburn.images.png import read_png
+
+    number = 1
+    while True:
+        path = folder / (f"{stem}.{ending}" if number == 1 else f"{stem}-{number}.{ending}")
+        if not path.exists():
+            return path
+        try:
+            there = read_png(path).own or {}
+            # the batch moves the last bit only
+            if {**there, "batch": None} == {**json.loads(json.dumps(record)), "batch": None}:
+                return path
+        except UserError:
+            pass  # something else under this name: leave it alone
+        number += 1
+
+
+def write_sheet(folder: Path, ending: str, prompt: str, made: Sequence[Generated], model: Model) -> Path:
+    """A contact sheet of the first 64 pictures, with the settings of the first in its metadata; its path."""
+    from dodgeburn.images.png import write_picture
+    from dodgeburn.images.sheet import contact_sheet
+    from dodgeburn.sampling.saving import infotext_of, record_of
+
+    columns = min(len(made), 8)
+    shown = made[:64]  # a sheet is for looking at
+    rows = [[m.image for m in shown[i : i + columns]] for i in range(0, len(shown), columns)]
+    labels = [f"from seed {shown[i].seed}" for i in range(0, len(shown), columns)]
+    sheet = contact_sheet(rows, row_labels=labels if len(labels) > 1 else None, title=prompt)
+    record = {**record_of(made[0], model), "seeds": [m.seed for m in shown]}
+    path = free_name(folder, f"{slug(prompt)}-sheet", ending, record)
+    write_picture(path, sheet, infotext_of(made[0], model), record)
+    return path

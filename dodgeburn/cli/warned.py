@@ -1,0 +1,27 @@
+"""Warnings on the command line: a line each on stderr, at once, and beside a progress bar without tearing it."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from dodgeburn.errors import DodgeburnWarning
+
+
+@contextmanager
+def said_at_once() -> Iterator[None]:
+    """Within the context every warning of ours is said when it comes: what has no effect is worth knowing before an
+    hour's work. Those of libraries are left out.
+    """
+    from tqdm import tqdm
+
+    def say(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+        if issubclass(category, DodgeburnWarning):
+            tqdm.write(f"warning: {message}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", DodgeburnWarning)
+        warnings.showwarning = say
+        yield

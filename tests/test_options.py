@@ -1,0 +1,80 @@
+"""The options of a verb: groups, the two kinds of help, and one line for what cannot be understood."""
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import pytest
+import tyro
+
+from dodgeburn.cli.options import Grouped, given, parse
+from dodgeburn.errors import UserError
+
+
+@dataclass
+class Rare:
+    """Seldom needed."""
+
+    eta: float = 1.0
+    """How strong."""
+    mirror: bool = True
+    """Flip half."""
+    kind: Annotated[str, tyro.conf.arg(name="as")] = "full"
+    """Which form."""
+
+
+@dataclass
+class Verb(Grouped):
+    """Do a thing."""
+
+    steps: int = 20
+    """How long."""
+    names: list[str] = field(default_factory=list)
+    """Which ones."""
+    rare_things: Rare = field(default_factory=Rare)
+
+
+def test_options_of_groups_read_as_the_verb_s_own() -> None:
+    options = parse(Verb, ["--eta", "2", "--no-mirror", "--names", "a", "b"], "do", "dodgeburn do")
+    assert (options.steps, options.eta, options.mirror, options.names) == (20, 2.0, False, ["a", "b"])
+    assert given(options) == ["names", "eta", "mirror"] and given(Verb()) == []
+    with pytest.raises(AttributeError, match="no option 'nothing'"):
+        _ = options.nothing
+
+
+def test_short_help_explains_the_everyday_options_and_names_the_rest(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        parse(Verb, ["--steps", "3", "-h"], "do", "dodgeburn do", "dodgeburn do --eta 2")
+    said = capsys.readouterr().out
+    assert stopped.value.code == 0 and "How long." in said and "How strong." not in said
+    assert "examples:" in said and "dodgeburn do --eta 2" in said
+    assert said.splitlines()[-2:] == [
+        "more options, which `dodgeburn do --help-all` explains:", "  rare things: --eta --no-mirror --as",
+    ]  # fmt: skip
+
+
+def test_full_help_explains_everything_under_headings(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(Verb, ["--help-all"], "do", "dodgeburn do")
+    said = capsys.readouterr().out
+    heading = said.index("rare-things options")
+    option = said.index("--eta", heading)
+    assert said.index("How long.") < heading < said.index("Seldom needed.") < option < said.index("How strong.")
+    assert "example: dodgeburn do" in said and "more options" not in said
+
+
+@pytest.mark.parametrize("width", ["60", "200"])
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--steps", "many"], "--steps is 'many': expected a whole number; How long (`dodgeburn do --help` explains)"),
+        (["--eta", "big"], "--eta is 'big': expected a number"), (["--steps"], "--steps: expected a value behind it"),
+        (["--stepz", "3"], "not understood: --stepz, 3; perhaps you meant --steps"),
+    ],
+)  # fmt: skip
+def test_what_is_not_understood_is_one_line(
+    args: list[str], said: str, width: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", width)
+    with pytest.raises(UserError) as caught:
+        parse(Verb, args, "do", "dodgeburn do")
+    assert said in str(caught.value) and capsys.readouterr() == ("", "")
