@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from dodgeburn.cli.options import parse
+from dodgeburn.cli.options import Grouped, as_option, given, parse
 from dodgeburn.errors import DodgeburnWarning, UserError
 
 if TYPE_CHECKING:
@@ -25,7 +25,75 @@ TOP = 10  # rows that the terminal shows
 
 
 @dataclass
-class Compare:
+class Merging:
+    """How variants are merged, beside their methods and shares."""
+
+    also: Annotated[list[str], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="C")] = field(default_factory=list)
+    """One more model, for methods that take three or more. Repeatable."""
+    base_model: Annotated[str | None, tyro.conf.arg(metavar="MODEL")] = None
+    """The model that the others were tuned from, for methods that take differences."""
+    keep: Annotated[str, tyro.conf.arg(metavar="PARTS")] = "text,vae"
+    """Parts taken from A whatever the shares say: text, vae, text,vae or none."""
+    xl_presets: Literal["curve", "cut"] = "curve"
+    """How the presets, made for SD1.5's 25 blocks, become SDXL's 19: formulas on 19 points, or supermerger's cut."""
+
+
+@dataclass
+class Searching:
+    """Further merges that a search proposes."""
+
+    search: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """Beside the variants, let Optuna propose N merges (curves of shares, bases, one of --methods) and grade what it
+    found on held-out prompts and seeds. Without --prompts: drawn from the pocket world.
+    """
+    search_by: Literal["tpe", "nsga2", "random"] = "tpe"
+    """What proposes: TPE, NSGA-II, or chance alone, to compare with."""
+    search_seed: int = 0
+    """Of the proposals: the same seed proposes the same."""
+    goals: Annotated[str, tyro.conf.arg(metavar="NAMES")] = "fidelity,resemblance_a,resemblance_b"
+    """What the search makes large, separated by commas."""
+    held_out: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Prompts that grade what the search found; none: every second one of --prompts."""
+    held_out_seeds: Annotated[str | None, tyro.conf.arg(metavar="NUMBERS")] = None
+    """Seeds that grade it; none: as many as --seeds, after the largest of them."""
+    picks: int = 5
+    """How many of the search's best are graded."""
+
+
+@dataclass
+class Pictures:
+    """How pictures are made."""
+
+    steps: int = 20
+    """Denoising steps."""
+    guidance: float = 4.0
+    """Classifier-free guidance scale."""
+    sampler: str = "dpmpp_2m"
+    """Any that `generate` has: dpmpp_2m, euler, heun, dpmpp_3m_sde ..."""
+    spacing: str = "trailing"
+    """trailing, leading, linspace, karras or exponential."""
+    negative: str = ""
+    """Negative prompt, the same for all."""
+    width: Annotated[int | None, tyro.conf.arg(metavar="PIXELS")] = None
+    """Picture width; none: the model's own."""
+    height: Annotated[int | None, tyro.conf.arg(metavar="PIXELS")] = None
+    """Picture height; none: the model's own."""
+
+
+@dataclass
+class Running:
+    """Where it is computed."""
+
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+    dtype: Annotated[str | None, tyro.conf.arg(metavar="TYPE")] = None
+    """fp32, fp16 or bf16; none: what suits the device."""
+    tokenizer: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """A CLIP tokenizer's folder, for single files of real Stable Diffusion."""
+
+
+@dataclass
+class Compare(Grouped):
     """Compare the merges of models A and B: all presets at all bases, with the same prompts and seeds.
 
     Every variant is merged into the loaded model, so no file is written. The folder gets report.html (one file, for any
@@ -55,56 +123,16 @@ class Compare:
     """A .toml, .yaml or .json file of variants with names and any settings of a merge; compared alone, or beside the
     grid that --presets, --bases and --methods make.
     """
-    also: Annotated[list[str], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="C")] = field(default_factory=list)
-    """One more model, for methods that take three or more. Repeatable."""
-    base_model: Annotated[str | None, tyro.conf.arg(metavar="MODEL")] = None
-    """The model that the others were tuned from, for methods that take differences."""
     prompts: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """A text file with one prompt a line (lines beginning with # are left out); none: eight of the pocket world."""
     seeds: Annotated[str, tyro.conf.arg(metavar="NUMBERS")] = "0,1,2,3"
     """Seeds separated by commas; every prompt is drawn with each."""
-    keep: Annotated[str, tyro.conf.arg(metavar="PARTS")] = "text,vae"
-    """Parts taken from A whatever the shares say: text, vae, text,vae or none."""
-    xl_presets: Literal["curve", "cut"] = "curve"
-    """How the presets, made for SD1.5's 25 blocks, become SDXL's 19: formulas on 19 points, or supermerger's cut."""
-    search: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """Beside the variants, let Optuna propose N merges (curves of shares, bases, one of --methods) and grade what it
-    found on held-out prompts and seeds. Without --prompts: drawn from the pocket world.
-    """
-    search_by: Literal["tpe", "nsga2", "random"] = "tpe"
-    """What proposes: TPE, NSGA-II, or chance alone, to compare with."""
-    search_seed: int = 0
-    """Of the proposals: the same seed proposes the same."""
-    goals: Annotated[str, tyro.conf.arg(metavar="NAMES")] = "fidelity,resemblance_a,resemblance_b"
-    """What the search makes large, separated by commas."""
-    held_out: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """Prompts that grade what the search found; none: every second one of --prompts."""
-    held_out_seeds: Annotated[str | None, tyro.conf.arg(metavar="NUMBERS")] = None
-    """Seeds that grade it; none: as many as --seeds, after the largest of them."""
-    picks: int = 5
-    """How many of the search's best are graded."""
-    steps: int = 20
-    """Denoising steps."""
-    guidance: float = 4.0
-    """Classifier-free guidance scale."""
-    sampler: str = "dpmpp_2m"
-    """Any that `generate` has: dpmpp_2m, euler, heun, dpmpp_3m_sde ..."""
-    spacing: str = "trailing"
-    """trailing, leading, linspace, karras or exponential."""
-    negative: str = ""
-    """Negative prompt, the same for all."""
-    width: Annotated[int | None, tyro.conf.arg(metavar="PIXELS")] = None
-    """Picture width; none: the model's own."""
-    height: Annotated[int | None, tyro.conf.arg(metavar="PIXELS")] = None
-    """Picture height; none: the model's own."""
-    device: str = "auto"
-    """auto, cpu, cuda or mps."""
-    dtype: Annotated[str | None, tyro.conf.arg(metavar="TYPE")] = None
-    """fp32, fp16 or bf16; none: what suits the device."""
-    tokenizer: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
-    """A CLIP tokenizer's folder, for single files of real Stable Diffusion."""
     json: bool = False
     """Print one JSON object as the last line."""
+    merging: Merging = field(default_factory=Merging)
+    searching: Searching = field(default_factory=Searching)
+    pictures: Pictures = field(default_factory=Pictures)
+    running: Running = field(default_factory=Running)
 
 
 def numbers(text: str, option: str, kind: type[int] | type[float]) -> list[int] | list[float]:
@@ -192,10 +220,8 @@ def _search(chosen: Compare, seeds: list[int]) -> tuple[tuple[str, ...], SearchS
     from dodgeburn.merge.search import SearchSettings
 
     if chosen.search is None:
-        plain = Compare("", "")
-        for name in ("search_by", "search_seed", "goals", "held_out", "held_out_seeds", "picks"):
-            if getattr(chosen, name) != getattr(plain, name):
-                raise UserError(f"--{name.replace('_', '-')} has no effect without --search N")
+        if useless := given(chosen.searching):
+            raise UserError(f"{as_option(useless[0])} has no effect without --search N")
         return read_prompts(chosen.prompts), None
     if chosen.search < 1 or chosen.picks < 1:
         raise UserError(f"--search {chosen.search} --picks {chosen.picks}: expected at least 1 of each")
