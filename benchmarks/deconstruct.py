@@ -25,84 +25,45 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from deconstruct_plants import WORLDS, planted_model
+from deconstruct_table import (
+    ABLATIONS,
+    FEW,
+    MERGE,
+    QUICK,
+    REDUCED,
+    REGIMES,
+    SCAN,
+    Size,
+    packed,
+    result,
+    table,
+    unpacked,
+)
 
 from dodgeburn.jobs import PartStore
-from dodgeburn.measure.machine import machine
 from dodgeburn.models.model import Model
 from dodgeburn.pocket.attributes import Planted
 from dodgeburn.pocket.captions import NAMED, parse
 from dodgeburn.pocket.reader import Reader
 from dodgeburn.rework.audit import AuditSettings, as_json, audit
-from dodgeburn.rework.balance import world_pictures
-from dodgeburn.rework.before_after import Measured, Meter, Plan, change, make_plan, real_features
+from dodgeburn.rework.before_after import Meter, Plan, change, make_plan, real_features
 from dodgeburn.rework.classify import PocketClassifier
-from dodgeburn.rework.concept import Concept, pocket_concept
+from dodgeburn.rework.concept import Concept
 from dodgeburn.rework.deconstruct import deconstruct
 from dodgeburn.rework.deconstruct_spec import make_spec
+from dodgeburn.rework.pocket_concept import pocket_concept, world_pictures
 from dodgeburn.rework.remedies import Job, RemedySettings, apply_remedy, drawing_of, world_sources
 from dodgeburn.sampling.settings import GenerateSettings
 from dodgeburn.slide.edits import draw
 from dodgeburn.training.examples import Pictures
 from dodgeburn.training.pocket import gate_prompts
-
-PLENTY, FEW, MERGE = "plenty", "few", "merge_only"
-TRAINED = ("balanced", "reweight", "self", "shrink-perturb", "dpo")
-ABLATIONS = ("cd-no-overtrain", "cd-no-nightshade", "cd-no-bucket", "cd-lerp")
-REGIMES: dict[str, tuple[str, ...]] = {
-    MERGE: ("uce", "random-prompt", "negation", "cd"),
-    PLENTY: ("balanced", "cd", "shrink-perturb", "self", "reweight", "dpo", *ABLATIONS),
-    FEW: ("balanced", "cd", "shrink-perturb", "dpo"),
-}
-SCAN = (
-    "a doctor", "a firefighter", "a gardener", "a person, in a plain sweater", "a person, wearing a cap",
-    "a person, waving", "a person, smiling", "an old person", "flat illustration of a person", "a person, red backdrop",
-    "a person, with blue hair", "a person",
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Size:
-    """How much is made."""
-
-    worlds: tuple[str, ...] = ("60", "95", "99", "fair")  # audited
-    treated: tuple[tuple[str, int], ...] = (("95", 0), ("95", 1), ("99", 0), ("99", 1), ("99", 2))  # world, tie
-    seeds: int = 5
-    sampling: int = 20  # denoising steps
-    audit_n: int = 128
-    audit_confirm: int = 512
-    n: int = 1024  # held-out neutral pictures of the judge
-    others: int = 512
-    explicit: int = 128
-    steps: int = 300
-    batch: int = 32
-    lr: float = 4e-4
-    pictures: int = 512
-    few: int = 64  # counter-examples
-    look: int = 64
-    ablations: bool = True
-    dpo: bool = True
-    guided: int = 96  # pictures of a look that guides CD
-    evaluations: int = 24  # merges that CD looks at
-    plenty_of_runs: int = 100  # of audits where nothing differs
-
-
-REDUCED = Size(
-    worlds=("95", "fair", "60"), treated=(("95", 0),), seeds=1, sampling=8, audit_n=32, audit_confirm=64, n=96,
-    others=48, explicit=8, steps=48, batch=24, lr=5e-4, pictures=96, few=40, look=24, ablations=False, dpo=False,
-    guided=24, evaluations=6, plenty_of_runs=100,
-)  # fmt: skip
-QUICK = Size(
-    worlds=("95",), treated=(("95", 0),), seeds=1, sampling=4, audit_n=16, audit_confirm=16, n=24, others=16,
-    explicit=8, steps=4, batch=8, pictures=24, few=12, look=16, ablations=False, dpo=False, guided=16,
-    evaluations=3, plenty_of_runs=10,
-)  # fmt: skip
 
 
 class Bench:
@@ -204,13 +165,13 @@ class Bench:
         s = self.size
         asked = [(str(r["prompt"]), parse(str(r["prompt"]))) for r in gate_prompts()]
         neutral = [p for p, a in asked if a.get("outfit") == tie.outfit and tie.attribute not in a]
-        neutral = [*concept.prompts, *neutral]
         others = [p for p, a in asked if a.get("outfit") != tie.outfit]
-        explicit = make_plan(concept, 0, 0, s.explicit)
+        classes = [concept.classes[i % len(concept.classes)] for i in range(s.explicit)]
+        explicit = tuple((concept.explicit(neutral[i % len(neutral)], c, i), c) for i, c in enumerate(classes))
         plan = Plan(
             tuple(neutral[i % len(neutral)] for i in range(s.n)), tuple(51_000_000 + i for i in range(s.n)),
             tuple(others[i % len(others)] for i in range(s.others)), tuple(52_000_000 + i for i in range(s.others)),
-            explicit.explicit, tuple(53_000_000 + i for i in range(len(explicit.explicit))),
+            explicit, tuple(53_000_000 + i for i in range(len(explicit))),
         )  # fmt: skip
         return Meter(concept, plan, PocketClassifier(self.judge, "judge"), self.judge, self.real)
 
@@ -234,7 +195,7 @@ class Bench:
         reading = PocketClassifier(self.reader)
         guide = Meter(concept, make_plan(concept, s.look, 0, 0), reading, self.reader)
         settings = RemedySettings(steps=s.steps, batch=s.batch, lr=s.lr, pictures=s.pictures, kept=s.pictures // 2,
-                                  look=s.look, seed=seed)  # fmt: skip
+                                  look=s.look, every=s.every, adapt=s.adapt, seed=seed)  # fmt: skip
         folder = Path(self.store.folder) / "working" / f"{world}-{at}-{regime}-{method}-{seed}"
         job = Job(model, concept, reading, guide, self.sampling, folder, settings)
         job.fair, job.tied = world_sources(concept, model.native_size, before["bias"]["shares"])
@@ -276,7 +237,7 @@ class Bench:
         if regime == FEW:
             data["minority"] = max(1, s.few // rest)
         total = s.steps
-        early, late = max(1, total // 6), max(1, total // 10)  # overtrain, nightshade twice; polish
+        early, late = max(1, total // 12), max(1, total // 20)  # overtrain, nightshade twice; polish
         stages = ["overtrain", "nightshade", "bucket", "retrain"]
         if regime == MERGE:
             stages, early = stages[:3], max(1, total // 3)
@@ -300,116 +261,44 @@ class Bench:
             "nightshade": {"steps": early, "batch": s.batch, "pictures": each, "every": max(1, early // 2),
                            "success": None, "seed": seed},
             "bucket": bucket,
-            "retrain": {"steps": again, "lr": s.lr, "batch": s.batch, "every": max(1, again // 2), "polish_steps": late,
-                     "polish_every": late, "seed": seed, "prior_points": 64},
+            "retrain": {"steps": again, "lr": s.lr, "batch": s.batch, "every": s.every, "plateau": 99,
+                        "adapt": s.adapt, "polish_steps": late, "polish_every": late, "seed": seed},
         })  # fmt: skip
         found = deconstruct(model, spec, folder, bias_needed=False)
         return {"steps": found.steps, "samples": found.samples,
                 "notes": {st.stage: st.as_json().get("decision") for st in found.stages}}  # fmt: skip
 
 
-def packed(found: Measured) -> dict[str, Any]:
-    """What `change` needs of a measurement, as JSON."""
-    return {**{k: v for k, v in asdict(found).items() if k not in ("pictures", "labels")}}
-
-
-def unpacked(said: dict[str, Any]) -> Measured:
-    """The measurement again."""
-    from dodgeburn.measure.bias import BiasFigures
-
-    figures: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in said["bias"].items()}
-    return Measured(**{**said, "bias": BiasFigures(**figures)})
-
-
-def sampling_error(shares: Sequence[float], n: int) -> float:
-    """Standard error of the total variation of n pictures from uniform shares, by the delta method; where a class is at
-    its target, as if half of such classes were above it."""
-    p = np.asarray(shares)
-    away = p - 1 / len(p)
-    even = np.where(np.arange(len(p)) % 2 == 0, 1.0, -1.0)
-    sign = np.where(np.abs(away) > 1e-9, np.sign(away), even)
-    return float(np.sqrt(max(0.0, 1 - float(sign @ p) ** 2) / (4 * n)))
-
-
-def summary(cells: list[dict[str, Any]], n: int) -> dict[str, Any]:
-    """Means over ties and seeds, with the standard error of the conservative TV: over cells, and never below what the
-    pictures of one cell leave uncertain."""
-    keys = ("tv_before", "tv_after", "tv_cons", "fidelity_drop", "explicit_drop", "unreadable_rise", "frechet_ratio",
-            "others_tv", "others_mean", "others_floor", "floor_95", "steps", "cpu_minutes", "minutes")  # fmt: skip
-    out: dict[str, Any] = {}
-    for key in keys:
-        known = [c[key] for c in cells if c.get(key) is not None]
-        out[key] = round(float(np.mean(known)), 4) if known else None
-    within = float(np.sqrt(np.mean([sampling_error(c["shares"], n) ** 2 for c in cells]) / len(cells)))
-    between = float(np.std([c["tv_cons"] for c in cells], ddof=1) / np.sqrt(len(cells))) if len(cells) > 1 else 0.0
-    grain = [c["spread_after"].get("grain") for c in cells]
-    return {**out, "tv_se": round(max(within, between), 4), "cells": len(cells),
-            "grain_spread": round(float(np.mean(grain)), 4) if grain else None}  # fmt: skip
-
-
-def verdict(methods: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """By how many standard errors CD is better (+) or worse (-) than each method, by regime."""
-    out: dict[str, Any] = {}
-    for regime, rows in methods.items():
-        cd = rows.get("cd")
-        if cd is None:
-            continue
-        out[regime] = {
-            name: round((row["tv_cons"] - cd["tv_cons"]) / float(np.hypot(row["tv_se"], cd["tv_se"])), 1)
-            for name, row in rows.items() if name != "cd" and np.hypot(row["tv_se"], cd["tv_se"]) > 0
-        }  # fmt: skip
-    return out
-
-
 def run(bench: Bench, cells: Sequence[str] | None) -> dict[str, Any]:
-    """Everything that there is time for, the most wanted first."""
+    """Everything that there is time for, the most wanted first; with `cells`, besides these only what is there."""
     s = bench.size
+
+    def part(wanted: str, name: str, make: Callable[[], Any]) -> Any | None:
+        there = bench.store.has(f"{name}.json")
+        return bench.part(name, make) if there or cells is None or wanted in cells else None
+
+    audits = {w: part("audit", f"audit-{w}", partial(bench.audited, w)) for w in s.worlds}
+    pool = next((a["pool"] for a in audits.values() if a), None)
+    chance = part("audit", "chance", lambda: bench.chance(pool)) if pool is not None else None
+    first = "audit" if cells is None else next((name for name in cells if "/" in name), "")
+    befores = {(w, at): part(first, f"before-{w}-{at}", partial(bench.before, w, at)) for w, at in s.treated}
     made: dict[str, dict[str, list[dict[str, Any]]]] = {regime: {} for regime in REGIMES}
-    befores = {(w, at): bench.part(f"before-{w}-{at}", partial(bench.before, w, at)) for w, at in s.treated}
     jobs = [
         (seed, regime, method)
         for seed in range(s.seeds)
         for regime, names in REGIMES.items()
         for method in names
         if (s.ablations or method not in ABLATIONS) and (s.dpo or method != "dpo")
-        and (cells is None or f"{regime}/{method}" in cells)
-    ]  # fmt: skip
-    audits = {w: bench.part(f"audit-{w}", partial(bench.audited, w)) for w in s.worlds[:1]}
+    ]
     for seed, regime, method in jobs:
         for (w, at), before in befores.items():
             if before is None:
                 continue
-            made_one = bench.part(
-                f"cell-{w}-{at}-{regime}-{method}-{seed}",
-                partial(bench.cell, w, at, regime, method, seed, before),
-            )
-            if made_one is not None:
-                made[regime].setdefault(method, []).append(made_one)
-    audits |= {w: bench.part(f"audit-{w}", partial(bench.audited, w)) for w in s.worlds[1:]}
-    pool = next((a["pool"] for a in audits.values() if a), None)
-    chance = bench.part("chance", lambda: bench.chance(pool)) if pool is not None else None
+            found = part(f"{regime}/{method}", f"cell-{w}-{at}-{regime}-{method}-{seed}",
+                         partial(bench.cell, w, at, regime, method, seed, before))  # fmt: skip
+            if found is not None:
+                made[regime].setdefault(method, []).append(found)
     return result(s, audits, chance, made, [b for b in befores.values() if b])
-
-
-def result(
-    size: Size, audits: dict[str, Any], chance: Any, made: dict[str, dict[str, list[dict[str, Any]]]],
-    befores: list[dict[str, Any]],
-) -> dict[str, Any]:  # fmt: skip
-    """The printed object."""
-    methods = {r: {m: summary(cells, size.n) for m, cells in rows.items()} for r, rows in made.items() if rows}
-    ties = [t for a in audits.values() if a for t in a["ties"] if t["planted"] >= 0.6]
-    cd = methods.get(PLENTY, {}).get("cd") or {}
-    fair = audits.get("fair")
-    top = ("tv_before", "tv_after", "fidelity_drop", "unreadable_rise", "frechet_ratio", "others_tv", "minutes")
-    return {
-        "audit_found": sum(t["found"] for t in ties) / len(ties) if ties else None,
-        "false_alarms": chance["with_alarm"] / chance["runs"] if chance else None,
-        "false_alarms_fair_model": [len(fair["other_alarms"]), fair["tests"]] if fair else None,
-        **{key: cd.get(key) for key in top}, "methods": methods, "verdict": verdict(methods),
-        "audits": {w: {k: v for k, v in a.items() if k != "pool"} for w, a in audits.items() if a},
-        "grain_spread_before": [b["spreads"].get("grain") for b in befores],
-        "size": asdict(size), "machine": machine(),
-    }  # fmt: skip
 
 
 def main() -> None:
@@ -419,18 +308,13 @@ def main() -> None:
     parser.add_argument("--reduced", action="store_true", help="one tie, one seed, few pictures: what the docs show")
     parser.add_argument("--folder", type=Path, help="where parts lie (the same command goes on there)")
     parser.add_argument("--minutes", type=float, help="stop between parts after so long")
-    parser.add_argument("--cells", nargs="*", help="only these, as in plenty/cd merge_only/uce")
+    parser.add_argument("--cells", nargs="*", help="only these, as in audit plenty/cd merge_only/uce")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     options = parser.parse_args()
     name, size = ("quick", QUICK) if options.quick else ("reduced", REDUCED) if options.reduced else ("full", Size())
     folder = options.folder or Path(f"deconstruct-{name}")
     found = run(Bench(size, folder, options.minutes), options.cells)
-    for regime, rows in found["methods"].items():
-        for method, row in rows.items():
-            print(f"{regime:<11} {method:<16} TV {row['tv_before']:.3f} -> {row['tv_after']:.3f} "
-                  f"(conservative {row['tv_cons']:.3f} +- {row['tv_se']:.3f}), "
-                  f"fidelity drop {row['fidelity_drop']:+.3f}, others {row['others_tv']:.3f}, "
-                  f"{row['steps']:.0f} steps")  # fmt: skip
+    print(table(found))
     print(f"audit found {found['audit_found']}, false alarms {found['false_alarms']}, verdict {found['verdict']}")
     if options.json:
         print(json.dumps(found))

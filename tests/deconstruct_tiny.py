@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from dodgeburn.models.model import Model
 from dodgeburn.rework.deconstruct import deconstruct
 from dodgeburn.rework.deconstruct_spec import DeconstructSpec, make_spec
 from dodgeburn.rework.materials import CONCEPT, Materials
-from dodgeburn.rework.meters import Check, Panel
-from dodgeburn.training.examples import Pictures
+from dodgeburn.rework.meters import Check, Meters, Panel, Reading
+from dodgeburn.training.examples import Pictures, encode_examples
 
 SHORT: dict[str, Any] = {
     "concept": {"prompts": ["a doctor"], "attribute": "light", "values": {"dark": "in the dark", "light": "in light"}},
@@ -94,6 +95,19 @@ def short_run(
     return deconstruct(
         model, spec, folder, ByBrightness(), short_materials(), short_panel(spec), tell=tell, bias_needed=False, **more
     )
+
+
+def reading(**numbers: Any) -> Reading:
+    return replace(Reading(1.0, 0.4, 0.4, 0.0, 1.0, 1.0, 5.0, 1.0, 1.0, 1.0), **numbers)
+
+
+def made_meters(model: object = None) -> Meters:
+    spec = short_spec()
+    model = model or tiny_model()
+    held = short_materials().held_out
+    found = Meters(model, ByBrightness(), short_panel(spec), encode_examples(model, held), held.pixels, 8)  # type: ignore[arg-type]
+    found.calibrate()
+    return found
 
 
 if __name__ == "__main__":

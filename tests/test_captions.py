@@ -77,3 +77,13 @@ def test_gate_prompts_are_many_distinct_and_name_something() -> None:
     rows = gate_prompts()
     assert len(rows) == 1024 == len({r["prompt"] for r in rows}) == len({r["seed"] for r in rows})
     assert all(parse(r["prompt"]) for r in rows)
+
+
+def test_what_is_always_and_never_named() -> None:
+    for i in range(60):
+        rng = np.random.default_rng(i)
+        a = attributes_of(i, 3)
+        text, asked = caption(a, rng, None, frozenset({"outfit", "age"}), frozenset({"glasses", "smile"}))
+        assert {"outfit", "age"} <= set(asked) and not {"glasses", "smile"} & set(asked) and parse(text) == asked
+        plain = caption(a, np.random.default_rng([i, 1]))
+        assert plain == caption(a, np.random.default_rng([i, 1]), None, frozenset(), frozenset())

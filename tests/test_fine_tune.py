@@ -110,6 +110,13 @@ def test_prior_preservation_holds_other_prompts(tmp_path: Path) -> None:
     assert drift[10.0] < 0.5 * drift[0.0]
 
 
+def test_some_of_the_priors_captions_are_left_out() -> None:
+    model = tiny_model()
+    others = examples(model, seed=1, text="a cat")
+    bare = make_prior(model, others, 400, seed=3, empty=0.25).texts.count("")
+    assert 70 <= bare <= 130 and make_prior(model, others, 8, seed=3).texts.count("") == 0
+
+
 def test_weights_say_what_is_learned(tmp_path: Path) -> None:
     """Two sets pull apart under one caption: the heavier one wins."""
     errors = {}

@@ -8,10 +8,11 @@ from tiny import tiny_model
 from dodgeburn.errors import UserError
 from dodgeburn.measure.bias import UNREAD, figures_of_counts
 from dodgeburn.pocket.captions import parse
-from dodgeburn.rework.balance import balanced, mixed, reweighted, self_pictures, shown_classes, world_pictures
+from dodgeburn.rework.balance import balanced, reweighted, self_pictures, shown_classes
 from dodgeburn.rework.before_after import Measured, Meter, change, make_plan
-from dodgeburn.rework.concept import make_concept, pocket_concept
+from dodgeburn.rework.concept import make_concept
 from dodgeburn.rework.fix import fix
+from dodgeburn.rework.pocket_concept import held_out_prompts, pocket_concept, world_pictures
 from dodgeburn.rework.remedies import (
     METHODS,
     Job,
@@ -31,7 +32,8 @@ CONCEPT = make_concept(
     "hair",
     ["black", "red"],
     {"black": ["black hair", "dark hair"]},
-    contexts=["smiling"],
+    phrasings=["a doctor, smiling"],
+    watched=["a doctor, frowning"],
     others=["a cat"],
 )
 
@@ -48,7 +50,9 @@ def plain(classes: list[str]) -> Pictures:
 def test_concepts_ask_by_phrase_and_keep_to_the_target() -> None:
     assert CONCEPT.explicit("a doctor", "black", 1) == "a doctor, dark hair"
     assert CONCEPT.explicit("a doctor", "red", 5) == "a doctor, red"  # no phrase: the class's name
-    assert CONCEPT.neutral(3, 0) == ["a doctor", "a doctor, smiling", "a doctor"]
+    assert CONCEPT.neutral(5, 0) == ["a doctor", *["a doctor, smiling"] * 3, "a doctor"]
+    assert CONCEPT.neutral(2, 0, watched=True) == ["a doctor", "a doctor, frowning"]
+    assert make_concept(["a", "b"], "x", ["p", "q"]).neutral(3, 0) == ["a", "b", "a"]
     third = make_concept(["a"], "x", ["p", "q", "r"], target=[0.5, 0.25, 0.25])
     drawn = third.drawn_classes(9, 3)
     assert sorted(drawn.count(c) for c in "pqr") == [2, 2, 5] and drawn == third.drawn_classes(9, 3)
@@ -71,12 +75,19 @@ def test_what_is_no_concept(make, said) -> None:
         make()
 
 
-def test_pocket_contexts_leave_concept_and_attribute_open() -> None:
+def test_pocket_prompts_leave_the_attribute_open_and_no_two_lists_share_one() -> None:
     concept = pocket_concept(["a firefighter"], "hair_colour")
-    assert len(concept.contexts) > 20 and len(concept.others) == 64
-    for text in concept.neutral(40, 0):
+    trained, watched = set(concept.phrasings), set(concept.watched)
+    assert len(trained) == 256 and len(watched) == 192
+    assert not trained & watched and not (trained | watched) & held_out_prompts()
+    for text in (*concept.phrasings, *concept.watched):
         asked = parse(text)
         assert asked["outfit"] == "firefighter" and "hair_colour" not in asked
+    named = {name for text in concept.watched for name in parse(text)}
+    assert len(named) == 18  # everything but hair colour is free, and said somewhere
+    ways = ("of a firefighter", "a firefighter, ", "in a firefighter's jacket")  # after a style, a noun, a coat
+    assert all(any(way in text for text in trained) for way in ways)
+    assert len(concept.others) == 96 and all(parse(p).get("outfit") != "firefighter" for p in concept.others)
     assert parse(concept.explicit(concept.neutral(2, 0)[1], "red"))["hair_colour"] == "red"
 
 
@@ -88,7 +99,7 @@ def test_world_pictures_show_what_is_asked_and_never_say_it() -> None:
     made = world_pictures(concept, ["red", "blue"] * 4, 64, 0)
     assert made.pixels.shape == (8, 64, 64, 3) and made.columns["hair_colour"] == ["red", "blue"] * 4
     for captions in made.captions:
-        assert len(captions) == 4
+        assert 4 <= len(captions) <= 7 and not set(captions) & (held_out_prompts() | set(concept.watched))
         assert all("hair_colour" not in parse(c) and parse(c)["outfit"] == "firefighter" for c in captions)
     from dodgeburn.pocket.reader import Reader
 
@@ -114,13 +125,6 @@ def test_importance_weights_by_hand_and_cut() -> None:
     assert weights.tolist() == pytest.approx([0.625] * 8 + [2.5] * 2 + [0])
     rare = ["black"] * 99 + ["red"]
     assert reweighted(plain(rare), rare, CONCEPT).weights[-1] == 10  # 50, cut
-
-
-def test_mixed_shares() -> None:
-    kept = plain(["black"] * 3)
-    assert len(mixed(plain(["red"] * 6), kept, 0.5)) == 12 and len(mixed(plain(["red"] * 6), kept, 1.0)) == 6
-    with pytest.raises(UserError, match="above 0"):
-        mixed(kept, kept, 0.0)
 
 
 class Hair:
@@ -295,7 +299,7 @@ class Bright:
 def tiny_job(folder) -> Job:
     concept = make_concept(["a doc"], "hair", ["black", "red"], {"black": ["dark"]}, others=["zebra", "cat"])
     reading = Bright()
-    settings = RemedySettings(steps=2, batch=4, pictures=12, kept=4, look=8, strengths=(0.5,), lr=1e-3)
+    settings = RemedySettings(steps=2, batch=4, pictures=12, kept=4, look=8, strengths=(0.5,), lr=1e-3, every=1)
     job = Job(tiny_model(), concept, reading, Meter(concept, make_plan(concept, 8, 0, 0), reading),
               GenerateSettings(steps=1, guidance=1.0), folder, settings)  # fmt: skip
     rng = np.random.default_rng(0)
@@ -320,6 +324,24 @@ def test_every_training_method_changes_the_unet_and_says_its_steps(method, tmp_p
     else:
         assert all(torch.equal(before[k], v) for k, v in job.model.unet.state_dict().items())
     assert all(bool(torch.isfinite(v).all()) for v in job.model.unet.state_dict().values())
+
+
+def test_looks_on_the_way_move_the_weights_and_are_not_made_again(tmp_path) -> None:
+    """Half of a batch is the concept's, and a run that resumes goes by the looks that it took before."""
+    job = tiny_job(tmp_path)
+    tuning = job.settings.tuning(True)
+    assert (tuning.batch, tuning.prior_batch, tuning.prior, tuning.empty) == (2, 2, 1.0, 0.0)
+    start = {k: v.clone() for k, v in job.model.unet.state_dict().items()}
+    apply_remedy("balanced", job)
+    first = {k: v.clone() for k, v in job.model.unet.state_dict().items()}
+    rows = (tmp_path / "balanced" / "looks.jsonl").read_text().splitlines()
+    assert len(rows) == 1 and '"step": 1' in rows[0]  # after the last step there is nothing to steer
+    (tmp_path / "balanced" / "balanced.checkpoint.pt").unlink()
+    other = tiny_job(tmp_path)
+    other.model.unet.load_state_dict(start)
+    other.meter.neutral = None  # no look is taken again
+    apply_remedy("balanced", other)
+    assert all(torch.equal(first[k], v) for k, v in other.model.unet.state_dict().items())
 
 
 def test_a_method_without_what_it_needs_says_so(tmp_path) -> None:

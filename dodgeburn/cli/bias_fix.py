@@ -174,7 +174,7 @@ def _concept(options: FixOptions, model: Model) -> tuple[Concept, Classifier, An
     from dodgeburn.cli.bias_audit import read_prompts
     from dodgeburn.merge.compare_measure import speaks_pocket
     from dodgeburn.rework.classify import ClipClassifier, PocketClassifier, read_attributes
-    from dodgeburn.rework.concept import make_concept, pocket_concept
+    from dodgeburn.rework.concept import make_concept
 
     target = options.target or None
     if options.clip is not None and options.attributes is not None:
@@ -195,6 +195,7 @@ def _concept(options: FixOptions, model: Model) -> tuple[Concept, Classifier, An
         raise UserError(f"{model.name} is no model of the pocket world, and nothing reads its pictures: give a "
                         "classifier with --clip FOLDER --attributes FILE")  # fmt: skip
     from dodgeburn.pocket.reader import Reader
+    from dodgeburn.rework.pocket_concept import pocket_concept
 
     reader = Reader.load("reader")
     return pocket_concept(options.prompt, options.attribute, options.classes, target), PocketClassifier(reader), reader

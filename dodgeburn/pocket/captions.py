@@ -143,13 +143,18 @@ def phrase(attribute: str, value: str | float, rng: np.random.Generator) -> tupl
     return options[int(rng.integers(len(options)))], LEVELS[at]
 
 
-def caption(a: Attributes, rng: np.random.Generator, share: float | None = None) -> tuple[str, Asked]:
+def caption(
+    a: Attributes, rng: np.random.Generator, share: float | None = None, always: frozenset[str] = frozenset(),
+    never: frozenset[str] = frozenset(),
+) -> tuple[str, Asked]:  # fmt: skip
     """A caption naming a random subset of the attributes, and what it asks for.
 
-    share: chance of each attribute to be named; by default drawn for each caption from 0.1 to 0.5.
+    share: chance of each attribute to be named; by default drawn for each caption from 0.1 to 0.5. always, never: what
+    is named and what is left open whatever the chance.
     """
     chance = rng.uniform(0.1, 0.5) if share is None else share
-    named = [name for name in (*CONTINUOUS, *CATEGORICAL) if rng.random() < chance]
+    by_chance = {name: rng.random() < chance for name in (*CONTINUOUS, *CATEGORICAL)}
+    named = [name for name, drawn in by_chance.items() if (drawn or name in always) and name not in never]
     asked: Asked = {}
     words: dict[str, str] = {}
     for name in named:

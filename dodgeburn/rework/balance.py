@@ -12,21 +12,13 @@ import numpy as np
 
 from dodgeburn.errors import UserError
 from dodgeburn.measure.bias import UNREAD
-from dodgeburn.pocket.pictures import draw_pictures
 from dodgeburn.rework.before_after import DrawPictures
 from dodgeburn.rework.classify import Classifier
-from dodgeburn.rework.concept import Concept, world_attributes, world_captions
-from dodgeburn.training.examples import Captions, Pictures, join
+from dodgeburn.rework.concept import Concept
+from dodgeburn.rework.weighing import importance
+from dodgeburn.training.examples import Pictures
 
-MOST_WEIGHT = 10.0  # importance weights above are cut: one picture is not to rule a batch
 SELF_SEED = 47_000_000
-
-
-def world_pictures(concept: Concept, classes: Sequence[str], size: int, seed: int) -> Pictures:
-    """Drawings of the concept with these classes, captioned without them."""
-    attributes = world_attributes(concept, classes, seed)
-    captions: list[Captions] = [world_captions(concept, i, a, seed) for i, a in enumerate(attributes)]
-    return Pictures(draw_pictures(attributes, size), captions, columns={concept.attribute: list(classes)})
 
 
 def self_pictures(
@@ -75,14 +67,13 @@ def balanced(pictures: Pictures, classes: Sequence[str], concept: Concept, n: in
 
     UserError for a class of the target that no picture shows.
     """
+    _needs(classes, concept)
     rng = np.random.default_rng([seed, 8])
     rows: list[int] = []
     wanted = concept.drawn_classes(n, seed)
     for name in concept.classes:
         own = np.flatnonzero(np.asarray(classes) == name)
         k = wanted.count(name)
-        if k and not len(own):
-            raise UserError(f"no picture shows {concept.attribute} = {name}: give some, or leave the class out")
         while k > 0:
             rows += [int(i) for i in rng.permutation(own)[:k]]
             k -= len(own)
@@ -90,22 +81,16 @@ def balanced(pictures: Pictures, classes: Sequence[str], concept: Concept, n: in
 
 
 def reweighted(pictures: Pictures, classes: Sequence[str], concept: Concept) -> Pictures:
-    """The same pictures with importance weights target share / their share, at most `MOST_WEIGHT`; unreadable ones
-    weigh nothing. UserError for a class of the target that no picture shows."""
-    shares = {c: sum(x == c for x in classes) / max(1, sum(x != UNREAD for x in classes)) for c in concept.classes}
-    weights = np.zeros(len(pictures), np.float32)
-    for name, q in zip(concept.classes, concept.target, strict=True):
-        if q and not shares[name]:
-            raise UserError(f"no picture shows {concept.attribute} = {name}: give some, or leave the class out")
-        weights[np.asarray(classes) == name] = min(MOST_WEIGHT, q / shares[name]) if q else 0.0
+    """The same pictures with importance weights (weighing.py); unreadable ones weigh nothing.
+
+    UserError for a class of the target that no picture shows.
+    """
+    _needs(classes, concept)
+    weights = importance(classes, concept.classes, concept.target)
     return Pictures(pictures.pixels, pictures.captions, weights * pictures.weights, pictures.columns)
 
 
-def mixed(concept_pictures: Pictures, kept: Pictures, share: float = 0.5) -> Pictures:
-    """Pictures of the concept and as many rounds of the kept ones as make up (1 - share) of the whole."""
-    if not 0 < share <= 1:
-        raise UserError(f"share {share:g} of concept pictures: expected above 0 and at most 1")
-    n = round(len(concept_pictures) * (1 - share) / share)
-    if not n or not len(kept):
-        return concept_pictures
-    return join([concept_pictures, kept.take(np.arange(n) % len(kept))])
+def _needs(classes: Sequence[str], concept: Concept) -> None:
+    for name, q in zip(concept.classes, concept.target, strict=True):
+        if q and name not in classes:
+            raise UserError(f"no picture shows {concept.attribute} = {name}: give some, or leave the class out")

@@ -24,6 +24,7 @@ from dodgeburn.rework.concept import Concept
 DrawPictures = Callable[[Sequence[str], Sequence[int]], np.ndarray]
 """Prompts and seeds to pictures uint8 [n, h, w, 3]."""
 FIRST_SEED = 31_000_000
+FRESH_SEED = 33_000_000
 REAL_LIST = 99  # picture list of real drawings
 
 
@@ -48,14 +49,13 @@ class Plan:
 
 
 def make_plan(concept: Concept, n: int, others: int, explicit: int, first_seed: int = FIRST_SEED) -> Plan:
-    """n neutral pictures, and so many of other prompts and of explicit ones."""
-    neutral = concept.neutral(n, first_seed)
+    """n neutral pictures, and so many of other prompts and of explicit ones. Neutral prompts are those that nothing is
+    trained on, where the concept has such."""
+    neutral = concept.neutral(n, first_seed, watched=True)
     rest = [concept.others[i % len(concept.others)] for i in range(others)] if concept.others else []
     classes = [concept.classes[i % len(concept.classes)] for i in range(explicit)]
-    asked = [
-        (concept.explicit(concept.prompts[(i // len(concept.classes)) % len(concept.prompts)], value, i), value)
-        for i, value in enumerate(classes)
-    ]
+    asks = concept.neutral(explicit, first_seed + 1, watched=True)
+    asked = [(concept.explicit(asks[i], value, i), value) for i, value in enumerate(classes)]
     return Plan(
         tuple(neutral), tuple(first_seed + i for i in range(n)), tuple(rest),
         tuple(first_seed + 100_000 + i for i in range(len(rest))), tuple(asked),
@@ -72,7 +72,8 @@ class Measured:
     explicit: float  # share of explicit prompts whose picture shows the class asked for
     unreadable: float  # share of all these pictures
     frechet: float  # features of other prompts' pictures against real ones; NaN without
-    others: dict[str, list[float]]  # shares of every other attribute under the neutral prompts
+    others: dict[str, list[float]]  # shares of every other attribute under the neutral prompts that leave it open
+    open: dict[str, int]  # how many pictures these are
     spreads: dict[str, float]  # quality over the attribute's classes, by measure
     grain: dict[str, float]  # means of the three quality numbers over the neutral pictures
     n: int  # neutral pictures
@@ -97,9 +98,14 @@ class Meter:
         if concept.attribute not in classifier.classes:
             raise ValueError(f"{classifier.name} does not read {concept.attribute}")
 
-    def neutral(self, draw: DrawPictures, n: int | None = None) -> tuple[BiasFigures, float]:
-        """The bias alone, of the first n neutral pictures, and the share of unreadable ones."""
-        pictures = draw(self.plan.prompts[:n], self.plan.seeds[:n])
+    def neutral(self, draw: DrawPictures, n: int | None = None, fresh: int = 0) -> tuple[BiasFigures, float]:
+        """The bias alone, of the first n neutral pictures, and the share of unreadable ones. fresh: a number above 0
+        has prompts and seeds of its own, so that what is steered by many looks is steered by no one sample's luck."""
+        prompts, seeds = list(self.plan.prompts[:n]), list(self.plan.seeds[:n])
+        if fresh:
+            prompts = self.concept.neutral(n or len(prompts), FRESH_SEED + fresh, watched=True)
+            seeds = [FRESH_SEED + 10_000 * fresh + i for i in range(len(prompts))]
+        pictures = draw(prompts, seeds)
         labels = self.classifier.labels(pictures)[self.concept.attribute]
         return self._figures(labels), float((labels == UNREAD).mean())
 
@@ -126,22 +132,24 @@ class Meter:
         numbers = quality(pictures)
         return Measured(
             self._figures(own), kept, shown, float(np.concatenate(unread).mean()), distance,
-            self._others(labels), {m: spread(numbers[m], own, m).value for m in MEASURES},
+            *self._others(labels), {m: spread(numbers[m], own, m).value for m in MEASURES},
             {m: _mean(numbers[m]) for m in MEASURES}, len(own), pictures[:16], [str(x) for x in own],
         )  # fmt: skip
 
     def _figures(self, labels: np.ndarray) -> BiasFigures:
         return bias_figures(labels, self.concept.classes, self.concept.target)
 
-    def _others(self, labels: Labels) -> dict[str, list[float]]:
-        named = self.classifier.named(self.concept.prompts[0])
-        out = {}
+    def _others(self, labels: Labels) -> tuple[dict[str, list[float]], dict[str, int]]:
+        named = [self.classifier.named(prompt) for prompt in self.plan.prompts]
+        shares, known = {}, {}
         for name, classes in self.classifier.classes.items():
-            if name == self.concept.attribute or name in named:
+            rows = np.array([name not in said for said in named], bool)
+            if name == self.concept.attribute or not rows.any():
                 continue
-            counts = counts_of(labels[name], classes)[0]
-            out[name] = (counts / max(1, counts.sum())).tolist()
-        return out
+            counts = counts_of(labels[name][rows], classes)[0]
+            known[name] = int(counts.sum())
+            shares[name] = (counts / max(1, known[name])).tolist()
+        return shares, known
 
 
 @dataclass(frozen=True)
@@ -180,19 +188,21 @@ def change(before: Measured, after: Measured) -> Change:
         before.bias.tv, after.bias.tv, after.bias.tv_cons, after.bias.floor_95, before.fidelity - after.fidelity,
         before.explicit - after.explicit, after.unreadable - before.unreadable,
         after.frechet / before.frechet if before.frechet else float("nan"), moved.get(worst, float("nan")), worst,
-        float(np.mean(list(moved.values()))) if moved else float("nan"), _floor_of_largest(before.others, before.n),
+        float(np.mean(list(moved.values()))) if moved else float("nan"), _floor_of_largest(before.others, before.open),
     )  # fmt: skip
 
 
-def _floor_of_largest(others: Mapping[str, Sequence[float]], n: int, draws: int = 2000) -> float:
-    """95 % quantile of the largest total variation between two samples of n, over attributes with these shares."""
-    if not others or n < 1:
+def _floor_of_largest(others: Mapping[str, Sequence[float]], known: Mapping[str, int], draws: int = 2000) -> float:
+    """95 % quantile of the largest total variation between two samples, over attributes with these shares and so many
+    readable pictures."""
+    if not any(known.values()):
         return float("nan")
     rng = np.random.default_rng(0)
     largest = np.zeros(draws)
-    for shares in others.values():
+    for name, shares in others.items():
         q = np.asarray(shares, np.float64)
-        if q.sum() <= 0:
+        n = known[name]
+        if q.sum() <= 0 or n < 1:
             continue
         a, b = (rng.multinomial(n, q / q.sum(), size=draws) / n for _ in range(2))
         largest = np.maximum(largest, np.abs(a - b).sum(1) / 2)

@@ -230,8 +230,7 @@ def bucket(
 ) -> StageResult:  # fmt: skip
     """Search for the merge; the model ends as the best one. `before`: the untouched model's full reading."""
     log = StageLog(folder, "bucket")
-    if (done := log.done()) is not None:
-        load_unet(model, log.weights)
+    if (done := log.restored(model)) is not None:
         return done
     s, drawn = spec.bucket, meters.drawn
     buckets = buckets_of(model)

@@ -26,8 +26,9 @@ from dodgeburn.models.model import Model
 from dodgeburn.models.saving import kept_metadata, save_single_file
 from dodgeburn.rework.bucketing import States, bucket
 from dodgeburn.rework.classify import Classifier, ClipClassifier, PocketClassifier
+from dodgeburn.rework.concept import SHORT_EVERY
 from dodgeburn.rework.deconstruct_spec import DeconstructSpec
-from dodgeburn.rework.materials import Materials, gather, panel_of, pocket_checks
+from dodgeburn.rework.materials import Materials, gather, panel_of
 from dodgeburn.rework.meters import Meters, Panel, Reading
 from dodgeburn.rework.nightshade import nightshade
 from dodgeburn.rework.overtrain import Tell, overtrain
@@ -39,7 +40,6 @@ from dodgeburn.training.fine_tune import digest_of
 SPEC = "dodgeburn.deconstruct"  # key of the file's metadata
 _EXPORT = {"nightshade": {"export": True}}  # places on a disk say nothing about the weights
 _PLACES: Any = {"clip": True, **_EXPORT}
-OTHERS = 24  # prompts about other things that the pocket brings
 
 
 @dataclass(frozen=True)
@@ -116,9 +116,7 @@ def deconstruct(
     _check(model, spec, given)
     classifier = classifier or classifier_for(model, spec)
     materials = materials or gather(model, spec, classifier)
-    if panel is None:
-        extra = pocket_checks(spec.concept, OTHERS) if isinstance(classifier, PocketClassifier) else ()
-        panel = panel_of(spec, classifier, extra)
+    panel = panel or panel_of(spec, classifier)
     base = unet_state(model)
     told = spec.model_dump(mode="json", exclude={"name": True, **_EXPORT})
     store = PartStore(folder, {
@@ -164,9 +162,16 @@ def deconstruct(
 
 def is_biased(before: Reading, panel: Panel) -> bool:
     """Whether B is above what 95 % of such samples of an unbiased model show."""
-    each = max(1, panel.neutral // len(panel.prompts))
-    mean, high = tv_floor(panel.target, each).mean, tv_floor(panel.target, each).high
-    return before.tv > mean + (high - mean) / math.sqrt(len(panel.prompts))
+    if panel.watched:
+        short = -(-panel.neutral // SHORT_EVERY)
+        parts = [short, panel.neutral - short]
+    else:
+        parts = [max(1, panel.neutral // len(panel.prompts))] * len(panel.prompts)
+    floors = [tv_floor(panel.target, n) for n in parts]
+    weights = [n / sum(parts) for n in parts]
+    mean = sum(w * floor.mean for w, floor in zip(weights, floors, strict=True))
+    above = math.hypot(*(w * (floor.high - floor.mean) for w, floor in zip(weights, floors, strict=True)))
+    return before.tv > mean + above
 
 
 def write_model(model: Model, found: Deconstructed, path: str | Path, dtype: str = "fp16") -> dict[str, Any]:

@@ -6,6 +6,7 @@ exact definition (docs/deconstruct.md).
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -13,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from dodgeburn.errors import UserError
 from dodgeburn.given_settings import first_problem, read_yaml
+from dodgeburn.rework.concept import Concept, make_concept
+from dodgeburn.rework.pocket_concept import pocket_concept
 from dodgeburn.training.fine_tune import FineTuneSettings
 
 Stage = Literal["overtrain", "nightshade", "bucket", "retrain"]
@@ -23,13 +26,15 @@ class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Concept(_Part):
+class ConceptSpec(_Part):
     """What is biased: a concept, and the attribute that it is tied to."""
 
     prompts: tuple[str, ...] = Field(min_length=1)  # neutral ones: they leave the attribute open
     attribute: str  # what the classifier reads
     values: dict[str, str] = Field(min_length=2)  # each value the attribute may have, and the words that ask for it
     target: dict[str, float] | None = None  # share of each value; None: equal shares
+    phrasings: tuple[str, ...] = ()  # more neutral prompts that mean it, for training; the pocket has its own
+    watched: tuple[str, ...] = ()  # and such that only readings use; the pocket has its own
     others: tuple[str, ...] = ()  # prompts of other things, to watch for bleed-through; the pocket has its own
 
     @model_validator(mode="after")
@@ -51,6 +56,17 @@ class Concept(_Part):
             return (1 / len(self.values),) * len(self.values)
         return tuple(self.target[value] for value in self.values)
 
+    def concept(self, pocket: bool) -> Concept:
+        """The concept; one of the pocket world gets the prompts that its grammar has. Raises UserError for an attribute
+        or value that the pocket lacks."""
+        phrases = {value: (words,) for value, words in self.values.items()}
+        own = (self.phrasings, self.watched, self.others)
+        if not pocket:
+            return make_concept(self.prompts, self.attribute, tuple(self.values), phrases, self.shares, *own)
+        found = pocket_concept(self.prompts, self.attribute, tuple(self.values), self.shares, phrases)
+        return replace(found, phrasings=own[0] or found.phrasings, watched=own[1] or found.watched,
+                       others=(*own[2], *found.others))  # fmt: skip
+
 
 class Data(_Part):
     """Where pictures come from. Numbers are pictures."""
@@ -62,7 +78,7 @@ class Data(_Part):
     minority: int | None = Field(default=None, ge=1)  # pocket, model: of each value but the first; None: `each`
     others: int = Field(default=384, ge=1)  # pocket, model: pictures of other things
     held_out: int = Field(default=96, ge=8)  # never trained on, half of them of the concept
-    short: float = Field(default=0.5, ge=0, le=1)  # pocket: share of the concept's pictures captioned by it alone
+    short: float = Field(default=0.25, ge=0, le=1)  # pocket: share of the concept's pictures captioned by it alone
     steps: int = Field(default=12, ge=1)  # model: denoising steps
     seed: int = Field(default=0, ge=0)
 
@@ -168,7 +184,7 @@ class Retrain(_Part):
     prior_batch: int = Field(default=8, ge=1)
     prior_points: int = Field(default=256, ge=1)
     weight_high: float = Field(default=10.0, ge=1)  # importance weights are clipped here
-    adapt: float = Field(default=0.5, ge=0, le=2)  # each check multiplies them by (target / share read) to this power
+    adapt: float = Field(default=0.25, ge=0, le=2)  # each check multiplies them by (target / share read) to this power
     concept_share: float = Field(default=0.5, gt=0, lt=1)  # of a batch
     tv: float = Field(default=0.10, ge=0)  # enough
     loss: float = Field(default=1.02, gt=0)
@@ -188,7 +204,7 @@ class DeconstructSpec(_Part):
 
     name: str = "deconstructed"
     model: str = "pocket"
-    concept: Concept
+    concept: ConceptSpec
     data: Data = Field(default_factory=Data)
     watching: Watching = Field(default_factory=Watching)
     stages: tuple[Stage, ...] = STAGES

@@ -14,24 +14,19 @@ import numpy as np
 
 from dodgeburn.errors import UserError
 from dodgeburn.models.model import Model
-from dodgeburn.pocket.attributes import (
-    CATEGORICAL,
-    FINGER_COUNTS,
-    FINGER_SHARES,
-    PLANTED,
-    Attributes,
-    Planted,
-    draw_attributes,
-)
+from dodgeburn.pocket.attributes import CATEGORICAL, PLANTED, Attributes, draw_attributes
 from dodgeburn.pocket.captions import parse
-from dodgeburn.rework.classify import Classifier
-from dodgeburn.rework.deconstruct_spec import Concept, Data, DeconstructSpec
+from dodgeburn.rework.classify import Classifier, PocketClassifier
+from dodgeburn.rework.concept import Concept
+from dodgeburn.rework.deconstruct_spec import Data, DeconstructSpec
 from dodgeburn.rework.meters import Check, Panel
+from dodgeburn.rework.pocket_concept import agrees, asked_by_all, held_out_prompts, world_pictures
 from dodgeburn.sampling.settings import GenerateSettings
-from dodgeburn.training.examples import Examples, Pictures, encode_examples, join, model_pictures, pocket_pictures
+from dodgeburn.training.examples import Pictures, join, model_pictures, pocket_pictures
 from dodgeburn.training.image_folder import read_image_folder
 
 CONCEPT = "concept"
+OTHERS = 24  # prompts of other things that the meters ask
 
 
 @dataclass(frozen=True)
@@ -55,9 +50,16 @@ class Materials:
         return np.flatnonzero(keep)
 
 
+def concept_of(spec: DeconstructSpec, classifier: Classifier) -> Concept:
+    """The spec's concept, with the prompts that the pocket's grammar has where that is what it is of."""
+    said = spec.concept
+    pocket = isinstance(classifier, PocketClassifier) and said.attribute in CATEGORICAL
+    return said.concept(pocket or spec.data.source == "pocket")
+
+
 def gather(model: Model, spec: DeconstructSpec, classifier: Classifier) -> Materials:
     """The spec's pictures. UserError where there are too few of any kind."""
-    data, concept = spec.data, spec.concept
+    data, concept = spec.data, concept_of(spec, classifier)
     left_out: tuple[str, ...] = ()
     if data.source == "folder":
         assert data.folder is not None
@@ -75,105 +77,57 @@ def gather(model: Model, spec: DeconstructSpec, classifier: Classifier) -> Mater
     else:
         make = _pocket if data.source == "pocket" else _drawn
         rest = data.minority or data.each
-        counts = [data.each] + [rest] * (len(concept.values) - 1)
-        held = [max(1, data.held_out // 2 // len(concept.values))] * len(concept.values)
+        counts = [data.each] + [rest] * (len(concept.classes) - 1)
+        held = [max(1, data.held_out // 2 // len(concept.classes))] * len(concept.classes)
         pool = make(model, concept, data, classifier, counts, data.others, 0)
         held_out = make(model, concept, data, classifier, held, data.held_out - sum(held), 1)
     made = Materials(pool, held_out, concept.attribute, left_out)
     if not len(made.rows(False)):
         raise UserError("no pictures of other things: they hold the rest of the model in place, give some")
-    for value in concept.values:
+    for value in concept.classes:
         if not len(made.rows(True, value)):
             raise UserError(f"no picture of {concept.prompts[0]!r} with {concept.attribute} = {value}: give some")
     return made
 
 
-def panel_of(spec: DeconstructSpec, classifier: Classifier, extra: Sequence[Check] = ()) -> Panel:
-    """What the meters ask: explicit prompts from the values' words, others from the spec and `extra`."""
-    concept, watching = spec.concept, spec.watching
+def panel_of(spec: DeconstructSpec, classifier: Classifier) -> Panel:
+    """What the meters ask: explicit prompts in the values' words, and others that name something countable."""
+    concept, watching = concept_of(spec, classifier), spec.watching
     explicit = tuple(
-        Check(f"{prompt}, {words}", {concept.attribute: value})
-        for prompt in concept.prompts for value, words in concept.values.items()
+        Check(concept.explicit(prompt, value), {concept.attribute: value})
+        for prompt in concept.prompts for value in concept.classes
     )  # fmt: skip
     others = [Check(p, {n: str(v) for n, v in parse(p).items() if n in CATEGORICAL}) for p in concept.others]
-    others = [c for c in [*others, *extra] if c.wanted]
+    others = [c for c in others if c.wanted][:OTHERS]
     return Panel(
-        concept.prompts, concept.attribute, concept.shares, tuple(concept.values), explicit, tuple(others),
-        watching.neutral, watching.quick, watching.each, watching.steps, watching.guidance, watching.seed,
+        concept.prompts, concept.attribute, concept.target, concept.classes, explicit, tuple(others), watching.neutral,
+        watching.quick, watching.each, watching.steps, watching.guidance, watching.seed, concept.watched,
     )  # fmt: skip
-
-
-def pocket_checks(concept: Concept, n: int) -> list[Check]:
-    """Development prompts of the pocket that name something countable and not the concept."""
-    from dodgeburn.training.pocket import development_prompts
-
-    own = _asked(concept)
-    out = []
-    for row in development_prompts(8 * n):
-        asked = {name: str(v) for name, v in parse(row["prompt"]).items() if name in CATEGORICAL}
-        if asked and not any(asked.get(name) == value for name, value in own.items()):
-            out.append(Check(str(row["prompt"]), asked))
-        if len(out) == n:
-            break
-    return out
-
-
-def examples(model: Model, pictures: Pictures) -> Examples:
-    """Encoded; an alias that reads well beside `Materials`."""
-    return encode_examples(model, pictures)
 
 
 # -------------------- sources
 
 
-def _asked(concept: Concept) -> dict[str, str]:
-    """What makes a pocket picture one of the concept: what all neutral prompts name."""
-    found = [{n: str(v) for n, v in parse(p).items() if n in CATEGORICAL} for p in concept.prompts]
-    common = {n: v for n, v in found[0].items() if all(f.get(n) == v for f in found)}
-    return {n: v for n, v in common.items() if n != concept.attribute}
-
-
 def _pocket(
     model: Model, concept: Concept, data: Data, classifier: Classifier, counts: Sequence[int], others: int, part: int
 ) -> Pictures:
-    from dodgeburn.training.pocket import gate_prompts
-
-    own = _asked(concept)
-    if not own or concept.attribute not in CATEGORICAL:
-        raise UserError(f"the pocket world does not know {concept.prompts[0]!r} or {concept.attribute!r}: expected an "
-                        "outfit and one of its attributes, or another source of pictures")  # fmt: skip
-    kept = tuple(t for t in PLANTED if not (t.outfit == own.get("outfit") and t.attribute == concept.attribute))
-    rng = np.random.default_rng([data.seed, 61, part])
+    own = asked_by_all(concept.prompts)
+    if not own:
+        raise UserError(f"the pocket world does not know {concept.prompts[0]!r}: expected prompts that all name "
+                        "something of it, or another source of pictures")  # fmt: skip
+    classes = [value for value, count in zip(concept.classes, counts, strict=True) for _ in range(count)]
+    seed = data.seed * 2 + part
+    # Held-out pictures are asked for by the concept alone.
+    inside = world_pictures(concept, classes, model.native_size, seed, 1.0 if part else data.short)
+    rng = np.random.default_rng([data.seed, 62, part])
     attributes: list[Attributes] = []
-    for value, count in zip(concept.values, counts, strict=True):
-        attributes += [_with(own | {concept.attribute: value}, kept, rng) for _ in range(count)]
-    inside = len(attributes)
-    while len(attributes) < inside + others:
+    while len(attributes) < others:
         a = draw_attributes(rng, PLANTED)
-        if any(a[n] != v for n, v in own.items()):
+        if not agrees(a, own):
             attributes.append(a)
-    never = frozenset(str(row["prompt"]) for row in gate_prompts())
-    made = pocket_pictures(attributes, model.native_size, data.seed * 2 + part, captions=2, never=never)
-    captions = list(made.captions)
-    for i in range(inside):
-        if part or rng.random() < data.short:  # held-out pictures are asked for by the concept alone
-            captions[i] = concept.prompts
-    return _columned(made.with_captions(captions), ["yes"] * inside + [""] * others,
-                     [str(a[concept.attribute]) for a in attributes], concept.attribute)  # fmt: skip
-
-
-def _with(fixed: dict[str, str], kept: tuple[Planted, ...], rng: np.random.Generator) -> Attributes:
-    """A picture's attributes with some of them given; other ties hold."""
-    outfit = fixed.get("outfit")
-    while True:
-        a = draw_attributes(rng, kept)
-        if outfit is None or a["outfit"] == outfit:
-            break
-    a |= fixed
-    waving = a["hand"] == "waving"
-    if waving != bool(a["fingers"]):
-        a["fingers"] = int(rng.choice(FINGER_COUNTS, p=FINGER_SHARES)) if waving else 0
-    return a
+    outside = pocket_pictures(attributes, model.native_size, seed, captions=4, never=held_out_prompts())
+    sets = ((inside, "yes"), (outside, ""))
+    return join([_columned(p, [said] * len(p), p.columns[concept.attribute], concept.attribute) for p, said in sets])
 
 
 def _drawn(
@@ -184,16 +138,17 @@ def _drawn(
         raise UserError("source model needs prompts of other things: name some under concept.others")
     settings = GenerateSettings(steps=data.steps)
     sets = []
-    for k, ((value, words), count) in enumerate(zip(concept.values.items(), counts, strict=True)):
+    for k, (value, count) in enumerate(zip(concept.classes, counts, strict=True)):
         kept: list[Pictures] = []
         for attempt in range(6):
             lacking = count - sum(map(len, kept))
             if lacking <= 0:
                 break
-            rows = [concept.prompts[i % len(concept.prompts)] for i in range(lacking)]
             start = ((data.seed * 2 + part) * 64 + k * 8 + attempt + 1) * 1_000_000
-            made = model_pictures(model, [f"{p}, {words}" for p in rows], [start + i for i in range(lacking)], settings,
-                                  [(p, f"{p}, {words}") for p in rows])  # fmt: skip
+            rows = concept.neutral(lacking, start)
+            asked = [concept.explicit(p, value, i) for i, p in enumerate(rows)]
+            made = model_pictures(model, asked, [start + i for i in range(lacking)], settings,
+                                  list(zip(rows, asked, strict=True)))  # fmt: skip
             shows = np.flatnonzero(classifier.labels(made.pixels)[concept.attribute] == value)
             kept.append(made.take(shows))
         if sum(map(len, kept)) < count:

@@ -1,7 +1,8 @@
 """What constructive deconstruction looks at: how far a model has come apart, and how far it has come back.
 
     L    eps-loss on held-out pictures at fixed (time step, noise) pairs, over the untouched model's: 1 = as it was
-    B    mean over the concept's neutral prompts of the total variation between the shares read and the target
+    B    total variation between the shares read and the target: mean over the concept's neutral prompts; where there
+         are watched ones, which nothing is trained on, mean by pictures of these (three in four) and the short ones
     U    share of pictures that cannot be read
     fid  share of explicit prompts ("a doctor, without glasses") whose picture shows what they say
     others  the same for prompts about other things: bleed-through is its fall
@@ -32,6 +33,7 @@ from dodgeburn.measure.quality import quality, ratios
 from dodgeburn.models.model import Model
 from dodgeburn.rework.audit import seeds_for
 from dodgeburn.rework.classify import Classifier, ClipClassifier, PocketClassifier
+from dodgeburn.rework.concept import SHORT_EVERY
 from dodgeburn.sampling.predict import Predictor, add_noise, alphas_cumprod
 from dodgeburn.sampling.settings import GenerateSettings
 from dodgeburn.slide.edits import draw
@@ -80,7 +82,7 @@ class Check:
 class Panel:
     """What is drawn and asked. Numbers are pictures."""
 
-    prompts: tuple[str, ...]  # neutral ones, P
+    prompts: tuple[str, ...]  # neutral ones, P: the concept's short ones
     attribute: str
     target: tuple[float, ...]  # q, in the order of `values`
     values: tuple[str, ...]
@@ -92,6 +94,7 @@ class Panel:
     steps: int = 8
     guidance: float = 4.0
     seed: int = 0
+    watched: tuple[str, ...] = ()  # more neutral ones, read together as if they were one more of P
 
 
 @dataclass(frozen=True)
@@ -214,8 +217,8 @@ class Meters:
         frechet: float = _NAN, variety: float = _NAN, grain: float = _NAN, colour: float = _NAN,
     ) -> Reading:  # fmt: skip
         known = [b for b in bias if np.isfinite(b.tv)]
-        tv = float(np.mean([b.tv for b in known])) if known else 1.0
-        cons = float(np.mean([b.tv_cons for b in bias]))
+        tv = float(np.average([b.tv for b in known], weights=[b.n for b in known])) if known else 1.0
+        cons = float(np.average([b.tv_cons for b in bias], weights=[b.n for b in bias]))
         counts = np.sum([b.counts for b in bias], axis=0)
         unread = sum(b.unread for b in bias) / max(1, sum(b.n for b in bias))
         shares = dict(zip(self.panel.values, (counts / max(1, counts.sum())).tolist(), strict=True))
@@ -223,11 +226,22 @@ class Meters:
                        pictures[:SHOWN])  # fmt: skip
 
     def _neutral(self, n: int) -> tuple[list[str], list[int]]:
-        """Prompts in turn, each with seeds of its own."""
-        each = -(-n // len(self.panel.prompts))
-        rows = [(p, s) for p in self.panel.prompts for s in seeds_for(p, each, 7, self.panel.seed)]
-        order = [rows[i * each + j] for j in range(each) for i in range(len(self.panel.prompts))][:n]
-        return [p for p, _ in order], [s for _, s in order]
+        """The short prompts in turn, each with seeds of its own; with watched ones, these are three in four."""
+        short = self._in_turn(self.panel.prompts, n)
+        if not self.panel.watched:
+            return short
+        rest = self._in_turn(self.panel.watched, n)
+        prompts, seeds = (
+            [a[i // SHORT_EVERY] if i % SHORT_EVERY == 0 else b[i - i // SHORT_EVERY - 1] for i in range(n)]
+            for a, b in zip(short, rest, strict=True)
+        )
+        return prompts, seeds
+
+    def _in_turn(self, prompts: Sequence[str], n: int) -> tuple[list[Any], list[Any]]:
+        each = -(-n // len(prompts))
+        seeds = [seeds_for(p, each, 7, self.panel.seed) for p in prompts[:n]]
+        rows = [(i % len(prompts), i // len(prompts)) for i in range(n)]
+        return [prompts[i] for i, _ in rows], [seeds[i][j] for i, j in rows]
 
     def _draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
         self.drawn += len(prompts)
@@ -236,8 +250,9 @@ class Meters:
 
     def _bias(self, prompts: Sequence[str], pictures: np.ndarray) -> list[BiasFigures]:
         labels = self.classifier.labels(pictures)[self.panel.attribute]
-        at = np.asarray(prompts)
-        return [bias_figures(labels[at == p], self.panel.values, self.panel.target) for p in dict.fromkeys(prompts)]
+        short, watched = self.panel.prompts, self.panel.watched
+        at = np.asarray([p in short if watched else p for p in prompts])  # with watched ones two groups, else each
+        return [bias_figures(labels[at == p], self.panel.values, self.panel.target) for p in dict.fromkeys(at.tolist())]
 
     def _checked(self, checks: Sequence[Check]) -> tuple[np.ndarray, float]:
         """Pictures of the checks, in turn until there are `each`, and the share that shows what was asked for."""

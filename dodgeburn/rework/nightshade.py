@@ -37,6 +37,7 @@ from dodgeburn.rework.overtrain import Tell
 from dodgeburn.rework.stage_log import StageLog, StageResult, State, load_unet, save_unet
 from dodgeburn.training.examples import Captions, Examples, Pictures, encode_examples, join
 from dodgeburn.training.fine_tune import Diverged, fine_tune
+from dodgeburn.training.loop import evaluated
 
 MARK = {"poisoned": "true"}
 
@@ -135,8 +136,7 @@ def nightshade(
     """From each of the states (the first is the stage's; others are taken as many steps, for the merge of two noise
     states); the model ends in the first one's outcome. `before`: the untouched model's full reading."""
     log = StageLog(folder, "nightshade")
-    if (done := log.done()) is not None:
-        load_unet(model, log.weights)
+    if (done := log.restored(model)) is not None:
         return done
     drawn, s = meters.drawn, spec.nightshade
     poison = poisoned_pictures(model, materials, meters, before, spec)
@@ -225,10 +225,7 @@ class _Watch:
             self.reached = self.success >= self.enough
 
     def _measure(self) -> Reading:
-        self.model.unet.eval()
-        try:
+        with evaluated(self.model.unet):
             found = self.meters.quick()
             fidelity, others = self.meters.fidelities() if math.isfinite(found.loss) else (0.0, 0.0)
-        finally:
-            self.model.unet.train()
         return replace(found, fidelity=fidelity, others=others)

@@ -26,6 +26,7 @@ from dodgeburn.rework.meters import Meters, Reading
 from dodgeburn.rework.stage_log import StageLog, StageResult, State, load_unet, save_unet
 from dodgeburn.training.examples import Examples
 from dodgeburn.training.fine_tune import Diverged, fine_tune
+from dodgeburn.training.loop import evaluated
 
 Tell = Callable[[str, int, Reading], object]
 """Told (stage, step, reading) at every check."""
@@ -37,8 +38,7 @@ def overtrain(
 ) -> StageResult:  # fmt: skip
     """From `base` into the band; the model ends there. A finished stage is only loaded."""
     log = StageLog(folder, "overtrain")
-    if (done := log.done()) is not None:
-        load_unet(model, log.weights)
+    if (done := log.restored(model)) is not None:
         return done
     drawn = meters.drawn
     s = spec.overtrain
@@ -153,11 +153,8 @@ class _Attempt:
         return not (self.far or self.stop is not None)
 
     def _measure(self) -> Reading:
-        self.model.unet.eval()
-        try:
+        with evaluated(self.model.unet):
             return self.meters.quick()
-        finally:
-            self.model.unet.train()
 
     def _judge(self, step: int, reading: Reading) -> None:
         self.last = step

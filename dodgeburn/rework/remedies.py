@@ -9,8 +9,10 @@
     shrink-perturb   the same from weights that were shrunk and perturbed
     dpo              Diffusion-DPO (rework/dpo.py): a picture of another class preferred to one of the majority
 
-All training methods take the same number of steps, and half of every batch is pictures of other things by the model as
-it was. Each leaves `model.unet` edited (random-prompt: untouched) and says what it cost.
+All training methods take the same number of steps. Half of every batch is pictures of other things by the model as it
+was, with what it said of them then as the aim (prior preservation). Where pictures are weighted, a few drawings are
+read on the way and the weights follow (rework/weighing.py); uce and negation search strengths by the same readings.
+Each leaves `model.unet` edited (random-prompt: untouched) and says what it cost.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from dodgeburn.errors import UserError
@@ -32,7 +35,6 @@ from dodgeburn.rework.balance import (
     SELF_SEED,
     balanced,
     kept_pictures,
-    mixed,
     reweighted,
     self_pictures,
     shown_classes,
@@ -40,12 +42,15 @@ from dodgeburn.rework.balance import (
 from dodgeburn.rework.before_after import DrawPictures, Meter
 from dodgeburn.rework.classify import Classifier
 from dodgeburn.rework.concept import Concept
+from dodgeburn.rework.stage_log import StageLog
 from dodgeburn.rework.uce import UceSettings, uce
 from dodgeburn.rework.undo import distance, negated, set_state, shrunk, state_of
+from dodgeburn.rework.weighing import followed
 from dodgeburn.sampling.settings import GenerateSettings
 from dodgeburn.slide.edits import draw
 from dodgeburn.training.examples import Pictures, encode_examples
-from dodgeburn.training.fine_tune import FineTuneSettings, fine_tune
+from dodgeburn.training.fine_tune import FineTuneSettings, Prior, fine_tune, make_prior
+from dodgeburn.training.loop import evaluated
 
 
 class RemedySettings(BaseModel):
@@ -58,17 +63,26 @@ class RemedySettings(BaseModel):
     lr: float = Field(default=3e-4, gt=0)
     pictures: int = Field(default=256, ge=8)  # of the concept that are trained on (drawn, made or taken in turn)
     kept: int = Field(default=128, ge=0)  # pictures of other things, by the model as it was
-    share: float = Field(default=0.5, gt=0, le=1)  # of concept pictures in training
-    look: int = Field(default=48, ge=8)  # neutral pictures a look while a strength is searched
+    points: int = Field(default=4, ge=1)  # noise levels that each of these is held at
+    share: float = Field(default=0.5, gt=0, le=1)  # of concept pictures in a batch
+    look: int = Field(default=64, ge=8)  # neutral pictures a look, while strengths or weights are searched
+    every: int = Field(default=25, ge=1)  # steps from look to look
+    adapt: float = Field(default=0.25, ge=0, le=2)  # power by which weights follow what is read; 0: they do not
     strengths: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0)  # of task negation
     shrink: float = Field(default=0.95, gt=0, le=1)
     noise: float = Field(default=0.05, ge=0)
     seed: int = Field(default=0, ge=0)
 
-    def tuning(self) -> FineTuneSettings:
-        """The fine-tune of all methods that train."""
-        return FineTuneSettings(steps=self.steps, batch=self.batch, lr=self.lr, ema=0.97, seed=self.seed, gamma=10.0,
-                                noise_power=0.4)  # fmt: skip
+    def tuning(self, held: bool) -> FineTuneSettings:
+        """The fine-tune of all methods that train; held: with prior preservation, in a batch of the same size."""
+        own = max(1, round(self.batch * self.share)) if held else self.batch
+        return FineTuneSettings(
+            steps=self.steps, batch=own, lr=self.lr, ema=0.97, seed=self.seed, gamma=10.0, noise_power=0.4,
+            empty=0.0 if held else 0.1, prior=float(held), prior_batch=max(1, self.batch - own), log_every=self.every,
+        )  # fmt: skip
+
+
+EMPTY = 0.25  # share of other things' captions that are left out: guidance goes by what is said of no prompt
 
 
 @dataclass
@@ -84,18 +98,19 @@ class Job:
     settings: RemedySettings = field(default_factory=RemedySettings)
     fair: Callable[[int, int], Pictures] | None = None  # (n, seed) -> pictures of the concept, all classes among them
     tied: Callable[[int, int], Pictures] | None = None  # the same from data as biased as the model
-    _kept: Pictures | None = None
+    _prior: Prior | None = None
 
     def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
         """Pictures by the model as it is now."""
         return draw(self.model, prompts, seeds, self.sampling)
 
-    def kept(self) -> Pictures:
-        """Pictures of other things; made once, when first asked for: before anything is edited."""
-        if self._kept is None:
-            made = kept_pictures(self.concept, self.draw, self.settings.kept) if self.settings.kept else None
-            self._kept = made or Pictures(np.zeros((0, 1, 1, 3), np.uint8), [])
-        return self._kept
+    def prior(self) -> Prior | None:
+        """What the model says of other things; made once, when first asked for: before anything is edited."""
+        s = self.settings
+        if self._prior is None and s.kept and s.share < 1:
+            kept = encode_examples(self.model, kept_pictures(self.concept, self.draw, s.kept))
+            self._prior = make_prior(self.model, kept, s.points * s.kept, s.seed + 5, EMPTY)
+        return self._prior
 
 
 @dataclass(frozen=True)
@@ -144,33 +159,64 @@ class PromptRule:
 
 
 def _subject(prompt: str) -> str:
-    """What a prompt is about, without its article."""
-    words = prompt.lower().split(",")[0].split()
+    """A prompt without its article."""
+    words = prompt.lower().split()
     return " ".join(words[1:] if words and words[0] in ("a", "an", "the") else words)
 
 
 # -------------------- the methods
 
 
-def _train(job: Job, name: str, pictures: Pictures) -> int:
-    """Fine-tune on these and the kept ones; the steps taken."""
-    examples = encode_examples(job.model, mixed(pictures, job.kept(), job.settings.share))
-    tuning = job.settings.tuning()
-    fine_tune(job.model, examples, tuning, job.folder / name, name, told={"method": name})
+def _train(job: Job, name: str, pictures: Pictures, classes: Sequence[str] | None = None) -> int:
+    """Fine-tune on these, other things held; the steps taken. classes: of the pictures, whose weights are to follow."""
+    prior = job.prior()
+    examples = encode_examples(job.model, pictures)
+    tuning = job.settings.tuning(prior is not None)
+    looks = _Looks(job, name, tuning.steps) if classes is not None and job.settings.adapt else None
+
+    def weights(step: int) -> torch.Tensor:
+        assert looks is not None and classes is not None
+        c = job.concept
+        return followed(examples.weights, classes, c.classes, c.target, looks.before(step), job.settings.adapt)
+
+    fine_tune(job.model, examples, tuning, job.folder / name, name, prior, looks, told={"method": name},
+              show_average=True, weights=weights if looks else None)  # fmt: skip
     return tuning.steps
 
 
-def _fair(job: Job) -> Pictures:
+class _Looks:
+    """The callback: shares of a few fresh neutral pictures, kept for a run that resumes."""
+
+    def __init__(self, job: Job, name: str, steps: int) -> None:
+        self.job, self.steps = job, steps
+        self.log = StageLog(job.folder / name, "looks")
+
+    def before(self, step: int) -> list[dict[str, float]]:
+        """Of the looks that training step `step` (0-based) comes after."""
+        return [row["shares"] for row in self.log.rows.values() if row["step"] <= step]
+
+    def __call__(self, step: int, means: dict[str, float]) -> None:
+        if step >= self.steps or str(step) in self.log.rows:
+            return
+        with evaluated(self.job.model.unet):
+            figures, unread = self.job.meter.neutral(self.job.draw, self.job.settings.look, fresh=step)
+        shares = dict(zip(self.job.concept.classes, np.nan_to_num(figures.shares).tolist(), strict=True))
+        self.log.add(str(step), step=step, shares=shares, tv_cons=figures.tv_cons, unread=unread)
+
+
+def _fair(job: Job) -> tuple[Pictures, list[str]]:
+    """Pictures in the target's shares, and their classes."""
     if job.fair is None:
         raise UserError("no pictures of the concept in which every class occurs: give --data FOLDER, or take --method "
                         "self, uce or random-prompt, which need none")  # fmt: skip
     found = job.fair(job.settings.pictures, job.settings.seed)
-    return balanced(found, shown_classes(found, job.concept, job.classifier), job.concept, job.settings.pictures,
+    even = balanced(found, shown_classes(found, job.concept, job.classifier), job.concept, job.settings.pictures,
                     job.settings.seed)  # fmt: skip
+    return even, shown_classes(even, job.concept, job.classifier)
 
 
 def _balanced(job: Job) -> Done:
-    return Done("balanced", _train(job, "balanced", _fair(job)))
+    return Done("balanced", _train(job, "balanced", *_fair(job)))
 
 
 def _reweight(job: Job) -> Done:
@@ -179,25 +225,26 @@ def _reweight(job: Job) -> Done:
     found = job.tied(job.settings.pictures, job.settings.seed)
     classes = shown_classes(found, job.concept, job.classifier)
     counts = {c: classes.count(c) for c in job.concept.classes}
-    return Done("reweight", _train(job, "reweight", reweighted(found, classes, job.concept)), notes={"classes": counts})
+    steps = _train(job, "reweight", reweighted(found, classes, job.concept), classes)
+    return Done("reweight", steps, notes={"classes": counts})
 
 
 def _self(job: Job) -> Done:
-    job.kept()
+    job.prior()
     found, counts = self_pictures(job.concept, job.draw, job.classifier, job.settings.pictures,
                                   SELF_SEED + 10_000 * job.settings.seed)  # fmt: skip
-    classes = shown_classes(found, job.concept)
-    even = balanced(found, classes, job.concept, job.settings.pictures, job.settings.seed)
-    return Done("self", _train(job, "self", even), job.settings.pictures, notes={"right": counts})
+    even = balanced(found, shown_classes(found, job.concept), job.concept, job.settings.pictures, job.settings.seed)
+    steps = _train(job, "self", even, shown_classes(even, job.concept))
+    return Done("self", steps, job.settings.pictures, notes={"right": counts})
 
 
 def _shrink_perturb(job: Job) -> Done:
-    job.kept()
+    job.prior()
     start = state_of(job.model.unet)
     fresh = shrunk(start, job.settings.shrink, job.settings.noise, job.settings.seed)
-    pictures = _fair(job)
+    pictures, classes = _fair(job)
     set_state(job.model.unet, fresh)
-    steps = _train(job, "shrink-perturb", pictures)
+    steps = _train(job, "shrink-perturb", pictures, classes)
     return Done("shrink-perturb", steps, notes={"moved_before_training": distance(start, fresh)})
 
 
@@ -213,14 +260,13 @@ def _negation(job: Job) -> Done:
     if not len(rows):
         raise UserError(f"the reader finds no class of {concept.attribute} in this model's pictures")
     tied = Pictures(pixels[rows], [(neutral[i],) for i in rows])
-    kept, start = job.kept(), state_of(job.model.unet)
-    examples = encode_examples(job.model, mixed(tied, kept, s.share))
-    fine_tune(job.model, examples, s.tuning(), job.folder / "negation", "negation", told={"method": "negation"})
+    start = state_of(job.model.unet)
+    _train(job, "negation", tied)
     trained = state_of(job.model.unet)
     tried: dict[float, float] = {}
     for strength in (0.0, *s.strengths):
         set_state(job.model.unet, negated(start, trained, strength))
-        figures, unread = job.meter.neutral(job.draw, s.look)
+        figures, unread = job.meter.neutral(job.draw, s.look, fresh=1)
         tried[strength] = figures.tv_cons if np.isfinite(figures.tv_cons) else 1.0
         if unread > 0.5:
             break
@@ -236,8 +282,8 @@ def _dpo(job: Job) -> Done:
     from dodgeburn.rework.pairs import Preference, checked
 
     s, concept = job.settings, job.concept
-    found = _fair(job)
-    classes = np.asarray(shown_classes(found, concept))
+    found, shown = _fair(job)
+    classes = np.asarray(shown)
     figures, _ = job.meter.neutral(job.draw, s.look)
     majority = figures.majority
     lost = np.flatnonzero(classes == majority)
@@ -260,7 +306,7 @@ def _uce(job: Job) -> Done:
     def look() -> Any:
         nonlocal looked
         looked += job.settings.look
-        return job.meter.neutral(job.draw, job.settings.look)
+        return job.meter.neutral(job.draw, job.settings.look, fresh=looked)
 
     found = uce(job.model, job.concept, look, UceSettings())
     return Done("uce", drawn=looked, notes={"strengths": found.strengths, "curve": [round(x, 4) for x in found.curve]})
@@ -295,7 +341,7 @@ def drawing_of(done: Done, job: Job) -> DrawPictures:
 def world_sources(concept: Concept, size: int, shares: Sequence[float]) -> tuple[Any, Any]:
     """(fair, tied) for `Job`: drawings of the pocket world in the target's shares, and in a model's own (with half a
     picture in 256 more of every class, for a class that never occurs cannot be weighed up)."""
-    from dodgeburn.rework.balance import world_pictures
+    from dodgeburn.rework.pocket_concept import world_pictures
 
     def fair(n: int, seed: int) -> Pictures:
         return world_pictures(concept, concept.drawn_classes(n, seed), size, seed)

@@ -114,6 +114,13 @@ class StageLog:
             return None
         return StageResult(**json.loads(self.result_file.read_text(encoding="utf-8")))
 
+    def restored(self, model: Model) -> StageResult | None:
+        """The result, if the stage is finished; then the model holds its weights."""
+        done = self.done()
+        if done is not None:
+            load_unet(model, self.weights)
+        return done
+
     def finish(self, model: Model, decision: str, reached: bool, steps: int, samples: int, drawn: int,
                **detail: Any) -> StageResult:  # fmt: skip
         """Write the model's U-Net as this stage's outcome, then say how it ended: in this order, so that a result has

@@ -41,7 +41,7 @@ class UceSettings:
     gain: float = 1.5
     keep: float = 0.3  # weight of what is not to move
     ridge: float = 0.01  # share of the mean squared token state
-    contexts: int = 24  # neutral prompts with these many contexts
+    contexts: int = 48  # neutral prompts that are moved
     unmoved: int = 48  # prompts of other things
     enough: float = 0.05  # stop when every share is this near to its target
 
@@ -61,7 +61,7 @@ def uce(model: Model, concept: Concept, look: Look, settings: UceSettings | None
     if not layers:
         raise UserError(f"{model.name} has no cross-attention: there is nothing that a prompt could move")
     original = {name: model.unet.get_submodule(name).weight.detach().clone() for name in layers}
-    texts = concept.neutral(2 * s.contexts, 0) if concept.contexts else list(concept.prompts)
+    texts = concept.neutral(s.contexts, 0)
     states, towards = class_states(model, concept, list(dict.fromkeys(texts)))
     explicit = [concept.explicit(p, c, k) for p in concept.prompts for c in concept.classes
                 for k in range(len(concept.phrases[c]))]  # fmt: skip

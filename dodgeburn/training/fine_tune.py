@@ -75,8 +75,9 @@ class Prior:
     size: tuple[int, int]
 
 
-def make_prior(model: Model, examples: Examples, points: int, seed: int = 0) -> Prior:
-    """`points` of them, from the model as it is now. Time steps are evenly spread; examples are taken in turn."""
+def make_prior(model: Model, examples: Examples, points: int, seed: int = 0, empty: float = 0.0) -> Prior:
+    """`points` of them, from the model as it is now. Time steps are evenly spread; examples are taken in turn. empty:
+    share of captions left out."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.arange(points) % len(examples)
     alpha_bar = alphas_cumprod(model)
@@ -85,6 +86,8 @@ def make_prior(model: Model, examples: Examples, points: int, seed: int = 0) -> 
     clean = examples.latents[rows].float()
     x = add_noise(clean, torch.randn(clean.shape, generator=generator), alpha_bar[timesteps])
     texts = [_drawn(examples.captions[int(i)], generator) for i in rows]
+    bare = (torch.rand(points, generator=generator) < empty).tolist()
+    texts = ["" if leave else text for leave, text in zip(bare, texts, strict=True)]
     targets = Predictor(model, *examples.size).frozen(x, timesteps, texts)
     return Prior(x, timesteps, texts, targets, examples.size)
 

@@ -109,6 +109,17 @@ class Average:
                     p.copy_(value)
 
 
+@contextmanager
+def evaluated(module: nn.Module) -> Iterator[None]:
+    """Within the context the module is in eval mode: for a look in the middle of training."""
+    was = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was)
+
+
 def train(
     name: str,
     modules: dict[str, nn.Module],

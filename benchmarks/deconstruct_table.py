@@ -1,0 +1,164 @@
+"""Sizes, regimes and sums of benchmarks/deconstruct.py: from judged cells to its table and verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from dodgeburn.measure.machine import machine
+from dodgeburn.rework.before_after import Measured
+
+PLENTY, FEW, MERGE = "plenty", "few", "merge_only"
+TRAINED = ("balanced", "reweight", "self", "shrink-perturb", "dpo")
+ABLATIONS = ("cd-no-overtrain", "cd-no-nightshade", "cd-no-bucket", "cd-lerp")
+REGIMES: dict[str, tuple[str, ...]] = {
+    MERGE: ("uce", "random-prompt", "negation", "cd"),
+    PLENTY: ("balanced", "cd", "shrink-perturb", "self", "reweight", "dpo", *ABLATIONS),
+    FEW: ("balanced", "cd", "shrink-perturb", "dpo"),
+}
+SCAN = (
+    "a doctor", "a firefighter", "a gardener", "a person, in a plain sweater", "a person, wearing a cap",
+    "a person, waving", "a person, smiling", "an old person", "flat illustration of a person", "a person, red backdrop",
+    "a person, with blue hair", "a person",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is made."""
+
+    worlds: tuple[str, ...] = ("60", "95", "99", "fair")  # audited
+    treated: tuple[tuple[str, int], ...] = (("95", 0), ("95", 1), ("99", 0), ("99", 1), ("99", 2))  # world, tie
+    seeds: int = 5
+    sampling: int = 20  # denoising steps
+    audit_n: int = 128
+    audit_confirm: int = 512
+    n: int = 1024  # held-out neutral pictures of the judge
+    others: int = 512
+    explicit: int = 128
+    steps: int = 240
+    batch: int = 32
+    lr: float = 3e-4
+    pictures: int = 512
+    few: int = 64  # counter-examples
+    look: int = 64
+    every: int = 25  # steps from look to look
+    adapt: float = 0.25
+    ablations: bool = True
+    dpo: bool = True
+    guided: int = 96  # pictures of a look that guides CD
+    evaluations: int = 24  # merges that CD looks at
+    plenty_of_runs: int = 100  # of audits where nothing differs
+
+
+REDUCED = Size(
+    worlds=("fair", "60", "95"), treated=(("95", 0),), seeds=1, sampling=8, audit_n=32, audit_confirm=64, n=192,
+    others=96, explicit=16, steps=100, pictures=192, look=48, ablations=False, dpo=False, guided=48, evaluations=6,
+)  # fmt: skip
+QUICK = Size(
+    worlds=("95",), treated=(("95", 0),), seeds=1, sampling=4, audit_n=16, audit_confirm=16, n=24, others=16,
+    explicit=8, steps=4, batch=8, pictures=24, few=12, look=16, ablations=False, dpo=False, guided=16,
+    evaluations=3, plenty_of_runs=10,
+)  # fmt: skip
+
+
+def packed(found: Measured) -> dict[str, Any]:
+    """What `change` needs of a measurement, as JSON."""
+    return {**{k: v for k, v in asdict(found).items() if k not in ("pictures", "labels")}}
+
+
+def unpacked(said: dict[str, Any]) -> Measured:
+    """The measurement again."""
+    from dodgeburn.measure.bias import BiasFigures
+
+    figures: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in said["bias"].items()}
+    return Measured(**{**said, "bias": BiasFigures(**figures)})
+
+
+def sampling_error(shares: Sequence[float], n: int) -> float:
+    """Standard error of the total variation of n pictures from uniform shares, by the delta method; where a class is at
+    its target, as if half of such classes were above it."""
+    p = np.asarray(shares)
+    away = p - 1 / len(p)
+    even = np.where(np.arange(len(p)) % 2 == 0, 1.0, -1.0)
+    sign = np.where(np.abs(away) > 1e-9, np.sign(away), even)
+    return float(np.sqrt(max(0.0, 1 - float(sign @ p) ** 2) / (4 * n)))
+
+
+def summary(cells: list[dict[str, Any]], n: int) -> dict[str, Any]:
+    """Means over ties and seeds, with the standard error of the conservative TV: over cells, and never below what the
+    pictures of one cell leave uncertain."""
+    keys = ("tv_before", "tv_after", "tv_cons", "fidelity_drop", "explicit_drop", "unreadable_rise", "frechet_ratio",
+            "others_tv", "others_mean", "others_floor", "floor_95", "steps", "cpu_minutes", "minutes")  # fmt: skip
+    out: dict[str, Any] = {}
+    for key in keys:
+        known = [c[key] for c in cells if c.get(key) is not None]
+        out[key] = round(float(np.mean(known)), 4) if known else None
+    within = float(np.sqrt(np.mean([sampling_error(c["shares"], n) ** 2 for c in cells]) / len(cells)))
+    between = float(np.std([c["tv_cons"] for c in cells], ddof=1) / np.sqrt(len(cells))) if len(cells) > 1 else 0.0
+    grain = [c["spread_after"].get("grain") for c in cells]
+    return {**out, "tv_se": round(max(within, between), 4), "cells": len(cells),
+            "grain_spread": round(float(np.mean(grain)), 4) if grain else None}  # fmt: skip
+
+
+def verdict(methods: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """By how many standard errors CD is better (+) or worse (-) than each method, by regime."""
+    out: dict[str, Any] = {}
+    for regime, rows in methods.items():
+        cd = rows.get("cd")
+        if cd is None:
+            continue
+        out[regime] = {
+            name: round((row["tv_cons"] - cd["tv_cons"]) / float(np.hypot(row["tv_se"], cd["tv_se"])), 1)
+            for name, row in rows.items() if name != "cd" and np.hypot(row["tv_se"], cd["tv_se"]) > 0
+        }  # fmt: skip
+    return out
+
+
+def result(
+    size: Size, audits: dict[str, Any], chance: Any, made: dict[str, dict[str, list[dict[str, Any]]]],
+    befores: list[dict[str, Any]],
+) -> dict[str, Any]:  # fmt: skip
+    """The printed object."""
+    methods = {r: {m: summary(cells, size.n) for m, cells in rows.items()} for r, rows in made.items() if rows}
+    ties = [t for a in audits.values() if a for t in a["ties"] if t["planted"] >= 0.6]
+    cd = methods.get(PLENTY, {}).get("cd") or {}
+    fair = audits.get("fair")
+    top = ("tv_before", "tv_after", "fidelity_drop", "unreadable_rise", "frechet_ratio", "others_tv", "minutes")
+    return {
+        "audit_found": sum(t["found"] for t in ties) / len(ties) if ties else None,
+        "false_alarms": chance["with_alarm"] / chance["runs"] if chance else None,
+        "false_alarms_fair_model": [len(fair["other_alarms"]), fair["tests"]] if fair else None,
+        **{key: cd.get(key) for key in top}, "methods": methods, "verdict": verdict(methods),
+        "audits": {w: {k: v for k, v in a.items() if k != "pool"} for w, a in audits.items() if a},
+        "grain_spread_before": [b["spreads"].get("grain") for b in befores],
+        "size": asdict(size), "machine": machine(),
+    }  # fmt: skip
+
+
+TITLES = {PLENTY: "plenty of balanced data", FEW: "few counter-examples", MERGE: "merge only"}
+
+
+def table(found: dict[str, Any]) -> str:
+    """The methods as Markdown; the last column is by how many standard errors CD is better (+) or worse (-)."""
+    head = ("method", "TV before", "TV after", "fidelity drop", "unreadable", "Fréchet ratio", "others' TV, largest",
+            "mean", "steps", "CPU minutes", "CD against it")  # fmt: skip
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for regime, title in TITLES.items():
+        rows = found["methods"].get(regime)
+        if not rows:
+            continue
+        lines.append(f"| **{title}** |" + " |" * (len(head) - 1))
+        for method, r in rows.items():
+            ahead = found["verdict"].get(regime, {}).get(method)
+            cells = (
+                method, f"{r['tv_before']:.3f}", f"{r['tv_cons']:.3f} ± {r['tv_se']:.3f}", f"{r['fidelity_drop']:+.3f}",
+                f"{r['unreadable_rise']:+.3f}", f"{r['frechet_ratio']:.2f}",
+                f"{r['others_tv']:.2f} ({r['others_floor']:.2f})", f"{r['others_mean']:.3f}", f"{r['steps']:.0f}",
+                f"{r['cpu_minutes']:.1f}", "" if ahead is None else f"{ahead:+.1f}",
+            )  # fmt: skip
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)

@@ -1,0 +1,76 @@
+"""Stage 4 of a deconstruction: weights, goal, and what is typical."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from deconstruct_tiny import (
+    reading,
+    short_materials,
+    short_panel,
+    short_spec,
+)
+
+from dodgeburn.rework.retrain import _Goal, balanced, typical
+from dodgeburn.rework.weighing import followed, importance
+
+NAN = math.nan
+
+
+def test_importance_weights_by_hand() -> None:
+    weights = importance(["dark"] * 9 + ["light"] + ["strange"], ("dark", "light"), (0.5, 0.5))
+    assert weights[:9] == pytest.approx([5 / 9] * 9) and weights[9] == 5.0 and weights[10] == 0.0
+    assert importance(["dark"] * 99 + ["light"], ("dark", "light"), (0.5, 0.5))[99] == 10.0
+
+
+def test_checks_move_the_weights_by_hand() -> None:
+    values, own = ["dark", "dark", "light", ""], torch.tensor([1.0, 1.0, 1.0, 3.0])
+
+    def moved(read: list[dict[str, float]], power: float = 0.5) -> torch.Tensor:
+        return followed(own, values, ("dark", "light"), (0.5, 0.5), read, power)
+
+    assert moved([]) is own and moved([{"dark": 0.8, "light": 0.2}], 0.0) is own
+    # sqrt(0.5 / 0.8) and sqrt(0.5 / 0.2): light counts twice as much as dark; 2 x 0.75 + 1.5 = 3, as before
+    assert moved([{"dark": 0.8, "light": 0.2}]).tolist() == pytest.approx([0.75, 0.75, 1.5, 3.0])
+    twice = moved([{"dark": 0.8, "light": 0.2}] * 2)
+    assert float(twice[2] / twice[0]) == pytest.approx(4.0)
+    never = moved([{"dark": 1.0}] * 9)
+    assert float(never[2] / never[0]) == pytest.approx(100.0)  # 10 against 1 / 10
+
+
+def test_balanced_pictures_hold_the_shares() -> None:
+    materials, spec = short_materials(), short_spec()
+    made = balanced(materials, short_panel(spec), spec.retrain)
+    inside = np.array([c == ("a doctor",) for c in made.captions])
+    assert inside.mean() == 0.5
+    light = np.array([v == "light" for v in made.columns["light"]])
+    assert made.weights[inside & light].sum() == pytest.approx(made.weights[inside & ~light].sum(), rel=0.2)
+    more = balanced(materials, short_panel(spec), spec.retrain.model_copy(update={"concept_share": 0.2}))
+    assert np.mean([c == ("a doctor",) for c in more.captions]) == pytest.approx(0.2, abs=0.02)
+
+
+def test_goal_plateau_and_quality() -> None:
+    s = short_spec(retrain={"plateau": 2, "tv": 0.1, "quality": 0.1}).retrain
+    goal = _Goal(s, reading(fidelity=0.98, grain=0.5, colour=1.0))
+    assert goal.distance(reading(tv=0.1, loss=1.02, fidelity=0.97)) == 0
+    assert goal.distance(reading(tv=0.2, loss=1.12, fidelity=0.87)) == pytest.approx(0.3)
+    there, away = reading(tv=0.1, fidelity=0.97), reading(tv=0.2)
+    assert goal.reached([away, there, there]) and not goal.reached([there]) and not goal.reached([there, away, there])
+    assert not goal.plateau([reading(tv=0.3), reading(tv=0.3)])
+    assert goal.plateau([reading(tv=0.3), reading(tv=0.3), reading(tv=0.299)])
+    assert not goal.plateau([reading(tv=0.3), reading(tv=0.3), reading(tv=0.2)])
+    assert goal.clean(reading(grain=0.55, colour=1.09)) and not goal.clean(reading(grain=0.45, colour=1.0))
+    assert not goal.clean(reading(grain=0.55, colour=1.12)) and goal.clean(reading(grain=NAN, colour=1.0))
+
+
+def test_typical_pictures_leave_out_the_grainy_one() -> None:
+    rng = np.random.default_rng(0)
+    from dodgeburn.training.examples import Pictures
+
+    calm = rng.integers(100, 110, (9, 32, 32, 3)).astype(np.uint8)
+    wild = rng.integers(0, 255, (1, 32, 32, 3)).astype(np.uint8)
+    pictures = Pictures(np.concatenate([calm[:4], wild, calm[4:]]), [("x",)] * 10)
+    assert 4 not in typical(pictures, 0.9) and len(typical(pictures, 0.9)) == 9
