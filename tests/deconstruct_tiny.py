@@ -76,7 +76,7 @@ def short_panel(spec: DeconstructSpec) -> Panel:
     others = (Check("a tree, in light", {"light": "light"}),)
     w = spec.watching
     numbers = (w.neutral, w.quick, w.each, w.steps, w.guidance, w.seed)
-    return Panel(("a doctor",), "light", (0.5, 0.5), ("dark", "light"), checks, others, *numbers)
+    return Panel(spec.concept.concept(pocket=False), checks, others, *numbers)
 
 
 def short_run(

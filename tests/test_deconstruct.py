@@ -128,7 +128,8 @@ def test_nothing_to_do_is_said(tmp_path: Path) -> None:
     half = ByBrightness(0.0)  # everything is light: as far from the target as can be
     from dodgeburn.rework.deconstruct import deconstruct
 
-    fair = replace(short_panel(spec), target=(0.0, 1.0))
+    panel = short_panel(spec)
+    fair = replace(panel, concept=replace(panel.concept, target=(0.0, 1.0)))
     found = deconstruct(model, spec, tmp_path, half, short_materials(), fair)
     assert not found.biased and not found.stages and "Nothing to do" in deconstruct_report(found, "tiny").html()
     assert is_biased(reading(tv=0.5), short_panel(spec)) and not is_biased(reading(tv=0.1), short_panel(spec))

@@ -41,9 +41,8 @@ def test_the_pocket_worlds_pictures_keep_other_ties_and_balance_this_one() -> No
     assert fire.count("black") > len(fire) / 2  # another tie, which nobody asked to be taken away
     panel = panel_of(spec, classifier)
     held = {text for c in (*pool.captions, *made.held_out.captions) for text in c}
-    assert len(panel.watched) > 100 and not held & set(
-        panel.watched
-    )  # readings are of prompts that nothing is trained on
+    assert len(panel.concept.watched) > 100
+    assert not held & set(panel.concept.watched)  # readings are of prompts that nothing is trained on
     assert not held & {row["prompt"] for row in gate_prompts()}
     assert not {p.tobytes() for p in pool.pixels} & {p.tobytes() for p in made.held_out.pixels}
     read = classifier.labels(pool.pixels)["glasses"]

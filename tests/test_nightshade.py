@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,6 @@ from deconstruct_tiny import (
     made_meters,
     reading,
     short_materials,
-    short_panel,
     short_spec,
     some,
 )
@@ -23,14 +21,15 @@ from tiny import tiny_model
 
 from dodgeburn.errors import UserError
 from dodgeburn.models.latents import encode_pictures
+from dodgeburn.rework.concept import make_concept
 from dodgeburn.rework.nightshade import anchor_shares, export, mixed, perturbed, poisoned_pictures
 
 
 def test_anchors_are_drawn_from_what_is_lacking() -> None:
-    panel = replace(short_panel(short_spec()), values=("a", "b", "c", "d"), target=(0.25,) * 4)
-    shares = anchor_shares(panel, {"a": 0.7, "b": 0.25, "c": 0.05, "d": 0.0})
+    concept = make_concept(["x"], "y", ["a", "b", "c", "d"])
+    shares = anchor_shares(concept, {"a": 0.7, "b": 0.25, "c": 0.05, "d": 0.0})
     assert shares == pytest.approx({"c": 0.2 / 0.45, "d": 0.25 / 0.45})
-    assert anchor_shares(panel, {"a": 0.25, "b": 0.25, "c": 0.25, "d": 0.25}) == {}
+    assert anchor_shares(concept, {"a": 0.25, "b": 0.25, "c": 0.25, "d": 0.25}) == {}
 
 
 def test_dirty_labels_are_others_pictures_under_the_concepts_name() -> None:

@@ -43,12 +43,12 @@ def test_checks_move_the_weights_by_hand() -> None:
 
 def test_balanced_pictures_hold_the_shares() -> None:
     materials, spec = short_materials(), short_spec()
-    made = balanced(materials, short_panel(spec), spec.retrain)
+    made = balanced(materials, short_panel(spec).concept, spec.retrain)
     inside = np.array([c == ("a doctor",) for c in made.captions])
     assert inside.mean() == 0.5
     light = np.array([v == "light" for v in made.columns["light"]])
     assert made.weights[inside & light].sum() == pytest.approx(made.weights[inside & ~light].sum(), rel=0.2)
-    more = balanced(materials, short_panel(spec), spec.retrain.model_copy(update={"concept_share": 0.2}))
+    more = balanced(materials, short_panel(spec).concept, spec.retrain.model_copy(update={"concept_share": 0.2}))
     assert np.mean([c == ("a doctor",) for c in more.captions]) == pytest.approx(0.2, abs=0.02)
 
 

@@ -12,7 +12,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +121,7 @@ def deconstruct(
     told = spec.model_dump(mode="json", exclude={"name": True, **_EXPORT})
     store = PartStore(folder, {
         "spec": json.loads(json.dumps(told, default=str)), "model": digest_of(model.unet), "by": classifier.name,
-        "pool": _digest(materials.pool), "held_out": _digest(materials.held_out), "panel": job_hash(_panel_json(panel)),
+        "pool": _digest(materials.pool), "held_out": _digest(materials.held_out), "panel": job_hash(asdict(panel)),
         "given": {name: job_hash({k: float(v.double().sum()) for k, v in state.items()})
                   for name, state in given.items()},
     })  # fmt: skip
@@ -162,12 +162,13 @@ def deconstruct(
 
 def is_biased(before: Reading, panel: Panel) -> bool:
     """Whether B is above what 95 % of such samples of an unbiased model show."""
-    if panel.watched:
+    concept = panel.concept
+    if concept.watched:
         short = -(-panel.neutral // SHORT_EVERY)
         parts = [short, panel.neutral - short]
     else:
-        parts = [max(1, panel.neutral // len(panel.prompts))] * len(panel.prompts)
-    floors = [tv_floor(panel.target, n) for n in parts]
+        parts = [max(1, panel.neutral // len(concept.prompts))] * len(concept.prompts)
+    floors = [tv_floor(concept.target, n) for n in parts]
     weights = [n / sum(parts) for n in parts]
     mean = sum(w * floor.mean for w, floor in zip(weights, floors, strict=True))
     above = math.hypot(*(w * (floor.high - floor.mean) for w, floor in zip(weights, floors, strict=True)))
@@ -256,8 +257,3 @@ def _digest(pictures: Pictures) -> str:
     told.update(pictures.pixels.tobytes())
     return told.hexdigest()[:16]
 
-
-def _panel_json(panel: Panel) -> dict[str, Any]:
-    checks = {k: [[c.prompt, dict(c.wanted)] for c in getattr(panel, k)] for k in ("explicit", "others")}
-    plain = replace(panel, explicit=(), others=())
-    return {**{k: v for k, v in vars(plain).items()}, **checks}

@@ -100,8 +100,8 @@ def panel_of(spec: DeconstructSpec, classifier: Classifier) -> Panel:
     others = [Check(p, {n: str(v) for n, v in parse(p).items() if n in CATEGORICAL}) for p in concept.others]
     others = [c for c in others if c.wanted][:OTHERS]
     return Panel(
-        concept.prompts, concept.attribute, concept.target, concept.classes, explicit, tuple(others), watching.neutral,
-        watching.quick, watching.each, watching.steps, watching.guidance, watching.seed, concept.watched,
+        concept, explicit, tuple(others), watching.neutral, watching.quick, watching.each, watching.steps,
+        watching.guidance, watching.seed,
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -31,9 +31,10 @@ from dodgeburn.measure.bias import BiasFigures, bias_figures
 from dodgeburn.measure.frechet import frechet_distance
 from dodgeburn.measure.quality import quality, ratios
 from dodgeburn.models.model import Model
+from dodgeburn.pocket.reader import Reader
 from dodgeburn.rework.audit import seeds_for
 from dodgeburn.rework.classify import Classifier, ClipClassifier, PocketClassifier
-from dodgeburn.rework.concept import SHORT_EVERY
+from dodgeburn.rework.concept import Concept
 from dodgeburn.sampling.predict import Predictor, add_noise, alphas_cumprod
 from dodgeburn.sampling.settings import GenerateSettings
 from dodgeburn.slide.edits import draw
@@ -82,10 +83,7 @@ class Check:
 class Panel:
     """What is drawn and asked. Numbers are pictures."""
 
-    prompts: tuple[str, ...]  # neutral ones, P: the concept's short ones
-    attribute: str
-    target: tuple[float, ...]  # q, in the order of `values`
-    values: tuple[str, ...]
+    concept: Concept
     explicit: tuple[Check, ...]
     others: tuple[Check, ...] = ()
     neutral: int = 96  # pictures of all neutral prompts together
@@ -94,7 +92,6 @@ class Panel:
     steps: int = 8
     guidance: float = 4.0
     seed: int = 0
-    watched: tuple[str, ...] = ()  # more neutral ones, read together as if they were one more of P
 
 
 @dataclass(frozen=True)
@@ -143,10 +140,11 @@ class Meters:
         self, model: Model, classifier: Classifier, panel: Panel, held_out: Examples, real: np.ndarray, pairs: int = 128
     ) -> None:
         """real: held-out pictures uint8 [n, h, w, 3], which D, grain and colour are compared with."""
-        for value in panel.values:
-            if value not in classifier.classes.get(panel.attribute, ()):
-                known = ", ".join(classifier.classes.get(panel.attribute, ())) or "no such attribute"
-                raise UserError(f"{classifier.name} does not read {panel.attribute} = {value}: {known}")
+        concept = panel.concept
+        for value in concept.classes:
+            if value not in classifier.classes.get(concept.attribute, ()):
+                known = ", ".join(classifier.classes.get(concept.attribute, ())) or "no such attribute"
+                raise UserError(f"{classifier.name} does not read {concept.attribute} = {value}: {known}")
         self.model, self.classifier, self.panel = model, classifier, panel
         self.held_out = HeldOutLoss(model, held_out, pairs, panel.seed)
         self.real, self._real = real, self._features(real)
@@ -207,8 +205,9 @@ class Meters:
 
     def majority(self, reading: Reading) -> str:
         """The value most over its target."""
-        excess = [reading.shares.get(v, 0.0) - q for v, q in zip(self.panel.values, self.panel.target, strict=True)]
-        return self.panel.values[int(np.argmax(excess))]
+        concept = self.panel.concept
+        excess = [reading.shares.get(v, 0.0) - q for v, q in zip(concept.classes, concept.target, strict=True)]
+        return concept.classes[int(np.argmax(excess))]
 
     # -------------------- parts
 
@@ -221,27 +220,15 @@ class Meters:
         cons = float(np.average([b.tv_cons for b in bias], weights=[b.n for b in bias]))
         counts = np.sum([b.counts for b in bias], axis=0)
         unread = sum(b.unread for b in bias) / max(1, sum(b.n for b in bias))
-        shares = dict(zip(self.panel.values, (counts / max(1, counts.sum())).tolist(), strict=True))
+        shares = dict(zip(self.panel.concept.classes, (counts / max(1, counts.sum())).tolist(), strict=True))
         return Reading(loss, tv, cons, unread, fidelity, others, frechet, variety, grain, colour, shares,
                        pictures[:SHOWN])  # fmt: skip
 
     def _neutral(self, n: int) -> tuple[list[str], list[int]]:
-        """The short prompts in turn, each with seeds of its own; with watched ones, these are three in four."""
-        short = self._in_turn(self.panel.prompts, n)
-        if not self.panel.watched:
-            return short
-        rest = self._in_turn(self.panel.watched, n)
-        prompts, seeds = (
-            [a[i // SHORT_EVERY] if i % SHORT_EVERY == 0 else b[i - i // SHORT_EVERY - 1] for i in range(n)]
-            for a, b in zip(short, rest, strict=True)
-        )
-        return prompts, seeds
-
-    def _in_turn(self, prompts: Sequence[str], n: int) -> tuple[list[Any], list[Any]]:
-        each = -(-n // len(prompts))
-        seeds = [seeds_for(p, each, 7, self.panel.seed) for p in prompts[:n]]
-        rows = [(i % len(prompts), i // len(prompts)) for i in range(n)]
-        return [prompts[i] for i, _ in rows], [seeds[i][j] for i, j in rows]
+        """Prompts and seeds; a prompt that comes again has another seed."""
+        prompts = self.panel.concept.neutral(n, self.panel.seed, watched=True)
+        again: dict[str, Iterator[int]] = {p: iter(seeds_for(p, n, 7, self.panel.seed)) for p in dict.fromkeys(prompts)}
+        return prompts, [next(again[p]) for p in prompts]
 
     def _draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
         self.drawn += len(prompts)
@@ -249,10 +236,11 @@ class Meters:
         return draw(self.model, prompts, seeds, settings)
 
     def _bias(self, prompts: Sequence[str], pictures: np.ndarray) -> list[BiasFigures]:
-        labels = self.classifier.labels(pictures)[self.panel.attribute]
-        short, watched = self.panel.prompts, self.panel.watched
-        at = np.asarray([p in short if watched else p for p in prompts])  # with watched ones two groups, else each
-        return [bias_figures(labels[at == p], self.panel.values, self.panel.target) for p in dict.fromkeys(at.tolist())]
+        """Of each prompt; with watched ones, of the short prompts and of these."""
+        concept = self.panel.concept
+        labels = self.classifier.labels(pictures)[concept.attribute]
+        at = np.asarray([p in concept.prompts if concept.watched else p for p in prompts])
+        return [bias_figures(labels[at == p], concept.classes, concept.target) for p in dict.fromkeys(at.tolist())]
 
     def _checked(self, checks: Sequence[Check]) -> tuple[np.ndarray, float]:
         """Pictures of the checks, in turn until there are `each`, and the share that shows what was asked for."""
@@ -285,11 +273,8 @@ def features(classifier: Classifier, pictures: np.ndarray, batch: int = 128) -> 
     parts: list[Tensor] = []
     for start in range(0, len(pictures), batch):
         some = pictures[start : start + batch]
-        if isinstance(classifier, PocketClassifier) and hasattr(classifier.reader, "net"):
-            from dodgeburn.pocket.reader import to_input
-
-            net: Any = classifier.reader.net
-            parts.append((net.body if hasattr(net, "body") else net)(to_input(some)))
+        if isinstance(classifier, PocketClassifier) and isinstance(classifier.reader, Reader):
+            parts.append(torch.from_numpy(classifier.reader.features(some)))
         elif isinstance(classifier, ClipClassifier):
             clip = classifier.clip
             inputs = clip.processor(text=["picture"], images=list(some), return_tensors="pt", padding=True)

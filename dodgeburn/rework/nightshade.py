@@ -30,9 +30,10 @@ from dodgeburn.checkpoint.tensorfile import atomic_path, write_atomic
 from dodgeburn.errors import UserError
 from dodgeburn.models.latents import normalise
 from dodgeburn.models.model import Model
+from dodgeburn.rework.concept import Concept
 from dodgeburn.rework.deconstruct_spec import DeconstructSpec
 from dodgeburn.rework.materials import Materials
-from dodgeburn.rework.meters import Meters, Panel, Reading
+from dodgeburn.rework.meters import Meters, Reading
 from dodgeburn.rework.overtrain import Tell
 from dodgeburn.rework.stage_log import StageLog, StageResult, State, load_unet, save_unet
 from dodgeburn.training.examples import Captions, Examples, Pictures, encode_examples, join
@@ -42,9 +43,9 @@ from dodgeburn.training.loop import evaluated
 MARK = {"poisoned": "true"}
 
 
-def anchor_shares(panel: Panel, shares: dict[str, float]) -> dict[str, float]:
+def anchor_shares(concept: Concept, shares: dict[str, float]) -> dict[str, float]:
     """Of each value that is under-represented, its share of the anchors: in proportion to max(q - p, 0)."""
-    lacking = {v: max(0.0, q - shares.get(v, 0.0)) for v, q in zip(panel.values, panel.target, strict=True)}
+    lacking = {v: max(0.0, q - shares.get(v, 0.0)) for v, q in zip(concept.classes, concept.target, strict=True)}
     total = sum(lacking.values())
     return {v: x / total for v, x in lacking.items() if x > 0} if total > 0 else {}
 
@@ -52,21 +53,21 @@ def anchor_shares(panel: Panel, shares: dict[str, float]) -> dict[str, float]:
 def poisoned_pictures(model: Model, materials: Materials, meters: Meters, start: Reading, spec: DeconstructSpec
                       ) -> Pictures:  # fmt: skip
     """The poison: pictures captioned by the neutral prompts. `start` says what is over-represented."""
-    s, panel = spec.nightshade, meters.panel
-    shares = anchor_shares(panel, start.shares)
+    s, concept = spec.nightshade, meters.panel.concept
+    shares = anchor_shares(concept, start.shares)
     if not shares:
-        raise UserError(f"nothing is under-represented with {panel.prompts[0]!r}: there is nothing to nightshade with")
+        raise UserError(f"nothing is under-represented with {concept.prompts[0]!r}: there are no anchors to draw from")
     rng = np.random.default_rng([s.seed, 71])
     inside = s.anchors == "concept"
     chosen: list[int] = []
     for value, share in shares.items():
         rows = materials.rows(inside, value)
         if not len(rows):
-            raise UserError(f"no picture of {'the concept' if inside else 'other things'} shows {panel.attribute} = "
+            raise UserError(f"no picture of {'the concept' if inside else 'other things'} shows {concept.attribute} = "
                             f"{value}: nightshade has no anchors; give some, or set anchors: concept")  # fmt: skip
         chosen += [int(i) for i in rng.choice(rows, max(1, round(share * s.pictures)))]
     anchors = materials.pool.take(chosen)
-    captions: list[Captions] = [panel.prompts] * len(anchors)
+    captions: list[Captions] = [concept.prompts] * len(anchors)
     if s.variant == "dirty":
         return anchors.with_captions(captions)
     own = materials.rows(True, meters.majority(start))
@@ -166,7 +167,7 @@ def nightshade(
         save_unet(model, folder / f"nightshade-{name}.safetensors")
     assert found is not None
     load_unet(model, folder / f"nightshade-{next(iter(starts))}.safetensors")
-    detail = {"anchors": {k: round(v, 3) for k, v in anchor_shares(meters.panel, before.shares).items()},
+    detail = {"anchors": {k: round(v, 3) for k, v in anchor_shares(meters.panel.concept, before.shares).items()},
               "poisoned": len(poison), "variant": s.variant, "success": found.success, "step": steps}  # fmt: skip
     return log.finish(model, found.decision, found.reached, spent, spent * s.batch, meters.drawn - drawn, **detail)
 
@@ -181,7 +182,8 @@ class _Watch:
         self.model, self.meters, self.before, self.log, self.name, self.tell = model, meters, before, log, name, tell
         self.s, self.judges = spec.nightshade, judges
         self.majority = meters.majority(before)
-        q = dict(zip(meters.panel.values, meters.panel.target, strict=True))
+        concept = meters.panel.concept
+        q = dict(zip(concept.classes, concept.target, strict=True))
         self.enough = self.s.success if self.s.success is not None else 1 - q[self.majority]
         self.state = log.work / name / "good.safetensors"
         self.limit, self.last, self.good, self.success = self.s.steps, 0, 0, 0.0

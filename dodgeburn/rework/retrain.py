@@ -26,9 +26,10 @@ from torch import Tensor
 
 from dodgeburn.measure.quality import quality
 from dodgeburn.models.model import Model
+from dodgeburn.rework.concept import Concept
 from dodgeburn.rework.deconstruct_spec import DeconstructSpec, Retrain
 from dodgeburn.rework.materials import CONCEPT, Materials
-from dodgeburn.rework.meters import Meters, Panel, Reading
+from dodgeburn.rework.meters import Meters, Reading
 from dodgeburn.rework.overtrain import Tell
 from dodgeburn.rework.stage_log import StageLog, StageResult, State, load_unet
 from dodgeburn.rework.weighing import followed, importance
@@ -39,21 +40,21 @@ from dodgeburn.training.loop import evaluated
 EMPTY = 0.25  # share of the prior's captions that are left out
 
 
-def balanced(materials: Materials, panel: Panel, s: Retrain) -> Pictures:
+def balanced(materials: Materials, concept: Concept, s: Retrain) -> Pictures:
     """The concept's pictures, weighted, and others: repeated so that a batch holds `concept_share` of the concept."""
     inside, outside = materials.rows(True), materials.rows(False)
-    concept = materials.pool.take(inside)
-    weights = importance(concept.columns[materials.attribute], panel.values, panel.target, s.weight_high)
-    concept = Pictures(concept.pixels, concept.captions, concept.weights * weights / weights.mean(), concept.columns)
-    concept = concept.take(np.flatnonzero(weights > 0))
+    own = materials.pool.take(inside)
+    weights = importance(own.columns[materials.attribute], concept.classes, concept.target, s.weight_high)
+    own = Pictures(own.pixels, own.captions, own.weights * weights / weights.mean(), own.columns)
+    own = own.take(np.flatnonzero(weights > 0))
     wanted = s.concept_share / (1 - s.concept_share) * len(outside)
     rng = np.random.default_rng([s.seed, 81])
-    if wanted > len(concept):
-        times = np.concatenate([rng.permutation(len(concept)) for _ in range(math.ceil(wanted / len(concept)))])
-        return join([concept.take(times[: round(wanted)]), materials.pool.take(outside)])
-    n = round(len(concept) * (1 - s.concept_share) / s.concept_share)
+    if wanted > len(own):
+        times = np.concatenate([rng.permutation(len(own)) for _ in range(math.ceil(wanted / len(own)))])
+        return join([own.take(times[: round(wanted)]), materials.pool.take(outside)])
+    n = round(len(own) * (1 - s.concept_share) / s.concept_share)
     times = np.concatenate([rng.permutation(outside) for _ in range(math.ceil(n / len(outside)))])
-    return join([concept, materials.pool.take(times[:n])])
+    return join([own, materials.pool.take(times[:n])])
 
 
 def _values(pictures: Pictures, attribute: str) -> list[str]:
@@ -115,9 +116,9 @@ def retrain(
     log = StageLog(folder, "retrain")
     if (done := log.restored(model)) is not None:
         return done
-    s, drawn = spec.retrain, meters.drawn
+    s, drawn, concept = spec.retrain, meters.drawn, meters.panel.concept
     goal = _Goal(s, before)
-    pictures = balanced(materials, meters.panel, s)
+    pictures = balanced(materials, concept, s)
     prior = None
     if s.prior > 0:
         load_unet(model, base)
@@ -134,7 +135,7 @@ def retrain(
 
     def weights(of: Examples, values: list[str], seen: list[Reading]) -> Tensor:
         shares = [reading.shares for reading in seen]
-        return followed(of.weights, values, meters.panel.values, meters.panel.target, shares, s.adapt, s.weight_high)
+        return followed(of.weights, values, concept.classes, concept.target, shares, s.adapt, s.weight_high)
 
     fine_tune(
         model, examples, settings, log.work / "a", "retrain", prior, watch, show_average=True,
