@@ -273,6 +273,20 @@ def test_before_and_after_same_seeds() -> None:
     assert moved.as_json()["frechet_ratio"] is None and before.as_json()["bias"]["n"] == 400
 
 
+def test_attributes_count_only_where_the_prompt_leaves_them_open() -> None:
+    class Named(Hair):
+        def named(self, prompt):
+            return frozenset({"hat"} if "frowning" in prompt else ())
+
+    def draw(prompts, seeds):
+        out = np.zeros((len(prompts), 16, 16, 3), np.uint8)
+        out[:, 0, 1] = np.array(["frowning" in p for p in prompts])[:, None]
+        return out
+
+    found = Meter(CONCEPT, make_plan(CONCEPT, 40, 0, 0), Named()).measure(draw)
+    assert found.open == {"hat": 10} and found.others == {"hat": [1.0, 0.0]}  # caps are on the 30 that ask for one
+
+
 def test_garbage_does_not_meet_the_target() -> None:
     before, after = measured(0.95), measured(0.52)
     half = figures_of_counts(np.array([100, 100]), 200, ("black", "red"))
