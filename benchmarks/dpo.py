@@ -15,7 +15,7 @@ pictures with other seeds), and diversity (mean pixel deviation over the picture
 training seed, at equal steps, and with the LoRA scaled so that drift is sigmoid's. transfer_kept: (win - 1/2) on
 pocket-style with the delta extracted from the tuned checkpoint, over (win - 1/2) on pocket. pareto: merges of
 pocket-style and the tuned checkpoint, (fidelity, resemblance to pocket-style) against both parents' mean; the reader
-chooses, the judge grades.
+chooses on development prompts, the judge grades on held-out ones.
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ from dodgeburn.measure.frechet import frechet_distance
 from dodgeburn.measure.intervals import bootstrap_mean
 from dodgeburn.measure.machine import machine
 from dodgeburn.merge.bake import bake
-from dodgeburn.merge.compare import CompareSettings, compare
+from dodgeburn.merge.compare import CompareSettings, Comparison, compare
 from dodgeburn.merge.delta import extract
+from dodgeburn.merge.ranking import Row
 from dodgeburn.models.adapter_file import load_adapter
 from dodgeburn.models.loading import load_model
 from dodgeburn.models.model import Model
@@ -55,7 +56,7 @@ from dodgeburn.rework.pocket_dpo import SETTINGS, STEPS, aligned, draw_settings,
 from dodgeburn.rework.ratings import faithfulness, looks, wins
 from dodgeburn.sampling.adapted import Applied
 from dodgeburn.sampling.loop import GenerateSettings, Tuned, generate
-from dodgeburn.training.pocket import gate_prompts
+from dodgeburn.training.pocket import development_prompts, gate_prompts
 
 SETTINGS_OF_PICTURES = GenerateSettings(steps=STEPS)
 TIE = 0.01  # faithfulness that differs by less is a tie: confidences differ in their last digits
@@ -75,13 +76,14 @@ class Size:
     losses: int = 7
     steps: int = 0  # of training; 0: as pocket-dpo's
     strengths: int = 4  # output-space strengths tried
-    pareto_prompts: int = 8
+    pareto_prompts: int = 12  # development prompts that a merge is chosen on
+    pareto_graded: int = 64  # held-out prompts that it is graded on
     pareto_seeds: int = 2
     memory: int = 1  # 0: leave the memory of one step at SD1.5's size out
 
 
 COUNTS = ("training_seeds", "losses", "strengths", "memory")  # how many parts are made, not what is in them
-QUICK = Size(8, 1, 6, 2, 6, 2, 3, 1, 2, 1, 0)
+QUICK = Size(12, 1, 6, 2, 6, 2, 3, 1, 2, 4, 1, 0)
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ class Bench:
     # -------------------- training
 
     def pairs(self, preference: str) -> Any:
-        drawn = draw_all(self.model, draw_settings(self.size.prompts), self.store.path("drawn"))
+        drawn = draw_all(self.draws, draw_settings(self.size.prompts), self.store.path("drawn"))
         return pairs_by(drawn, preference, self.store.path(f"pairs-{preference}"))
 
     def file(self, preference: str, seed: int, loss: str = "sigmoid") -> Path:
@@ -228,36 +230,45 @@ class Bench:
         return self.against(self.made(self.draws, self.size.loss_pictures, tuned=tuned), self.base())
 
     def pareto(self) -> dict[str, Any]:
-        """16 presets x 3 bases of pocket-style (A) and the checkpoint (B), on held-out prompts."""
-        rows = gate_prompts()[-self.size.pareto_prompts :]
+        """16 presets x 3 bases of pocket-style (A) and the checkpoint (B): chosen, then graded on other prompts."""
+        found = self.compared("choosing", development_prompts(self.size.pareto_prompts))
+        best, count = chosen(found.rows, found.parents)
+        again = self.compared("grading", gate_prompts()[-self.size.pareto_graded :], best)
+        return {"merges": len(found.rows), "exceed_in_both": count, **graded(again.rows[0], again.parents)}
+
+    def compared(self, folder: str, rows: Sequence[dict[str, Any]], only: Row | None = None) -> Comparison:
+        """Merges on these prompts: the card's grid, or one of it."""
+        grid = {} if only is None else {"presets": (str(only.preset),), "bases": (only.base,)}
         settings = CompareSettings(
-            prompts=tuple(row["prompt"] for row in rows), seeds=tuple(range(self.size.pareto_seeds)),
-            generate=SETTINGS_OF_PICTURES,
+            prompts=tuple(dict.fromkeys(row["prompt"] for row in rows)), seeds=tuple(range(self.size.pareto_seeds)),
+            generate=SETTINGS_OF_PICTURES, **grid,
         )  # fmt: skip
-        found = compare("pocket-style", self.whole(), settings, self.store.path("compare"), "cpu", "bf16")
-        return beaten([*found.rows], [*found.parents])
+        return compare("pocket-style", self.whole(), settings, self.store.path(f"compare-{folder}"), "cpu", "bf16")
 
 
-def beaten(rows: Sequence[Any], parents: Sequence[Any]) -> dict[str, Any]:
-    """The merge that exceeds both parents' mean most, in fidelity and in resemblance to A at once, by the reader; its
-    judge's figures; and how many of the front exceed it in both by the reader.
+def chosen(rows: Sequence[Row], parents: Sequence[Row]) -> tuple[Row, int]:
+    """The merge that exceeds both parents' mean most, in fidelity and in resemblance to A at once, by the reader; and
+    how many exceed it in both.
     """
-    mean_fidelity = float(np.mean([parent.mean("fidelity") for parent in parents]))
-    mean_like = float(np.mean([parent.mean("resemblance_a") for parent in parents]))
-    points = [(row.mean("fidelity") - mean_fidelity, row.mean("resemblance_a") - mean_like) for row in rows]
-    best = int(np.argmax([min(point) for point in points]))
-    row = rows[best]
-    judged = row.measured.fidelity_judge - np.mean([p.measured.fidelity_judge for p in parents], axis=0)
-    like = row.measured.resemblance_a - np.mean([p.measured.resemblance_a for p in parents], axis=0)
-    a, b = bootstrap_mean(judged), bootstrap_mean(like)
+    means = {key: np.mean([parent.mean(key) for parent in parents]) for key in ("fidelity", "resemblance_a")}
+    least = [min(float(row.mean(key) or 0.0) - mean for key, mean in means.items()) for row in rows]
+    return rows[int(np.argmax(least))], sum(one > 0 for one in least)
+
+
+def graded(row: Row, parents: Sequence[Row]) -> dict[str, Any]:
+    """A merge against both parents' mean: fidelity by the judge, and resemblance to A."""
+    figures = {}
+    for name, key in (("fidelity", "fidelity_judge"), ("resemblance", "resemblance_a")):
+        of = [np.asarray(getattr(one.measured, key), np.float64) for one in (row, *parents)]
+        figures[name] = bootstrap_mean(of[0] - np.mean(of[1:], axis=0))
+    a, b = figures["fidelity"], figures["resemblance"]
     return {
-        "merges": len(rows), "exceed_in_both": sum(min(point) > 0 for point in points), "chosen": row.name,
-        "fidelity_minus_mean": a.mean, "fidelity_ci": a.ends,
+        "chosen": row.name, "fidelity_minus_mean": a.mean, "fidelity_ci": a.ends,
         "resemblance_minus_mean": b.mean, "resemblance_ci": b.ends,
         "beats_parents_mean": bool(a.mean > 0 and b.mean > 0),
         "surely": bool(a.ends and b.ends and a.ends[0] > 0 and b.ends[0] > 0),
         "parents": [
-            {"fidelity_judge": float(np.mean(p.measured.fidelity_judge)), "resemblance_a": p.mean("resemblance_a")}
+            {key: float(np.mean(np.asarray(getattr(p.measured, key)))) for key in ("fidelity_judge", "resemblance_a")}
             for p in parents
         ],
     }  # fmt: skip

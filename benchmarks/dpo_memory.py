@@ -120,9 +120,7 @@ def child(kind: str, side: int, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true")
-    parser.add_argument(
-        "--quick", action="store_true", help="without --full: the same, it takes minutes"
-    )
+    parser.add_argument("--quick", action="store_true", help="without --full: the same, it takes minutes")
     parser.add_argument("--full", action="store_true")
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=["off", "copy"])
     parser.add_argument("--child", nargs=3, metavar=("KIND", "SIDE", "FOLDER"), help=argparse.SUPPRESS)

@@ -109,6 +109,25 @@ def test_the_error_of_v_is_that_of_the_noise() -> None:
     assert torch.equal(plain.residuals(rows, rows.noise + error), (rows.noise + error) - rows.noise)
 
 
+def test_with_guidance_the_guided_predictions_are_compared(tmp_path: Path) -> None:
+    model = tiny_model()
+    plain, guided = (PairPoints(model, encode_pairs(model, some_pairs(), guidance=g)) for g in (1.0, 4.0))
+    rows = plain.rows(0, range(3))
+    with torch.no_grad():
+        told, bare = (plain.buckets[0].predictor(rows.x, rows.timesteps, texts) for texts in (rows.texts, [""] * 6))
+        found = guided.buckets[0].predictor(rows.x, rows.timesteps, rows.texts)
+    assert torch.allclose(found, bare + 4 * (told - bare), atol=1e-5) and not torch.allclose(found, told, atol=1e-3)
+    error = (bare + 4 * (told - bare) - rows.noise).square().mean((1, 2, 3))
+    assert torch.allclose(Copy(guided, model).errors(rows, 0), error, atol=1e-5)
+    assert guided.buckets[0].predictor.forwards == 2 * len(rows.x)
+    settings = quick(guidance=4.0)
+    made = [run(tmp_path / kind, settings.model_copy(update={"reference": kind})) for kind in ("off", "copy")]
+    assert made[0].history[0] == pytest.approx(made[1].history[0], rel=1e-4)
+    bank = make_bank(guided, 3, tmp_path, "dpo", "some settings")
+    assert torch.allclose(bank.errors(rows, 0)[[0, 3]], error[[0, 3]], atol=1e-5)
+    assert made[0].forwards == 2 * run(tmp_path / "plain", quick()).forwards
+
+
 # -------------------- references
 
 

@@ -12,11 +12,13 @@ from PIL import Image
 from dodgeburn.cli.main import main
 from dodgeburn.errors import UserError
 from dodgeburn.images.png import read_png
-from dodgeburn.pocket.attributes import draw_attributes
+from dodgeburn.models.loading import load_model
+from dodgeburn.pocket.attributes import CATEGORICAL, CONTINUOUS, draw_attributes
 from dodgeburn.pocket.captions import parse
 from dodgeburn.pocket.reader import Readings
 from dodgeburn.pocket.world import render
 from dodgeburn.rework.make_pairs import (
+    MISSED,
     Drawn,
     DrawSettings,
     choose_by,
@@ -27,6 +29,7 @@ from dodgeburn.rework.make_pairs import (
 )
 from dodgeburn.rework.pairs import read_pairs
 from dodgeburn.rework.ratings import Rating, centring, contrast, faithfulness, looks, rating, wins
+from dodgeburn.sampling.loop import GenerateSettings, generate
 from dodgeburn.training.pocket import development_prompts, gate_prompts
 
 
@@ -238,6 +241,32 @@ def test_pairs_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert np.array_equal(won, open_drawn(out).pictures[1, 3])
 
 
+def test_every_seed_is_drawn_at_every_guidance(tmp_path: Path) -> None:
+    out = tmp_path / "pairs"
+    command = ["dpo", "pairs", "--by", "none", "-n", "2", "--best-of", "4", "--steps", "2", "--guidance", "4", "1.5",
+               "--device", "cpu", "-o", str(out)]  # fmt: skip
+    assert main(command) == 0
+    found = open_drawn(out)
+    assert found.settings.guidances == (4, 1.5)
+    records = [read_png(out / name).own for _, _, name in found.settings.rows]
+    told = [(r["seed"] - 60_000, r["guidance"]) for r in records if r is not None]
+    assert told == [(s, g) for s in range(4) for g in (4, 1.5)]
+    assert all(not np.array_equal(found.pictures[p, k], found.pictures[p, k + 1]) for p in (0, 1) for k in (0, 2))
+    # The pictures are those of `generate` at that guidance.
+    model = load_model("pocket", "cpu")
+    rows = found.settings.rows[1::2]
+    made = generate(model, [p for p, _, _ in rows], [s for _, s, _ in rows], GenerateSettings(steps=2, guidance=1.5))
+    again = np.stack([np.asarray(one.image) for one in made])
+    assert np.array_equal(again, found.pictures.reshape(8, 64, 64, 3)[1::2])
+
+
+def test_prompts_for_pairs_name_what_is_missed_more_often() -> None:
+    asked = [parse(prompt) for prompt in pocket_prompts(200)]
+    named = {name: np.mean([name in one for one in asked]) for name in (*CONTINUOUS, *CATEGORICAL)}
+    assert min(named[name] for name in MISSED) > 0.4
+    assert max(share for name, share in named.items() if name not in (*MISSED, "hand")) < 0.25
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [
@@ -245,6 +274,9 @@ def test_pairs_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str
         (["--by", "looks"], "no output folder"),
         (["-o", "x", "-n", "0"], "number of prompts"),
         (["-o", "x", "--best-of", "1"], "2 to 256"),
+        (["-o", "x", "--best-of", "3", "--guidance", "4", "2"], "a multiple of 2"),
+        (["-o", "x", "--best-of", "4", "--guidance", "4", "4"], "stands there twice"),
+        (["-o", "x", "--best-of", "4", "--guidance", "4", "-1"], "guidance"),
         (["-o", "x", "--pictures", "nowhere"], "holds no pictures"),
         (["-o", "x", "--pictures", "nowhere", "--steps", "3"], "--steps has no effect"),
         (["-o", "x", "--prompts", "missing.txt"], "missing.txt"),

@@ -54,8 +54,9 @@ class Pairs:
     """Of the first picture; the next ones count up."""
     steps: int = 10
     """Denoising steps."""
-    guidance: float = 4.0
-    """Classifier-free guidance scale."""
+    guidance: tuple[float, ...] = (4.0,)
+    """Classifier-free guidance scale. Several: every seed is drawn at each, so that pictures of a prompt differ in what
+    guidance does to them; --best-of counts them all."""
     sampler: str = "dpmpp_2m"
     """Any that `generate` has."""
     device: str = "auto"
@@ -135,8 +136,14 @@ def _settings(options: Pairs) -> Any:
         if options.n is not None and options.n > len(prompts):
             raise UserError(f"-n is {options.n}, but {options.prompts} has {len(prompts)} prompts")
         prompts = tuple(prompts[: options.n])
-    generate = GenerateSettings(steps=options.steps, guidance=options.guidance, sampler=options.sampler)
-    return DrawSettings(prompts=prompts, best_of=options.best_of, first_seed=options.first_seed, generate=generate)
+    if not options.guidance:
+        raise UserError("--guidance stands there without a number: give one, or several")
+    first, *more = options.guidance
+    generate = GenerateSettings(steps=options.steps, guidance=first, sampler=options.sampler)
+    return DrawSettings(
+        prompts=prompts, best_of=options.best_of, guidances=options.guidance if more else (),
+        first_seed=options.first_seed, generate=generate,
+    )  # fmt: skip
 
 
 def _chosen(options: Pairs, drawn: Drawn, person: bool) -> Chosen:

@@ -42,6 +42,9 @@ class Objective:
     """Points of --reference bank."""
     reference_decay: float = 0.0
     """Above 0, the reference follows the model as a moving average with this decay (Linear-DPO: with --loss linear)."""
+    guidance: float = 1.0
+    """Other than 1: compare the predictions of classifier-free guidance at this scale, for pictures that are drawn (and
+    preferred) with it: twice the work. An empty caption has nothing to guide: give --dropout 0 with it."""
 
 
 @dataclass

@@ -7,6 +7,7 @@ the reading of a prompt cannot drift apart. A continuous attribute is asked for 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from functools import lru_cache
 
 import numpy as np
@@ -144,16 +145,17 @@ def phrase(attribute: str, value: str | float, rng: np.random.Generator) -> tupl
 
 
 def caption(
-    a: Attributes, rng: np.random.Generator, share: float | None = None, always: frozenset[str] = frozenset(),
-    never: frozenset[str] = frozenset(),
+    a: Attributes, rng: np.random.Generator, share: float | Mapping[str, float] | None = None,
+    always: frozenset[str] = frozenset(), never: frozenset[str] = frozenset(),
 ) -> tuple[str, Asked]:  # fmt: skip
     """A caption naming a random subset of the attributes, and what it asks for.
 
-    share: chance of each attribute to be named; by default drawn for each caption from 0.1 to 0.5. always, never: what
-    is named and what is left open whatever the chance.
+    share: chance of each attribute to be named (of those in a mapping; the others stay out); by default drawn for each
+    caption from 0.1 to 0.5. always, never: what is named and what is left open whatever the chance.
     """
     chance = rng.uniform(0.1, 0.5) if share is None else share
-    by_chance = {name: rng.random() < chance for name in (*CONTINUOUS, *CATEGORICAL)}
+    of = chance if isinstance(chance, Mapping) else dict.fromkeys((*CONTINUOUS, *CATEGORICAL), chance)
+    by_chance = {name: rng.random() < of.get(name, 0.0) for name in (*CONTINUOUS, *CATEGORICAL)}
     named = [name for name, drawn in by_chance.items() if (drawn or name in always) and name not in never]
     asked: Asked = {}
     words: dict[str, str] = {}

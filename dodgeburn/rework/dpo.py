@@ -65,6 +65,7 @@ class DpoSettings(BaseModel):
     constant: float = Field(default=1.0, ge=0, le=1)  # share of the steps after which the rate falls to zero
     weight_decay: float = Field(default=0.0, ge=0)
     ema: float = Field(default=0.0, ge=0, lt=1)  # above 0: the averaged weights are what is kept
+    guidance: float = Field(default=1.0, ge=0)  # other than 1: what is compared is the guided prediction, as it draws
     dropout: float = Field(default=0.1, ge=0, le=1)  # share of pairs with an empty caption
     flips: bool = False  # mirror half of the pairs, both pictures alike
     start: int = Field(default=1000, ge=1, le=1000)  # time steps below this one are trained
@@ -161,7 +162,11 @@ def align(
     if settings.rank is None and model.dtype != torch.float32:
         raise UserError("full training needs the weights in fp32: load the model with dtype fp32")
     points = PairPoints(
-        model, encode_pairs(model, pairs, settings.flips), settings.seed, settings.dropout, settings.start
+        model,
+        encode_pairs(model, pairs, settings.flips, settings.guidance),
+        settings.seed,
+        settings.dropout,
+        settings.start,
     )
     elements = points.buckets[0].winners[0].numel()
     beta = settings.beta_for(elements)
@@ -194,9 +199,10 @@ def align(
     out.alarms = sum(rise > ALARM for rise in _rises(out.history, settings))
     batches = int(out.last.get("step", 0)) * settings.accumulate * AcceleratorState().num_processes
     live = 0 if reference is None or isinstance(reference, Bank) else 1
-    out.forwards = 2 * batches * settings.batch * (1 + live + settings.one_by_one)
+    asked = 2 if settings.guidance == 1 else 4  # a pair, each with its text, and without
+    out.forwards = asked * batches * settings.batch * (1 + live + settings.one_by_one)
     if isinstance(reference, Bank):
-        out.forwards += 2 * sum(len(errors) for errors in reference.kept)
+        out.forwards += asked * sum(len(errors) for errors in reference.kept)
     out.seconds = time.perf_counter() - began
     return out
 

@@ -67,8 +67,8 @@ class Rows:
         return first, second
 
 
-def encode_pairs(model: Model, pairs: PreferencePairs, flips: bool = False) -> list[PairBucket]:
-    """The pairs by size, each scaled to about the model's own area, encoded by its VAE.
+def encode_pairs(model: Model, pairs: PreferencePairs, flips: bool = False, guidance: float = 1.0) -> list[PairBucket]:
+    """The pairs by size, each scaled to about the model's own area, encoded by its VAE; asked with this guidance.
 
     Raises UserError if the VAE gives values that are not finite.
     """
@@ -98,7 +98,7 @@ def encode_pairs(model: Model, pairs: PreferencePairs, flips: bool = False) -> l
             PairBucket(
                 latents[0], latents[1], (latents[2], latents[3]) if flips else None,
                 [pair.caption for pair in chosen], torch.tensor([pair.weight for pair in chosen]),
-                Predictor(model, height, width, text_bytes=TEXT_BYTES),
+                Predictor(model, height, width, guidance=guidance, text_bytes=TEXT_BYTES),
             )
         )  # fmt: skip
     return buckets

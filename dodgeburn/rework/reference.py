@@ -25,7 +25,6 @@ from dodgeburn.checkpoint.tensorfile import save_tensors
 from dodgeburn.models.adapters import Adapter, Attachment
 from dodgeburn.models.model import Model
 from dodgeburn.rework.pair_points import PairPoints, Rows
-from dodgeburn.sampling.predict import Predictor
 
 TRAINED = torch.tensor([1.0, 0.0])
 FOLLOWER = torch.tensor([0.0, 1.0])
@@ -100,9 +99,7 @@ class Copy:
         self.follower = Follower(model.unet, decay)
         self.follower.net.eval()
         other = replace(model, unet=self.follower.net)
-        self.predictors = [
-            Predictor(other, b.predictor.height, b.predictor.width, _texts=b.predictor._texts) for b in points.buckets
-        ]
+        self.predictors = [replace(b.predictor, model=other, forwards=0) for b in points.buckets]
 
     @torch.no_grad()
     def errors(self, rows: Rows, step: int) -> Tensor:

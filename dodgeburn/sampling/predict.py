@@ -29,15 +29,17 @@ def add_noise(clean: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
 
 @dataclass
 class Predictor:
-    """`predict(x_t, timesteps, texts)`: the U-Net's raw output (eps or v) [n, c, h, w] in fp32, without guidance.
+    """`predict(x_t, timesteps, texts)`: the U-Net's raw output (eps or v) [n, c, h, w] in fp32.
 
-    Texts are encoded once and kept. `forwards` counts samples that went through the U-Net.
+    Texts are encoded once and kept. `forwards` counts samples that went through the U-Net. With `guidance` other than 1
+    it is asked without text too, and the output is that of classifier-free guidance: bare + guidance (output - bare).
     """
 
     model: Model
     height: int  # pixels, told to SDXL's size conditioning
     width: int
     forwards: int = 0
+    guidance: float = 1.0
     text_bytes: int | None = None  # encoded texts are forgotten when they take more than this; None: never
     _texts: dict[str, EncodedPrompt] = field(default_factory=dict)
 
@@ -69,6 +71,13 @@ class Predictor:
 
     def __call__(self, x: Tensor, timesteps: Tensor, texts: Sequence[str]) -> Tensor:
         """x [n, c, h, w], timesteps int64 [n], n texts."""
+        if self.guidance != 1:
+            twice, bare = (torch.cat([x, x]), torch.cat([timesteps, timesteps])), [""] * len(texts)
+            told, untold = self._ask(*twice, [*texts, *bare]).chunk(2)
+            return untold + self.guidance * (told - untold)
+        return self._ask(x, timesteps, texts)
+
+    def _ask(self, x: Tensor, timesteps: Tensor, texts: Sequence[str]) -> Tensor:
         embeds, added = self.condition(texts)
         self.forwards += len(x)
         device = self.model.device
