@@ -238,7 +238,7 @@ class Bench:
 
     def compared(self, folder: str, rows: Sequence[dict[str, Any]], only: Row | None = None) -> Comparison:
         """Merges on these prompts: the card's grid, or one of it."""
-        grid = {} if only is None else {"presets": (str(only.preset),), "bases": (only.base,)}
+        grid: dict[str, Any] = {} if only is None else {"presets": (str(only.preset),), "bases": (only.base,)}
         settings = CompareSettings(
             prompts=tuple(dict.fromkeys(row["prompt"] for row in rows)), seeds=tuple(range(self.size.pareto_seeds)),
             generate=SETTINGS_OF_PICTURES, **grid,
@@ -250,8 +250,9 @@ def chosen(rows: Sequence[Row], parents: Sequence[Row]) -> tuple[Row, int]:
     """The merge that exceeds both parents' mean most, in fidelity and in resemblance to A at once, by the reader; and
     how many exceed it in both.
     """
-    means = {key: np.mean([parent.mean(key) for parent in parents]) for key in ("fidelity", "resemblance_a")}
-    least = [min(float(row.mean(key) or 0.0) - mean for key, mean in means.items()) for row in rows]
+    figures = ("fidelity", "resemblance_a")
+    means = {key: float(np.mean([parent.mean(key) or 0.0 for parent in parents])) for key in figures}
+    least = [min((row.mean(key) or 0.0) - mean for key, mean in means.items()) for row in rows]
     return rows[int(np.argmax(least))], sum(one > 0 for one in least)
 
 
