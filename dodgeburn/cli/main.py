@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 
 from dodgeburn import __version__
+from dodgeburn.cli.spared import spare_imports
 from dodgeburn.errors import UserError
 
 # Verbs in the order in which a newcomer meets them; each is a module of this package.
@@ -23,6 +24,7 @@ EXAMPLE = 'dodgeburn generate "a doctor, smiling broadly, with red hair" --model
 
 def run() -> None:
     """Entry point of the `dodgeburn` command."""
+    spare_imports()  # here and not in `main`, which others call within processes of their own
     sys.exit(main(sys.argv[1:]))
 
 
