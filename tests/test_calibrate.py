@@ -77,6 +77,39 @@ def test_saturation_before_a_unit_at_scale_one_is_walked_back() -> None:
     assert found.factor == pytest.approx(np.arctanh(1 / 1.5) / 20, rel=0.1)
 
 
+def test_pairs_of_a_prompt_and_a_seed_are_drawn_once_each() -> None:
+    edit = Known(lambda s: 0.5 * s)
+    found = calibrate(edit, READ, ["a", "b", "c", "d"], SEEDS, sigma=SIGMA, paired=True)
+    assert found.factor == pytest.approx(SIGMA / 0.5, rel=0.031)
+    assert edit.calls.count(1.0) == 4 and edit.calls.count(0.0) == 4
+    with pytest.raises(ValueError, match="are no pairs"):
+        calibrate(edit, READ, ["a"], SEEDS, paired=True)
+
+
+def test_few_pictures_tell_the_shape_and_all_the_strength() -> None:
+    """The first two pictures move twice as far as the other four; all respond along the same curve."""
+
+    class Uneven(Known):
+        def pictures(self, prompts, seeds, strengths):
+            self.calls += list(strengths)
+            moves = [
+                (2.4 if p in ("a", "b") else 1.2) * SIGMA * np.tanh(s) for p, s in zip(prompts, strengths, strict=True)
+            ]
+            return np.array(moves, np.float64)[:, None, None, None] + 0.5
+
+    prompts, pairs = list("abcdef"), list(range(6))
+    settings = CalibrationSettings(step=0.5, furthest=1.0, few=2)
+    edit = Uneven(None)
+    found = calibrate(edit, READ, prompts, pairs, settings=settings, sigma=SIGMA, paired=True)
+    assert 1.6 * np.tanh(found.factor) == pytest.approx(1.0, abs=0.05)  # the mean of all six
+    assert edit.calls.count(1.0) == 6 and {edit.calls.count(s) for s in edit.calls if s not in (0, 1, -1)} <= {2}
+    every = calibrate(Uneven(None), READ, prompts, pairs, settings=CalibrationSettings(step=0.5, furthest=1.0),
+                      sigma=SIGMA, paired=True)  # fmt: skip
+    assert found.factor == pytest.approx(every.factor)
+    assert np.array(found.curve) == pytest.approx(np.array(every.curve), abs=1e-3)
+    assert found.pictures < every.pictures
+
+
 def test_more_seeds_for_sigma_alone() -> None:
     edit = Known(lambda s: s * 0.1)
     found = calibrate(edit, READ, ["a"], [2, 3], spread_seeds=[1, 2, 3, 4])

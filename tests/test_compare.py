@@ -5,20 +5,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_model, tiny_tokenizer
+from compare_pair import tiny_pair
+from tiny import tiny_model
 
 from dodgeburn.cli.compare import main, numbers
 from dodgeburn.errors import DodgeburnWarning, UserError
 from dodgeburn.merge import compare_pictures as job
 from dodgeburn.merge.compare import CompareSettings, Comparison, compare, read_prompts
-from dodgeburn.merge.live import LiveMerge
 from dodgeburn.merge.presets import preset_names
 from dodgeburn.merge.ranking import Measured, Row, rank
 from dodgeburn.merge.run import merge
-from dodgeburn.merge.settings import MergeSettings
-from dodgeburn.models.as_single_file import open_as_single_file
 from dodgeburn.models.loading import load_model
-from dodgeburn.models.saving import save_diffusers_folder, save_single_file
+from dodgeburn.models.saving import save_single_file
 from dodgeburn.pocket.attributes import CATEGORICAL, CONTINUOUS
 from dodgeburn.pocket.captions import parse
 from dodgeburn.pocket.reader import Readings
@@ -45,13 +43,7 @@ class ColourReader:
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory) -> tuple[Path, Path]:
-    """Two tiny SDXL-shaped fp16 files with a tokenizer beside them, and one of SD1.5's shape."""
-    folder = tmp_path_factory.mktemp("models")
-    tiny_tokenizer().save_pretrained(str(folder / "tokenizer"))
-    for name, seed in (("a", 1), ("b", 2)):
-        save_single_file(tiny_model(seed=seed), folder / f"{name}.safetensors", dtype=torch.float16)
-    save_single_file(tiny_model("sd15"), folder / "old.safetensors", dtype=torch.float16)
-    return folder / "a.safetensors", folder / "b.safetensors"
+    return tiny_pair(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(autouse=True)
@@ -60,83 +52,9 @@ def no_plots(monkeypatch) -> None:
     monkeypatch.setattr("dodgeburn.merge.compare_report.add_plot", lambda *_: None)
 
 
-def weights(model) -> dict[str, torch.Tensor]:
-    return {f"{part}.{key}": tensor.clone() for part, module in model.components().items()
-            for key, tensor in module.state_dict().items()}  # fmt: skip
-
-
-def live_merge(model, *others: Path, limit: int | None = None) -> LiveMerge:
-    """Of a loaded model and files named B, C, ... in order."""
-    files = {name: open_as_single_file(path) for name, path in zip("ABCDE", (model.source, *others), strict=False)}
-    return LiveMerge(model, files, limit)
-
-
-def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
-
-
 def some(**changes) -> CompareSettings:
     settings = {"presets": ("GradV", "Flat_25"), "bases": (0.4,), "prompts": PROMPTS, "seeds": (0, 1), "generate": FAST}
     return CompareSettings(**{**settings, **changes})
-
-
-# ------------------------------------------------------------------------------------------------------- live merging
-
-
-@pytest.mark.parametrize("keep", [("text", "vae"), ()])
-def test_live_model_is_the_written_and_reloaded_file_bit_for_bit(pair, tmp_path, keep) -> None:
-    a, b = pair
-    model = load_model(a, "cpu")
-    before = weights(model)
-    live = live_merge(model, b)
-    for preset, base in (("ReverseSmoothstep", 0.4), ("Wrap2", 1.0), ("GradV", 0.0)):
-        live.apply(live.plan(MergeSettings(preset=preset, base=base, keep=keep)))
-        merge(a, b, tmp_path / "m.safetensors", preset=preset, base=base, keep=keep)
-        written = load_model(tmp_path / "m.safetensors", "cpu", tokenizer=a.parent / "tokenizer")
-        assert same(weights(model), weights(written))
-        assert not same(weights(model), before)
-    live.restore()
-    assert same(weights(model), before)
-
-
-def test_all_shares_one_is_b_and_only_what_changes_is_touched(pair) -> None:
-    a, b = pair
-    model, other = load_model(a, "cpu"), load_model(b, "cpu")
-    live = live_merge(model, b)
-    assert live.apply(live.plan(MergeSettings(base=1.0))) == set(model.components())
-    assert same(weights(model), weights(other))
-    assert live.apply(live.plan_b()) == set()
-    assert live.apply(live.plan(MergeSettings(base=1.0, blocks={"IN03": 0.5}))) == {"unet"}
-    touched: list[str] = []
-    live.apply(live.plan(MergeSettings(base=1.0, blocks={"IN04": 0.5})), touched.append)
-    assert {model.layout.block(name) for name in touched} == {"IN03", "IN04"}
-
-
-def test_folders_merge_like_files_and_stay_as_they_are(pair, tmp_path) -> None:
-    a, b = pair
-    save_diffusers_folder(load_model(a, "cpu"), tmp_path / "folder")
-    model = load_model(tmp_path / "folder", "cpu")
-    before = weights(model)
-    live = live_merge(model, b)
-    live.apply(live.plan(MergeSettings(preset="Cosine", base=0.5)))
-    merge(tmp_path / "folder", b, tmp_path / "m.safetensors", preset="Cosine", base=0.5)
-    written = load_model(tmp_path / "m.safetensors", "cpu", tokenizer=a.parent / "tokenizer")
-    assert same(weights(model), weights(written))
-    live.restore()
-    assert same(weights(model), before)
-
-
-def test_nan_in_b_is_an_error_and_leaves_a(pair, tmp_path) -> None:
-    a, _ = pair
-    broken = tiny_model(seed=2)
-    broken.unet.mid_block.resnets[0].conv1.weight[0, 0, 0, 0] = float("nan")
-    save_single_file(broken, tmp_path / "nan.safetensors", dtype=torch.float16)
-    model = load_model(a, "cpu")
-    before = weights(model)
-    live = live_merge(model, tmp_path / "nan.safetensors")
-    with pytest.raises(UserError, match="middle_block.0.*nan.safetensors"):
-        live.apply(live.plan(MergeSettings(preset="Flat_25", base=0.5, keep=("text", "vae"))))
-    assert same(weights(model), before)
 
 
 # ------------------------------------------------------------------------------------------------------------ the job

@@ -106,11 +106,19 @@ def test_calibration_error_is_of_a_prompts_mean() -> None:
     over = np.stack([rising(0.15), rising(0.05)])  # a prompt's two seeds: 1.5 and 0.5 sigma a scale
     found = sweep((1, 2), smile=over[None])
     assert measures.calibration_error(found, UNIT, "smile") == pytest.approx(0.0)
-    assert measures.calibration_error(found, UNIT, "smile", per_picture=True) == pytest.approx(0.75)  # .5 .5 1 1
-    steep = sweep((1, 1), smile=rising(0.12))  # off by 0.2 at one and 0.4 at two
-    assert measures.calibration_error(steep, UNIT, "smile") == pytest.approx(0.3)
-    assert measures.calibration_error(steep, UNIT, "smile", up_to=1.0) == pytest.approx(0.2)
-    assert np.isnan(measures.calibration_error(steep, UNIT, "smile", up_to=0.5))
+    assert measures.calibration_error(found, UNIT, "smile", per_picture=True) == pytest.approx(0.5)  # .25 .5 1
+    steep = sweep((1, 1), smile=rising(0.12))  # off by 0.1 at a half, 0.2 at one and 0.4 at two
+    assert measures.calibration_error(steep, UNIT, "smile") == pytest.approx(0.2)
+    assert measures.calibration_error(steep, UNIT, "smile", up_to=1.0) == pytest.approx(0.15)
+    assert np.isnan(measures.calibration_error(steep, UNIT, "smile", up_to=0.4))
+    # In the deviation that a file declares, 0.12 a unit is right. Half a unit is on the line between 0 and one.
+    assert measures.calibration_error(steep, UNIT, "smile", sigma=0.12) == pytest.approx(0.0)
+    # A requested scale beyond the sweep's ends is no part of it, whatever the ends do.
+    short = steep.within(-1, 1)
+    assert measures.calibration_error(short, UNIT, "smile") == pytest.approx(0.15)
+    bent = sweep((1, 1), smile=[0.1, 0.4, 0.5, 0.6, 0.9])  # exact to one, twice too far at two
+    assert measures.calibration_error(bent, UNIT, "smile") == pytest.approx(0.0)
+    assert measures.calibration_error(bent.within(1, 2), UNIT, "smile") == pytest.approx(0.0)
 
 
 def test_symmetry() -> None:

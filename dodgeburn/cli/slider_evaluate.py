@@ -110,7 +110,8 @@ def _run(options: Evaluate) -> dict[str, Any]:
                 print(f"note: {slider.path.name} is not calibrated, swept over {swept[0]:g} to {swept[-1]:g}: what 1.0 "
                       "means is anyone's guess (dodgeburn slider calibrate)")  # fmt: skip
             edit = AdapterEdit(model, slider.adapter, slider.start, unedited=unedited)
-            evaluations.append(evaluate(edit, target, split, swept, judge, "judge", slider.name, several))
+            unit = slider.card.sigma if slider.calibrated and target == slider.card.attribute else None
+            evaluations.append(evaluate(edit, target, split, swept, judge, "judge", slider.name, several, unit=unit))
             print(summary(as_json(evaluations[-1])))
         rows = [as_json(one) for one in evaluations]
         together = _together(options, model, sliders, targets, evaluations, split, unedited) if several else {}

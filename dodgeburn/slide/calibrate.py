@@ -19,7 +19,7 @@ import numpy as np
 from dodgeburn.errors import UserError
 from dodgeburn.models.adapters import Adapter
 from dodgeburn.slide.edits import Edit
-from dodgeburn.slide.readings import ReadsPictures, attribute_of, sweep_rows, values_of
+from dodgeburn.slide.readings import ReadsPictures, attribute_of, values_of
 
 Scores = Callable[[np.ndarray], np.ndarray]
 """Pictures uint8 [n, h, w, 3] -> float [n], NaN for one that cannot be read."""
@@ -49,6 +49,8 @@ class CalibrationSettings:
     parse_loss: float = 0.02  # share of pictures that may become unreadable
     least_gain: float = 0.15  # a step is safe if it moves the attribute by this share of what a unit slope would
     rounds: int = 8  # tries to find the unit
+    few: int | None = None  # pictures at scales beyond the first pair, whose mean tells how strong the edit is: how its
+    # response bends differs less from picture to picture than its strength does. None: all
     largest: float = 64.0  # raw scale: a slider that needs more does nothing
 
 
@@ -79,10 +81,12 @@ class Calibration:
 
 def calibrate(
     edit: Edit, scorer: Scorer, prompts: Sequence[str], seeds: Sequence[int], spread_seeds: Sequence[int] = (),
-    settings: CalibrationSettings | None = None, sigma: float | None = None,
+    settings: CalibrationSettings | None = None, sigma: float | None = None, paired: bool = False,
 ) -> Calibration:  # fmt: skip
     """Find an edit's unit, safe range and response on every prompt with every seed.
 
+    paired: prompt i with seed i alone, as many of either. Pictures of one seed respond alike, whatever their prompts
+    (docs/sliders.md), so for few pictures that tells more.
     sigma: the natural standard deviation, where it is known already. spread_seeds: further seeds for it alone, which
     needs more pictures than the mean does (unedited ones, shared by all sliders of a run). The unit is where half the
     distance between the mean moves at +s and -s is sigma. The safe range goes out from 0 on either side, step by step,
@@ -90,12 +94,12 @@ def calibrate(
     Raises UserError if nothing can be read, if the attribute does not vary, or if the edit does not move it.
     """
     settings = settings or CalibrationSettings()
-    probe = _Probe(edit, scorer, list(prompts), list(seeds), list(spread_seeds), sigma)
+    probe = _Probe(edit, scorer, _rows(prompts, seeds, paired), list(spread_seeds), sigma, settings.few)
     unit = _find_unit(probe, settings)
     low, high = (sign * _safe_end(probe, unit, sign, settings) for sign in (-1, 1))
     if not low < high:
         raise UserError(f"the slider is not safe at any scale: the first step of {settings.step:g} sigma goes wrong")
-    rows = sorted((round(raw / unit, 4), *found) for raw, found in probe.seen.items())
+    rows = sorted((round(raw / unit, 4), found.move, found.rate) for raw, found in probe.seen.items())
     return Calibration(
         attribute=scorer.attribute, by=scorer.by, factor=unit, sigma=probe.sigma, safe_range=(low, high),
         curve=[(scale, round(move, 4)) for scale, move, _ in rows if not math.isnan(move)],
@@ -104,51 +108,92 @@ def calibrate(
     )  # fmt: skip
 
 
+Rows = list[tuple[str, int]]
+
+
+def _rows(prompts: Sequence[str], seeds: Sequence[int], paired: bool) -> Rows:
+    """(prompt, seed) of every picture."""
+    if not prompts or not seeds:
+        raise UserError("calibration needs at least one prompt and one seed")
+    if not paired:
+        return [(prompt, seed) for prompt in prompts for seed in seeds]
+    if len(prompts) != len(seeds):
+        raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds are no pairs")
+    return list(zip(prompts, seeds, strict=True))
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What was measured at a raw scale."""
+
+    move: float  # mean, in sigma; NaN where nothing could be read
+    rate: float  # share of readable pictures
+    lost: float  # by how much that is less than of the same pictures unedited
+
+
 class _Probe:
-    """Mean moves and parse rates at raw scales, each measured once."""
+    """Mean moves and parse rates at raw scales, each measured once.
+
+    The first pair of scales is measured on all pictures, the others on the first `few`. Their moves are multiplied by
+    how much further all pictures moved there than the few (a ratio estimate).
+    """
 
     def __init__(
-        self, edit: Edit, scorer: Scorer, prompts: list[str], seeds: list[int], more: list[int], sigma: float | None
+        self, edit: Edit, scorer: Scorer, rows: Rows, more: list[int], sigma: float | None, few: int | None
     ) -> None:
-        self.edit, self.scorer, self.prompts, self.seeds = edit, scorer, prompts, seeds
-        if not prompts or not seeds:
-            raise UserError("calibration needs at least one prompt and one seed")
-        both = list(dict.fromkeys([*seeds, *more]))
-        score = self._scores([0.0], both).reshape(len(prompts), len(both))
+        self.edit, self.scorer, self.rows = edit, scorer, rows
+        self.few, self.ratio = few or len(rows), 1.0
+        prompts = list(dict.fromkeys(prompt for prompt, _ in rows))
+        both = list(dict.fromkeys([*rows, *((prompt, seed) for prompt in prompts for seed in more)]))
+        score = self._scores(both, [0.0])[:, 0]
         known = score[~np.isnan(score)]
         if len(known) < 2:
             raise UserError(f"{len(known)} of {score.size} unedited pictures can be read: calibration needs 2 at least")
         self.sigma = float(np.std(known, ddof=1)) if sigma is None else sigma
         if self.sigma < 1e-6:
             raise UserError(f"{scorer.attribute} is the same in all {len(known)} unedited pictures: it has no unit")
-        self.plain = score[:, [both.index(seed) for seed in seeds]].ravel()
-        self.rate = 1 - float(np.isnan(self.plain).mean())
-        self.seen: dict[float, tuple[float, float]] = {0.0: (0.0, self.rate)}
+        self.plain = score[: len(rows)]
+        self.seen: dict[float, _Seen] = {0.0: _Seen(0.0, 1 - float(np.isnan(self.plain).mean()), 0.0)}
         self.made = 0
 
-    def _scores(self, scales: list[float], seeds: list[int]) -> np.ndarray:
-        rows = sweep_rows(self.prompts, seeds, scales)
-        found = np.asarray(self.scorer.scores(self.edit.pictures(*rows)), dtype=np.float64)
-        return found.reshape(-1, len(scales))
+    def _scores(self, rows: Rows, scales: list[float]) -> np.ndarray:
+        every = [(prompt, seed, scale) for prompt, seed in rows for scale in scales]
+        pictures = self.edit.pictures([r[0] for r in every], [r[1] for r in every], [r[2] for r in every])
+        return np.asarray(self.scorer.scores(pictures), dtype=np.float64).reshape(-1, len(scales))
 
     def measure(self, raw: Sequence[float]) -> None:
         """Measure what is not known yet, in one call."""
         new = [scale for scale in dict.fromkeys(raw) if scale not in self.seen]
         if not new:
             return
-        found = self._scores(new, self.seeds)
+        first = len(self.seen) == 1
+        n = len(self.rows) if first else self.few
+        found = self._scores(self.rows[:n], new)
         self.made += found.size
-        for scale, column in zip(new, found.T, strict=True):
-            moves = (column - self.plain) / self.sigma
-            known = moves[~np.isnan(moves)]
-            self.seen[scale] = (float(known.mean()) if len(known) else math.nan, 1 - float(np.isnan(column).mean()))
+        moves = (found - self.plain[:n, None]) / self.sigma
+        rates = 1 - np.isnan(found).mean(0)
+        lost = 1 - float(np.isnan(self.plain[:n]).mean()) - rates
+        for scale, move, rate, less in zip(new, _means(moves), rates, lost, strict=True):
+            self.seen[scale] = _Seen(float(move) * self.ratio, float(rate), float(less))
+        if first and self.few < n and len(new) == 2:
+            whole, part = (moves[:, 0] - moves[:, 1], (moves[:, 0] - moves[:, 1])[: self.few])
+            size, of_few = (float(_means(one[:, None])[0]) for one in (whole, part))
+            if abs(of_few) > 0.1 and 0.25 < size / of_few < 4:
+                self.ratio = size / of_few
 
     def half(self, raw: float) -> float:
         """Half the distance between the mean moves at +raw and -raw, in sigma; one side's where the other is lost."""
         self.measure([raw, -raw])
-        up, down = self.seen[raw][0], -self.seen[-raw][0]
+        up, down = self.seen[raw].move, -self.seen[-raw].move
         sides = [move for move in (up, down) if not math.isnan(move)]
         return sum(sides) / len(sides) if sides else math.nan
+
+
+def _means(moves: np.ndarray) -> np.ndarray:
+    """Means of columns over what is known; NaN for a column of which nothing is."""
+    known = ~np.isnan(moves)
+    count = known.sum(0)
+    return np.where(count > 0, np.where(known, moves, 0.0).sum(0) / np.maximum(count, 1), np.nan)
 
 
 def _find_unit(probe: _Probe, settings: CalibrationSettings) -> float:
@@ -180,7 +225,7 @@ def _find_unit(probe: _Probe, settings: CalibrationSettings) -> float:
         return math.copysign(between, best[1]) if best[0] < math.inf else between
     if best[0] <= 0.25:
         return best[1]
-    reached = max((abs(move) for move, _ in probe.seen.values() if not math.isnan(move)), default=0.0)
+    reached = max((abs(one.move) for one in probe.seen.values() if not math.isnan(one.move)), default=0.0)
     raise UserError(
         f"the slider moves {probe.scorer.attribute} by {reached:.2f} natural standard deviations at most (scales up to "
         f"{max(probe.seen):g}): there is no scale to call 1.0"
@@ -193,10 +238,10 @@ def _safe_end(probe: _Probe, unit: float, sign: int, settings: CalibrationSettin
     for i in range(1, round(settings.furthest / settings.step) + 1):
         raw = sign * unit * i * settings.step
         probe.measure([raw])
-        move, rate = probe.seen[raw]
-        gain = sign * (move - probe.seen[sign * unit * safe][0])
-        lost = probe.rate - rate > settings.parse_loss + 1e-9
-        if math.isnan(move) or lost or gain < settings.least_gain * settings.step:
+        found = probe.seen[raw]
+        gain = sign * (found.move - probe.seen[sign * unit * safe].move)
+        lost = found.lost > settings.parse_loss + 1e-9
+        if math.isnan(found.move) or lost or gain < settings.least_gain * settings.step:
             break
         safe = i * settings.step
     return safe

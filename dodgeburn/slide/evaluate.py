@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -74,21 +75,23 @@ def per_sweep(sweep: SweepReadings, natural: Natural, target: str) -> dict[str, 
 SHARES = ("monotone", "monotone_drawdown")
 
 
-def figures_of(sweep: SweepReadings, natural: Natural, target: str, others: Sequence[str] | None = None
-               ) -> dict[str, float]:  # fmt: skip
+def figures_of(sweep: SweepReadings, natural: Natural, target: str, others: Sequence[str] | None = None,
+               unit: float | None = None) -> dict[str, float]:  # fmt: skip
     """Figures that are no means over sweeps, flat; NaN for what cannot be measured.
 
-    others: the attributes that `selectivity_among` looks at (the targets of the sliders evaluated together).
+    others: the attributes that `selectivity_among` looks at (the targets of the sliders evaluated together). unit: what
+    the file declares its 1.0 to move the target by, for the calibration errors; None: the sweep's own spread.
     """
+    off = partial(measures.calibration_error, sweep, natural, target, sigma=unit)
     own = measures.leak(sweep, natural, target, target)
     leaks = measures.leakage(sweep, natural, target)
     out = {
         "selectivity": measures.selectivity(own, leaks.values()),
         "selectivity_picture": measures.selectivity(own, leaks.values(), strict=True),
         "linearity": measures.linearity(sweep, target),
-        "calibration_error": measures.calibration_error(sweep, natural, target),
-        "calibration_error_unit": measures.calibration_error(sweep, natural, target, up_to=1.0),
-        "calibration_error_picture": measures.calibration_error(sweep, natural, target, per_picture=True),
+        "calibration_error": off(),
+        "calibration_error_unit": off(up_to=1.0),
+        "calibration_error_picture": off(per_picture=True),
         "symmetry": measures.symmetry(sweep, target),
         "parse_loss": measures.parse_loss(sweep),
         **{f"leakage.{name}": found.absolute for name, found in leaks.items()},
@@ -101,19 +104,19 @@ def figures_of(sweep: SweepReadings, natural: Natural, target: str, others: Sequ
 
 def judge_sweep(
     sweep: SweepReadings, target: str, split: Split, reader: str = "judge", name: str = "",
-    others: Sequence[str] | None = None, resamples: int = 200,
+    others: Sequence[str] | None = None, resamples: int = 200, unit: float | None = None,
 ) -> Evaluation:  # fmt: skip
     """All figures of a sweep that was read, with intervals over its prompts and seeds.
 
     Spreads, against which everything is measured, are those of the sweep's own unedited pictures; they stay fixed
-    while prompts and seeds are resampled.
+    while prompts and seeds are resampled. unit: as in `figures_of`.
     """
     natural = natural_spread(sweep, RMSE.get(reader, {}), [target, *(others or ())])
     figures = {
         key: bootstrap_mean(values, shares=key in SHARES) for key, values in per_sweep(sweep, natural, target).items()
     }
     figures |= bootstrap_statistics(
-        lambda prompts, seeds: figures_of(sweep.take(prompts, seeds), natural, target, others), sweep.shape,
+        lambda prompts, seeds: figures_of(sweep.take(prompts, seeds), natural, target, others, unit), sweep.shape,
         resamples=resamples,
     )  # fmt: skip
     curve = measures.response(sweep, natural, target)
@@ -127,15 +130,16 @@ def judge_sweep(
 
 def evaluate(
     edit: Edit, target: str, split: Split, scales: Sequence[float], reader: ReadsPictures, reader_name: str = "judge",
-    name: str = "", others: Sequence[str] | None = None, resamples: int = 200,
+    name: str = "", others: Sequence[str] | None = None, resamples: int = 200, unit: float | None = None,
 ) -> Evaluation:  # fmt: skip
     """Sweep an edit over every prompt and seed of the split, read the pictures, measure.
 
-    scales: the safe range and what lies between (`even_scales`). Raises UserError for a target that is no attribute.
+    scales: the safe range and what lies between (`even_scales`). unit: as in `figures_of`. Raises
+    UserError for a target that is no attribute.
     """
     attribute_of(target)
     sweep = read_sweep(edit, reader, split.prompts, split.seeds, scales)
-    return judge_sweep(sweep, target, split, reader_name, name, others, resamples)
+    return judge_sweep(sweep, target, split, reader_name, name, others, resamples, unit)
 
 
 def at_displacement(sweep: SweepReadings, natural: Natural, target: str, displacement: float) -> dict[str, Any]:
@@ -216,7 +220,7 @@ def summary(found: Mapping[str, Any]) -> str:
         f"by the {found['reader']}",
         f"  monotone {said('monotone', '.1%')}, Spearman {said('spearman', '.3f')}",
         f"  selectivity {said('selectivity', '.2f')}, identity kept {said('identity', '.1%')}",
-        f"  calibration error {said('calibration_error', '.2f')} sigma over the whole range, "
+        f"  calibration error {said('calibration_error', '.2f')} sigma at 0.5, 1 and 2, "
         f"{said('calibration_error_unit', '.2f')} up to 1.0; range {said('range_sigma', '.1f')} sigma, "
         f"symmetry {said('symmetry', '.2f')}, parse loss {said('parse_loss', '.1%')}",
     ]

@@ -17,6 +17,7 @@ from dodgeburn.pocket.attributes import CATEGORICAL, CONTINUOUS
 from dodgeburn.slide.readings import SweepReadings, others_of
 
 DISPLACEMENTS = (0.5, 1.0, 2.0)
+REQUESTED = (-2.0, -1.0, -0.5, 0.5, 1.0, 2.0)  # scales at which a calibrated file is held to its word
 LEAST_SIGMA = 1e-3  # of a [0, 1] reading: below it an attribute doesn't vary and a share of it means nothing
 
 
@@ -120,15 +121,21 @@ def linearity(sweep: SweepReadings, target: str) -> float:
 
 
 def calibration_error(sweep: SweepReadings, natural: Natural, target: str, per_picture: bool = False,
-                      up_to: float = np.inf) -> float:  # fmt: skip
-    """Median of |reached - requested| in sigma, where scale s requests s sigma, over scales up to `up_to` in magnitude.
+                      up_to: float = np.inf, sigma: float | None = None) -> float:  # fmt: skip
+    """Median of |reached - requested| in sigma, where scale s requests s sigma, over prompts and REQUESTED scales.
 
-    Reached is the mean over a prompt's readable seeds, the median over prompts and scales other than 0; `per_picture`
-    takes every picture by itself, which adds the reader's error and the spread between seeds.
+    Reached is the mean over a prompt's readable seeds, linear between the scales of the sweep; requested scales beyond
+    its ends, or beyond `up_to` in magnitude, are left out. sigma: what the file declares one unit to be; None: the
+    spread of the sweep's unedited pictures. `per_picture` takes every picture by itself, which adds the reader's error
+    and the spread between seeds. NaN where no requested scale was swept.
     """
-    asked = np.flatnonzero((sweep.scales != 0) & (np.abs(sweep.scales) <= up_to + 1e-9))
-    moves = sweep.moves(target)[:, :, asked] / natural.sigma[target]
-    error = np.abs((moves if per_picture else mean_known(moves, 1)) - sweep.scales[asked])
+    scales = sweep.scales
+    asked = [s for s in REQUESTED if scales[0] - 1e-9 <= s <= scales[-1] + 1e-9 and abs(s) <= up_to + 1e-9]
+    if not asked:
+        return float("nan")
+    moves = sweep.moves(target) / (natural.sigma[target] if sigma is None else sigma)
+    reached = np.stack([_at_scale(moves, scales, s) for s in asked], axis=2)
+    error = np.abs((reached if per_picture else mean_known(reached, 1)) - np.array(asked))
     return float(np.nanmedian(error)) if not np.isnan(error).all() else float("nan")
 
 

@@ -58,6 +58,11 @@ def calibration_split(targets: Sequence[str], prompts: int, seeds: int) -> Split
     return Split(open_prompts(rows, targets, prompts), [FIRST_CALIBRATION_SEED + i for i in range(seeds)])
 
 
+def calibration_prompts(target: str, n: int) -> list[str]:
+    """So many development prompts that leave a target open."""
+    return calibration_split([target], n, 1).prompts
+
+
 def evaluation_split(targets: Sequence[str], prompts: int, seeds: int) -> Split:
     """Held-out prompts that leave the targets open."""
     from dodgeburn.training.pocket import gate_prompts

@@ -30,12 +30,11 @@ from dodgeburn.slide.calibrate import Calibration, CalibrationSettings, Scorer, 
 from dodgeburn.slide.closed_form import closed_form
 from dodgeburn.slide.edits import AdapterEdit, Unedited
 from dodgeburn.slide.pairs import PairSpec, train_pairs
-from dodgeburn.slide.readings import sweep_rows
 from dodgeburn.slide.spec import SliderSpec
-from dodgeburn.slide.splits import calibration_split
 from dodgeburn.slide.text import train_text
 
 Spec = SliderSpec | PairSpec
+LOOKED_AT = 6  # pictures at each end that early stopping by the reader looks at
 
 
 @dataclass(frozen=True)
@@ -45,10 +44,12 @@ class QuickCalibration:
     `dodgeburn slider calibrate` measures again with as many pictures as wanted.
     """
 
-    pictures: int = 6  # at each scale
-    steps: int = 8  # denoising steps
+    pictures: int = 18  # at the first pair of scales; each of a prompt and a seed of its own
+    steps: int = 5  # denoising steps
     guidance: float = 4.0
-    search: CalibrationSettings = field(default_factory=lambda: CalibrationSettings(step=1.5, furthest=3.0, rounds=2))
+    search: CalibrationSettings = field(
+        default_factory=lambda: CalibrationSettings(step=1.5, furthest=3.0, rounds=2, few=6)
+    )
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,16 @@ class Made:
 
 @dataclass(frozen=True)
 class _Look:
-    """How a slider is looked at while it is made: prompts and seeds that no training uses."""
+    """How a slider is looked at while it is made: pictures, each of a prompt and a seed, that no training uses."""
 
     prompts: list[str]
     seeds: list[int]
     start: float
+
+    def rows(self, scales: Sequence[float]) -> tuple[list[str], list[int], list[float]]:
+        """Every picture at every scale, scales innermost."""
+        every = [(p, s, scale) for p, s in zip(self.prompts, self.seeds, strict=True) for scale in scales]
+        return [r[0] for r in every], [r[1] for r in every], [r[2] for r in every]
 
 
 @dataclass
@@ -79,7 +85,9 @@ class SliderMaker:
     """Makes sliders on one model.
 
     scorer: from an attribute to what measures it; sigma: from an attribute to its natural standard deviation where that
-    is known beforehand (None: measured on unedited pictures). spelling, dtype, inputs: as `save_adapter`.
+    is known beforehand (None: measured on unedited pictures). prompts: from an attribute and a number to so many
+    prompts to calibrate on, such as users will give (None: the slider's own subject with its preserved attributes in
+    turn). spelling, dtype, inputs: as `save_adapter`.
     """
 
     model: Model
@@ -89,6 +97,7 @@ class SliderMaker:
     spelling: str = "kohya"
     dtype: str = "fp16"
     inputs: Sequence[Path] = ()
+    prompts: Callable[[str, int], list[str]] | None = None
     _drawn: list[int] = field(default_factory=list)  # samples through the U-Net of every picture looked at
     _unedited: Unedited | None = None  # shared: sliders of a class are looked at on the same prompts and seeds
 
@@ -128,22 +137,22 @@ class SliderMaker:
         """A slider from pictures before and after."""
         began, path = time.perf_counter(), _checked(out)
         trained = train_pairs(self.model, spec, pictures, _folder(path))
-        prompts = [spec.prompt]
-        if spec.attribute is not None and self.scorer is not None:
-            prompts = calibration_split([spec.attribute], self.quick.pictures, 1).prompts
-        look = _Look(prompts, self._seeds(spec.seed, len(prompts)), spec.start)
+        look = self._look(spec, [spec.prompt], spec.start)
         return self._finish("pairs", spec, trained.adapter, path, look, (0, trained.forwards), began)
 
     # -------------------- what all have in common
 
     def _look_text(self, spec: SliderSpec, start: float) -> _Look:
         contexts = list(dict.fromkeys(spec.preserve)) or [""]
-        spread = contexts[:: max(1, len(contexts) // self.quick.pictures)][: self.quick.pictures]
-        prompts = [spec.prompts(context)[0] for context in spread]
-        return _Look(prompts, self._seeds(spec.seed, len(prompts)), start)
+        return self._look(spec, [spec.prompts(context)[0] for context in contexts], start)
 
-    def _seeds(self, seed: int, prompts: int) -> list[int]:
-        return [seed * 10_000 + 5_000 + i for i in range(-(-self.quick.pictures // prompts))]
+    def _look(self, spec: Spec, own: list[str], start: float) -> _Look:
+        """Prompts such as users will give, where they are known, or else the slider's own; a seed for each."""
+        n, prompts = self.quick.pictures, own
+        if self.prompts is not None and spec.attribute is not None:
+            prompts = self.prompts(spec.attribute, n)
+        seeds = [spec.seed * 10_000 + 5_000 + i for i in range(n)]
+        return _Look([prompts[i % len(prompts)] for i in range(n)], seeds, start)
 
     def _edit(self, adapter: Adapter, look: _Look) -> AdapterEdit:
         """The slider as an edit; what it draws is counted in `_drawn`."""
@@ -164,7 +173,8 @@ class SliderMaker:
 
         def measure(adapter: Adapter) -> float:
             edit = self._edit(adapter, look)
-            found = scorer.scores(edit.pictures(*sweep_rows(look.prompts, look.seeds, [-1.0, 1.0]))).reshape(-1, 2)
+            few = _Look(look.prompts[:LOOKED_AT], look.seeds[:LOOKED_AT], look.start)
+            found = scorer.scores(edit.pictures(*few.rows([-1.0, 1.0]))).reshape(-1, 2)
             return float(np.nanmean(found[:, 1] - found[:, 0]))
 
         return measure
@@ -178,7 +188,8 @@ class SliderMaker:
         if scorer is not None:
             edit, before = self._edit(adapter, look), sum(self._drawn)
             known = self.sigma(scorer.attribute) if self.sigma is not None else None
-            found = calibrate(edit, scorer, look.prompts, look.seeds, settings=self.quick.search, sigma=known)
+            quick = self.quick.search
+            found = calibrate(edit, scorer, look.prompts, look.seeds, settings=quick, sigma=known, paired=True)
             adapter, cost = found.applied(adapter), sum(self._drawn) - before
         seconds = time.perf_counter() - began
         start = None if look.start >= ALWAYS else look.start
