@@ -50,4 +50,4 @@ def _stand_in(name: str, functions: tuple[str, ...], folders: list[str]) -> Modu
     # What `inspect` and the import system ask every module for.
     module.__file__, module.__path__ = None, folders
     module.__getattr__ = lambda attribute: getattr(real(), attribute)  # PEP 562
-    return module  # type: ignore[no-any-return]
+    return module
