@@ -6,10 +6,11 @@ Development prompts and the reader (nothing held out is looked at). Each slider 
 `slider train` does it, swept over development prompts x seeds, and then calibrated again `--again` times with other
 seeds: what moves between these is the calibration's own uncertainty. Finished parts stay in --folder.
 
-Printed for every slider: half the distance between the mean moves at +1 and -1 (1 is exact); how much single pictures
-differ there, by prompt, by seed and beyond; the standard errors that follow for six pictures of one seed and for as
-many as `slider train` takes; the calibration error (slide/measures.py) that 4 and 64 seeds a prompt would measure, and
-64 if the mean curve were exact; and after each new calibration the response at 1.0, and that error.
+Printed for every slider: half the distance between the mean moves at +1 and -1 (1 is exact), on captions and on the
+slider's own prompts; how much single pictures differ there, by prompt, by seed and beyond; the standard errors that
+follow for six pictures of one seed and for as many as `slider train` takes; the calibration error (slide/measures.py)
+that 4 and 64 seeds a prompt would measure, and 64 if the mean curve were exact; and after each new calibration the
+response at 1.0, and that error.
 """
 
 from __future__ import annotations
@@ -71,6 +72,16 @@ class Bench:
             np.savez(path, dev8=sweep.of(target))
         values = np.load(path)["dev8"]
         return (values - values[:, :, [SCALES.index(0.0)]]) / known_sigma(self.model, target)
+
+    def own(self, spec: SliderSpec) -> float:
+        """Half the distance between the mean moves at +1 and -1 on the slider's own prompts, two seeds each."""
+        target, path = str(spec.attribute), self.folder / f"{spec.name}-own.npz"
+        if not path.exists():
+            prompts = [spec.prompts(context)[0] for context in dict.fromkeys(spec.preserve)]
+            sweep = read_sweep(self.edit(spec, self.unedited), self.reader, prompts, self.seeds[:2], [-1.0, 0.0, 1.0])
+            np.savez(path, values=sweep.of(target))
+        values = np.load(path)["values"]
+        return float(np.nanmean(values[:, :, 2] - values[:, :, 0]) / 2 / (known_sigma(self.model, target) or np.nan))
 
     def edit(self, spec: SliderSpec, unedited: Unedited) -> AdapterEdit:
         """The trained slider."""
@@ -136,7 +147,7 @@ def row(bench: Bench, spec: SliderSpec, again: int) -> dict[str, Any]:
     factors = [bench.again(spec, draw)["factor"] for draw in range(again)]
     after = [expected(at_factor(moves, factor), 64) for factor in factors]
     return {
-        "name": spec.name, "at_1": float(half.mean()),
+        "name": spec.name, "at_1": float(half.mean()), "at_1_own_prompts": bench.own(spec),
         "curve": dict(zip(map(str, SCALES), curve.tolist(), strict=True)),
         "sd_prompts": prompts, "sd_seeds": seeds, "sd_rest": rest,
         "se_6_of_one_seed": float(np.sqrt(seeds**2 + each / 6)), f"se_{n}": float(np.sqrt((seeds**2 + each) / n)),
