@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from compare_pair import live_merge, same, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_compare import PROMPTS, ColourReader, live_merge, no_plots, same, weights
+from test_compare import PROMPTS, ColourReader, no_plots
 from tiny import tiny_model, tiny_tokenizer
 
 from dodgeburn.cli.compare import main

@@ -4,14 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from compare_pair import tiny_pair
+from compare_pair import live_merge, same, tiny_pair, weights
 from tiny import tiny_model
 
 from dodgeburn.errors import UserError
-from dodgeburn.merge.live import LiveMerge
 from dodgeburn.merge.run import merge
 from dodgeburn.merge.settings import MergeSettings
-from dodgeburn.models.as_single_file import open_as_single_file
 from dodgeburn.models.loading import load_model
 from dodgeburn.models.saving import save_diffusers_folder, save_single_file
 
@@ -19,21 +17,6 @@ from dodgeburn.models.saving import save_diffusers_folder, save_single_file
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory) -> tuple[Path, Path]:
     return tiny_pair(tmp_path_factory.mktemp("models"))
-
-
-def weights(model) -> dict[str, torch.Tensor]:
-    return {f"{part}.{key}": tensor.clone() for part, module in model.components().items()
-            for key, tensor in module.state_dict().items()}  # fmt: skip
-
-
-def live_merge(model, *others: Path, limit: int | None = None) -> LiveMerge:
-    """Of a loaded model and files named B, C, ... in order."""
-    files = {name: open_as_single_file(path) for name, path in zip("ABCDE", (model.source, *others), strict=False)}
-    return LiveMerge(model, files, limit)
-
-
-def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
 
 
 @pytest.mark.parametrize("keep", [("text", "vae"), ()])
