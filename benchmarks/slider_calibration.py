@@ -2,9 +2,9 @@
 
     python benchmarks/slider_calibration.py --concepts age smile eye_size hair_length --folder calibration
 
-Development prompts and the reader (nothing held out is looked at). Each slider is trained and calibrated as
-`slider train` does it, swept over development prompts x seeds, and then calibrated again `--again` times with other
-seeds: what moves between these is the calibration's own uncertainty. Finished parts stay in --folder.
+Development prompts and the reader; with --judge, at last, held-out ones and the judge. Each slider is trained and
+calibrated as `slider train` does it, swept over development prompts x seeds, and then calibrated again `--again` times
+with other seeds: what moves between these is the calibration's own uncertainty. Finished parts stay in --folder.
 
 Printed for every slider: half the distance between the mean moves at +1 and -1 (1 is exact), on captions and on the
 slider's own prompts; how much single pictures differ there, by prompt, by seed and beyond; the standard errors that
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,14 @@ from dodgeburn.models.loading import load_model
 from dodgeburn.models.model import Model
 from dodgeburn.pocket.reader import Reader
 from dodgeburn.sampling.loop import GenerateSettings
+from dodgeburn.slide import measures
 from dodgeburn.slide.calibrate import calibrate, reader_scorer
 from dodgeburn.slide.edits import AdapterEdit, Unedited
 from dodgeburn.slide.measures import REQUESTED
 from dodgeburn.slide.natural import known_sigma
 from dodgeburn.slide.readings import read_sweep
 from dodgeburn.slide.spec import SliderSpec, load_specs
-from dodgeburn.slide.splits import calibration_prompts
+from dodgeburn.slide.splits import calibration_prompts, evaluation_split
 from dodgeburn.slide.train import QuickCalibration, SliderMaker
 
 SPECS = Path(__file__).parents[1] / "examples" / "sliders" / "30-concepts.yaml"
@@ -51,6 +53,7 @@ class Bench:
         self.model: Model = load_model("pocket", device="cpu", dtype="fp32")
         self.reader = Reader.load("reader")
         self.unedited = Unedited(self.model, GenerateSettings(steps=8, guidance=4.0))
+        self.final: Unedited | None = None
 
     def trained(self, spec: SliderSpec) -> Path:
         """The slider's file."""
@@ -102,6 +105,26 @@ class Bench:
         said: dict[str, Any] = json.loads(path.read_text())
         return said
 
+    def judged(self, spec: SliderSpec, factor: float) -> dict[str, float]:
+        """On held-out prompts, by the judge, 20 steps: the calibration error if 1.0 were `factor` of the file's."""
+        target, path = str(spec.attribute), self.folder / f"{spec.name}-judged-{factor:.4f}.json"
+        if not path.exists():
+            if self.final is None:
+                self.final = Unedited(self.model)
+                self.judge = Reader.load("judge")
+            split = evaluation_split([target], 8, 4)
+            asked = sorted([*REQUESTED, 0.0])
+            scales = [s * factor for s in asked]
+            sweep = read_sweep(self.edit(spec, self.final), self.judge, split.prompts, split.seeds, scales)
+            sweep = replace(sweep, scales=np.array(asked))
+            unit = known_sigma(self.model, target)
+            error = measures.calibration_error(sweep, measures.natural_spread(sweep), target, sigma=unit)
+            moves = np.nanmean(sweep.moves(target), (0, 1)) / (unit or np.nan)
+            at_1 = float(moves[asked.index(1.0)] - moves[asked.index(-1.0)]) / 2
+            path.write_text(json.dumps({"calibration_error": error, "at_1": at_1}))
+        said: dict[str, float] = json.loads(path.read_text())
+        return said
+
 
 def components(half: np.ndarray) -> tuple[float, float, float]:
     """Standard deviations of [prompts, seeds] by prompt, by seed and of the rest (two ways, random effects)."""
@@ -136,7 +159,7 @@ def at_factor(moves: np.ndarray, factor: float) -> np.ndarray:
     return moves[:, :, right - 1] * (1 - part) + moves[:, :, right] * part
 
 
-def row(bench: Bench, spec: SliderSpec, again: int) -> dict[str, Any]:
+def row(bench: Bench, spec: SliderSpec, again: int, judge: bool) -> dict[str, Any]:
     """All figures of one slider."""
     moves = bench.swept(spec)
     half = (moves[:, :, SCALES.index(1.0)] - moves[:, :, SCALES.index(-1.0)]) / 2
@@ -155,6 +178,7 @@ def row(bench: Bench, spec: SliderSpec, again: int) -> dict[str, Any]:
         "error_64_seeds_exact_curve": expected(moves, 64, np.array(SCALES)),
         "at_1_recalibrated": [float(np.interp(factor, [0.0, 0.5, 1.0, 2.0], sizes)) for factor in factors],
         "error_64_seeds_recalibrated": after,
+        "judged": [bench.judged(spec, factor) for factor in (1.0, *factors[:1])] if judge else [],
     }  # fmt: skip
 
 
@@ -165,13 +189,14 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=12)
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--again", type=int, default=2, help="how often each slider is calibrated anew")
+    parser.add_argument("--judge", action="store_true", help="at last: held-out prompts, old and new unit")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     args = parser.parse_args()
     bench = Bench(args.folder, args.prompts, args.seeds)
     specs = {spec.name: spec for spec in load_specs(SPECS)}
     rows = []
     for name in args.concepts:
-        rows.append(row(bench, specs[name], args.again))
+        rows.append(row(bench, specs[name], args.again, args.judge))
         print("  ".join(f"{k} {_short(v)}" for k, v in rows[-1].items() if k != "curve"), flush=True)
         print(f"  curve {', '.join(f'{s}: {m:+.2f}' for s, m in rows[-1]['curve'].items())}", flush=True)
     if args.json:
@@ -180,7 +205,7 @@ def main() -> None:
 
 def _short(value: Any) -> str:
     if isinstance(value, list):
-        return ", ".join(f"{one:.2f}" for one in value)
+        return ", ".join(f"{one:.2f}" if isinstance(one, float) else str(one) for one in value)
     return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 

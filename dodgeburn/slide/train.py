@@ -44,7 +44,7 @@ class QuickCalibration:
     `dodgeburn slider calibrate` measures again with as many pictures as wanted.
     """
 
-    pictures: int = 16  # at the first pair of scales; each of a prompt and a seed of its own
+    pictures: int = 12  # at the first pair of scales; each of a prompt and a seed of its own
     steps: int = 5  # denoising steps
     guidance: float = 4.0
     search: CalibrationSettings = field(
