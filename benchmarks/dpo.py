@@ -132,7 +132,7 @@ class Bench:
     # -------------------- training
 
     def pairs(self, preference: str) -> Any:
-        drawn = draw_all(self.draws, draw_settings(self.size.prompts), self.store.path("drawn"))
+        drawn = draw_all(self.model, draw_settings(self.size.prompts), self.store.path("drawn"))
         return pairs_by(drawn, preference, self.store.path(f"pairs-{preference}"))
 
     def file(self, preference: str, seed: int, loss: str = "sigmoid") -> Path:

@@ -158,11 +158,11 @@ def test_no_pair_left_writes_nothing(tmp_path: Path) -> None:
 
 
 def test_prompts_for_pairs_are_no_ones_that_anything_is_chosen_or_judged_on() -> None:
-    prompts = pocket_prompts(60)
-    assert len(prompts) == 60 and prompts[:20] == pocket_prompts(20)
+    prompts = pocket_prompts(60) + pocket_prompts(60, missed=True)
+    assert len(prompts) == 120 and prompts[:20] == pocket_prompts(20)
     others = {row["prompt"] for row in [*development_prompts(1000), *gate_prompts()]}
     assert not others & set(prompts)
-    assert sum(parse(p).get("hand") == "waving" for p in prompts) >= 18
+    assert sum(parse(p).get("hand") == "waving" for p in prompts) >= 36
 
 
 def test_a_scorer_of_the_users(tmp_path: Path) -> None:
@@ -261,7 +261,7 @@ def test_every_seed_is_drawn_at_every_guidance(tmp_path: Path) -> None:
 
 
 def test_prompts_for_pairs_name_what_is_missed_more_often() -> None:
-    asked = [parse(prompt) for prompt in pocket_prompts(200)]
+    asked = [parse(prompt) for prompt in pocket_prompts(200, missed=True)]
     named = {name: np.mean([name in one for one in asked]) for name in (*CONTINUOUS, *CATEGORICAL)}
     assert min(named[name] for name in MISSED) > 0.4
     assert max(share for name, share in named.items() if name not in (*MISSED, "hand")) < 0.25

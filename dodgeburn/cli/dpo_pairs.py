@@ -40,6 +40,8 @@ class Pairs:
     """A text file with one prompt a line; none: captions of the pocket world."""
     n: Annotated[int | None, tyro.conf.arg(aliases=["-n"], metavar="COUNT")] = None
     """How many prompts; none: all of the file, or 256 of the pocket world."""
+    missed: bool = False
+    """Captions of the pocket world that name what the pocket gets wrong more often than the rest."""
     best_of: Annotated[int, tyro.conf.arg(metavar="COUNT")] = 8
     """Pictures a prompt."""
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], metavar="FOLDER")] = None
@@ -97,7 +99,8 @@ def _pictures(options: Pairs) -> Drawn:
     from dodgeburn.rework.make_pairs import draw_all, open_drawn
 
     if options.pictures is not None:
-        given = [name for name in ("model", "prompts", "n", "best_of", "first_seed", "steps", "guidance", "sampler")
+        given = [name for name in ("model", "prompts", "n", "missed", "best_of", "first_seed", "steps", "guidance",
+                                   "sampler")
                  if getattr(options, name) != getattr(Pairs(), name)]  # fmt: skip
         if given:
             raise UserError(f"--{given[0].replace('_', '-')} has no effect with --pictures: those are drawn already")
@@ -130,7 +133,7 @@ def _settings(options: Pairs) -> Any:
     if options.n is not None and not 1 <= options.n <= 100_000:
         raise UserError(f"-n is {options.n}: give a number of prompts from 1 to 100000")
     if options.prompts is None:
-        prompts = pocket_prompts(256 if options.n is None else options.n)
+        prompts = pocket_prompts(256 if options.n is None else options.n, options.missed)
     else:
         prompts = read_prompts(options.prompts)
         if options.n is not None and options.n > len(prompts):

@@ -31,7 +31,7 @@ FIRST_PROMPT = 1_000  # of the development list: what settings are chosen on sta
 MISSED = ("age", "smile", "eye_size", "brow_angle", "brightness", "saturation", "sharpness")
 """93 of 100 wishes that the pocket's pictures miss, by the reader, are for these (docs/notes/dpo.md)."""
 NAMED = {name: 0.5 if name in MISSED else 0.15 for name in (*CONTINUOUS, *CATEGORICAL)}
-"""How often the prompts of pairs name each attribute."""
+"""How often prompts that are after these name each attribute."""
 BATCH = 64  # pictures drawn, and written, at a time
 PICTURES = "pictures"
 NEAR_TIE = 0.5
@@ -107,20 +107,23 @@ class Drawn:
         return self.settings.rows[prompt * self.settings.best_of + k][2]
 
 
-def pocket_prompts(n: int) -> tuple[str, ...]:
-    """n captions of the pocket world that nothing is evaluated on, naming what the pocket gets wrong more often than
-    the rest; a third of those that leave the hand open wave.
+def pocket_prompts(n: int, missed: bool = False) -> tuple[str, ...]:
+    """n captions of the pocket world that nothing is evaluated on; a third of those that leave the hand open wave.
+
+    missed: they name what the pocket gets wrong more often than the rest.
     """
     from dodgeburn.pocket.captions import caption, parse
     from dodgeburn.pocket.pictures import attributes_of
     from dodgeburn.training.pocket import DEVELOPMENT_LIST, development_prompts, gate_prompts
 
-    never = {row["prompt"] for row in (*gate_prompts(), *development_prompts(FIRST_PROMPT))}
+    # Four of the 208 that pocket-dpo was made with are so short that development prompts are the same ("someone").
+    known = [*gate_prompts(), *(development_prompts(FIRST_PROMPT) if missed else [])]
+    never = {row["prompt"] for row in known}
     out: list[str] = []
     index = FIRST_PROMPT
     while len(out) < n:
-        rng = np.random.default_rng([DEVELOPMENT_LIST, index, 1])
-        prompt = caption(attributes_of(index, DEVELOPMENT_LIST), rng, NAMED)[0]
+        rng = np.random.default_rng([DEVELOPMENT_LIST, index, *([1] if missed else [])])
+        prompt = caption(attributes_of(index, DEVELOPMENT_LIST), rng, NAMED if missed else None)[0]
         index += 1
         if len(out) % 3 == 0 and "hand" not in parse(prompt):
             prompt += ", waving"

@@ -13,7 +13,6 @@ from typing import Any
 
 from dodgeburn.checkpoint.packaged import pack
 from dodgeburn.errors import UserError
-from dodgeburn.models.loading import load_model
 from dodgeburn.models.model import Model
 from dodgeburn.pocket.model import weights_path
 from dodgeburn.rework.dpo import Aligned, DpoSettings, align
@@ -25,9 +24,8 @@ from dodgeburn.sampling.loop import GenerateSettings
 
 NAME = "pocket-dpo"
 PREFERENCE = "faithful"
-PROMPTS = 500
-BEST_OF = 4
-GUIDANCES = (4.0, 2.0)  # of each seed: what guidance overstates is then among what pictures differ in
+PROMPTS = 208
+BEST_OF = 8
 STEPS = 10  # of sampling, for pairs and for what is measured of them
 SETTINGS: dict[str, DpoSettings] = {
     "faithful": DpoSettings(rank=8, steps=100, batch=16, lr=1e-3, constant=0.5, beta=2000, safeguard=True, slack=0.3),
@@ -40,7 +38,7 @@ Progress = Callable[[int], None]
 def draw_settings(prompts: int = PROMPTS) -> DrawSettings:
     """Which pictures the pairs are chosen among."""
     settings = GenerateSettings(steps=STEPS)
-    return DrawSettings(prompts=pocket_prompts(prompts), best_of=BEST_OF, guidances=GUIDANCES, generate=settings)
+    return DrawSettings(prompts=pocket_prompts(prompts), best_of=BEST_OF, generate=settings)
 
 
 def pairs_by(drawn: Drawn, preference: str, folder: Path) -> PreferencePairs:
@@ -69,8 +67,7 @@ def make_pocket_dpo(model: Model, folder: Path, progress: Progress | None = None
     out = folder / f"{NAME}.safetensors"
     if out.is_file():
         return out
-    draws = load_model("pocket", model.device, "bf16")
-    drawn = draw_all(draws, draw_settings(), folder / f"{NAME}-drawn", progress)
+    drawn = draw_all(model, draw_settings(), folder / f"{NAME}-drawn", progress)
     pairs = pairs_by(drawn, PREFERENCE, folder / f"{NAME}-pairs")
     found = aligned(model, pairs, folder / f"{NAME}-training", seed=seed)
     plain = folder / f"{NAME}-training" / f"{NAME}.safetensors"
