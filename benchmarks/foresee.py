@@ -31,6 +31,7 @@ import torch
 from dodgeburn.foresee import features, original, scores
 from dodgeburn.foresee.branching import branches, ceiling
 from dodgeburn.foresee.collect import CollectSettings, collect, moments, oracle
+from dodgeburn.foresee.drawn import draw
 from dodgeburn.foresee.estimator import Estimator
 from dodgeburn.foresee.evaluate import (
     against_baselines,
@@ -58,18 +59,21 @@ from dodgeburn.sampling.loop import GenerateSettings, Step, generate
 from dodgeburn.training.pocket import development_prompts, gate_prompts
 
 FIRST_BRANCHING_SEED = 3_000_000
+ALL = ("x_t", "x0", "maps", "scalars")
 ABLATION: dict[str, NetworkSettings] = {
     "x_t": NetworkSettings(("x_t",)),
     "x0": NetworkSettings(("x0",)),
+    "maps": NetworkSettings(("maps",)),
+    "features": NetworkSettings(("features",), 16, dropout=0.5),
     "scalars": NetworkSettings(("scalars",)),
-    "features": NetworkSettings(("features",)),
     "text": NetworkSettings(("text",)),
-    "features + scalars": NetworkSettings(("features", "scalars")),
-    "x0 + features + scalars": NetworkSettings(("x0", "features", "scalars")),
-    "x0 + features + scalars + text": NetworkSettings(("x0", "features", "scalars", "text")),
-    "features + scalars, 3 experts": NetworkSettings(("features", "scalars"), experts=3),
-    "features + scalars, memory": NetworkSettings(("features", "scalars"), memory=True),
-    "features + scalars, histogram": NetworkSettings(("features", "scalars"), head="histogram"),
+    "x_t + x0 + scalars": NetworkSettings(("x_t", "x0", "scalars")),
+    "features + scalars": NetworkSettings(("features", "scalars"), 16, dropout=0.5),
+    "x_t + x0 + maps + scalars": NetworkSettings(ALL),
+    "the same + features + text": NetworkSettings((*ALL, "features", "text")),
+    "the same, 3 experts": NetworkSettings(ALL, experts=3),
+    "the same, memory": NetworkSettings(ALL, memory=True),
+    "the same, histogram": NetworkSettings(ALL, head="histogram"),
 }
 
 
@@ -80,6 +84,7 @@ class Size:
     train: int = 64  # shards of 32 trajectories
     test: int = 14
     new: int = 6
+    drawings: int = 6000
     steps: int = 1500  # optimiser steps
     ablation_steps: int = 1500
     ablation: tuple[str, ...] = tuple(ABLATION)
@@ -88,7 +93,7 @@ class Size:
     resamples: int = 300
 
 
-QUICK = Size(8, 3, 1, 1500, 1500, ("scalars", "features + scalars"), (3, 4), 2, 50)
+QUICK = Size(8, 3, 1, 256, 1500, 1500, ("scalars", "maps"), (3, 4), 2, 50)
 
 
 class Bench:
@@ -134,12 +139,14 @@ class Bench:
     def trained(self) -> dict[str, Any]:
         """Train the estimator, choose its rules, write it."""
         began = time.process_time()
-        estimator = fit(self.train, self.parts.folder / "fit", self.settings)
-        seconds = time.process_time() - began
+        drawings = draw(self.model, self.size.drawings)
+        drawing = time.process_time() - began
+        estimator = fit(self.train, self.parts.folder / "fit", self.settings, drawings=drawings)
+        seconds = time.process_time() - began - drawing
         estimator.record |= {"model": self.model.name, "model_sha256": self.model.sha256}
         rules = choose_rules(estimator, self.train, self.settings)
         estimator.save(self.parts.path("foresee.safetensors"))
-        return {"train_s": seconds, "record": estimator.record, "rules": rules}
+        return {"train_s": seconds, "drawing_s": drawing, "record": estimator.record, "rules": rules}
 
     def graded(self) -> dict[str, Any]:
         """All figures on held-out prompts."""
@@ -242,7 +249,9 @@ class Bench:
         generate(self.model, prompts[:2], [0, 1], settings.model_copy(update={"steps": 2}))  # warm up
         features.pooled = timed
         try:
-            with Observer(self.model, settings.guidance) as observer:
+            inputs, looks = estimator.inputs, estimator.looks
+            with Observer(self.model, settings.guidance, lambda i, total: i in moments(total, looks),
+                          "features" in inputs, "maps" in inputs) as observer:  # fmt: skip
                 state: Any = None
 
                 def callback(step: Step) -> None:
@@ -299,6 +308,7 @@ def run(bench: Bench) -> dict[str, Any]:
         "saved_best_of_4": s.get("saved_best_of_4"), "saved_best_of_8_at_90": s.get("saved_best_of_8_at_90"),
         "gain_of_8": s.get("gain_of_8"), "good_rejected": s["good_rejected"],
         "auroc_new_generator_50": graded["auroc_new_generator_50"], "train_s": trained["train_s"],
+        "drawing_s": trained["drawing_s"],
         "overhead": cost and cost["overhead"], "baselines": graded["baselines"], "margins": graded["margins"],
         "original": first, "rule": s["rule"], "rules": trained["rules"], "savings": s, "ablation": ablation,
         "wise": between, "by_generator": graded["by_generator"], "curves": graded["curves"],

@@ -1,10 +1,13 @@
 """Makes a DiffusionDB folder and an AI-Horde export of made-up ratings with the pocket, to try `artifacts collect` on.
 
-    python examples/made_up_ratings.py rated --pictures 32
+    python examples/made_up_ratings.py rated
     dodgeburn artifacts collect from-ratings --ratings rated/metadata.parquet rated/ratings.parquet
+    dodgeburn artifacts train from-ratings -o rated.safetensors
+    dodgeburn artifacts score from-ratings --estimator rated.safetensors
 
-Pictures are the pocket's, with DiffusionDB's columns; ratings come from pixel oracles, three raters with noise of their
-own for each, and AI-Horde's columns. Every fourth picture gets another seed in the metadata: it can't be drawn again.
+A few minutes in all; what is learned from 120 pictures is little. Pictures are the pocket's, with DiffusionDB's
+columns; ratings come from pixel oracles, three raters with noise of their own for each, and AI-Horde's columns. Every
+fourth picture gets another seed in the metadata: it can't be drawn again.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ def main() -> None:
     """Write FOLDER/*.png, metadata.parquet and ratings.parquet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--pictures", type=int, default=32)
+    parser.add_argument("--pictures", type=int, default=120)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -10,7 +10,7 @@ from dodgeburn.foresee.observe import SCALARS
 from dodgeburn.foresee.shards import NOISED, TRUE, Shard, Space, Store, Trajectory, prompt_id, shard_name, write_shard
 
 STAGES = (("down0", 4), ("mid", 6), ("up0", 4))
-SPACE = Space(STAGES, SCALARS, 4, "made-up")
+SPACE = Space(STAGES, SCALARS, 4, "made-up", (("up1", 4), ("up0", 6)))
 SIZE = 4  # latents are 4 x 4
 
 
@@ -21,7 +21,7 @@ def made_up_store(
     """prompts x seeds trajectories. Severity is 2.5 + noise (sd 1.5) of each seed plus a smaller share of its prompt;
     features, x0 and scalars carry `signal` x progress x severity under unit noise, so late samples tell more.
     """
-    rng = np.random.default_rng(seed)
+    rng, other = np.random.default_rng(seed), np.random.default_rng([seed, 1])
     folder.mkdir(parents=True, exist_ok=True)
     jobs = [(p, s) for p in range(prompts) for s in range(seeds)]
     level = rng.normal(0, 0.6, prompts)
@@ -46,7 +46,8 @@ def made_up_store(
                 "progress": progress.astype(np.float32), "log_snr": log_snr.astype(np.float32),
                 "x_t": rng.normal(size=(k, 4, SIZE, SIZE)).astype(np.float16), "x0": x0.astype(np.float16),
                 "cond": cond.astype(np.float16), "delta": (0.3 * cond).astype(np.float16),
-                "scalars": scalars.astype(np.float32),
+                "scalars": scalars.astype(np.float32), "near": other.normal(size=(k, 4, SIZE, SIZE)).astype(np.float16),
+                "far": other.normal(size=(k, 6, SIZE // 2, SIZE // 2)).astype(np.float16),
             })  # fmt: skip
             prompt = f"made-up prompt {p}"
             records.append(

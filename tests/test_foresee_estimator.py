@@ -15,7 +15,7 @@ from dodgeburn.foresee.estimator import KNOTS, Calibration, Estimator, judge_all
 from dodgeburn.foresee.feed import Feed, check_labels, load, targets_of, whole, words_of
 from dodgeburn.foresee.labels import opinions
 from dodgeburn.foresee.network import LOG_SNR, Network, NetworkSettings, at_least, expert_gates
-from dodgeburn.foresee.observe import space_of
+from dodgeburn.foresee.observe import Seen, space_of
 from dodgeburn.foresee.policy import on_grid
 from dodgeburn.foresee.shards import Store, read_shard, write_shard
 from dodgeburn.foresee.train import FitSettings, collapse_alarm, fit, losses_of, pairwise, parts_of
@@ -76,7 +76,14 @@ def test_few_steps_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "inputs", [("x_t",), ("x0", "text"), ("features",), ("x_t", "x0", "features", "scalars", "text")]
+    "inputs",
+    [
+        ("x_t",),
+        ("x0", "text"),
+        ("features",),
+        ("maps", "change"),
+        ("x_t", "x0", "change", "maps", "features", "scalars", "text"),
+    ],
 )
 @pytest.mark.parametrize("experts, memory, head", [(1, False, "coral"), (3, True, "histogram")])
 def test_every_choice_of_inputs_runs(
@@ -92,10 +99,10 @@ def test_every_choice_of_inputs_runs(
 
 def test_inputs_left_out_have_no_effect(store: Store) -> None:
     estimator = Estimator(Network(SPACE, NetworkSettings(("scalars",), 16)))
-    names = ("log_snr", "x_t", "x0", "cond", "delta", "scalars", "progress")
+    names = ("log_snr", "x_t", "x0", "cond", "delta", "scalars", "near", "far", "progress")
     batch = whole(store, lambda r: r.split == "test", names)[0]
     before = estimator.judge_batch(batch).rank
-    for name in ("x_t", "x0", "cond", "delta"):
+    for name in ("x_t", "x0", "cond", "delta", "near", "far"):
         batch.tensors[name] = torch.randn_like(batch.tensors[name].float())
     assert torch.equal(before, estimator.judge_batch(batch).rank)
     batch.tensors["scalars"] = batch.tensors["scalars"] + 1
@@ -103,7 +110,7 @@ def test_inputs_left_out_have_no_effect(store: Store) -> None:
 
 
 def test_experts_have_about_as_many_weights_and_windows_that_add_up() -> None:
-    one, three = (Network(SPACE, NetworkSettings(experts=n)).weights for n in (1, 3))
+    one, three = (Network(SPACE, NetworkSettings(("features", "scalars"), 16, experts=n)).weights for n in (1, 3))
     assert 0.75 * one < three <= 1.02 * one
     gates = expert_gates(torch.linspace(LOG_SNR[0] - 3, LOG_SNR[1] + 3, 50), 4)
     assert torch.allclose(gates.sum(1), torch.ones(50)) and bool((gates >= 0).all())
@@ -125,6 +132,31 @@ def test_moments_one_by_one_are_the_whole_way(store: Store) -> None:
     assert torch.allclose(torch.cat(steps, 1), at_once, atol=1e-5)
 
 
+def test_looks_one_by_one_are_the_whole_way(store: Store) -> None:
+    """What sampling sees, step by step and with a picture taken out, is what a stored trajectory says; so are batches
+    that training draws."""
+    torch.manual_seed(0)
+    estimator = Estimator(Network(SPACE, NetworkSettings(("x0", "change", "scalars"), 8, (4, 4))))
+    names = ("log_snr", "x_t", "x0", "cond", "delta", "scalars", "near", "far", "progress")
+    batch = whole(store, lambda r: r.split == "test", names, 3)[0]
+    for tensor in batch.tensors.values():
+        tensor[:] = tensor.float()
+    at_once, state = estimator.judge_batch(batch).rank, None
+    for k in range(int(batch.there.sum(1).min())):
+        rows = (0, 1, 2) if k < 2 else (0, 2)
+        level = float(batch.tensors["log_snr"][0, k])
+        same = [r for r in rows if float(batch.tensors["log_snr"][r, k]) == level]
+        parts = [batch.tensors[n][list(rows), k].float()
+                 for n in ("x_t", "x0", "cond", "delta", "scalars", "near", "far")]  # fmt: skip
+        judged, state = estimator.judge(Seen(rows, k, 6, 0.5, level, *parts), [""] * len(rows), state)
+        for row in same:
+            assert judged.rank[rows.index(row)] == pytest.approx(float(at_once[row, k]), abs=1e-4)
+    feed = Feed(store, lambda r: True, estimator.fed, 2, 2, None)
+    tensors, _ = feed(0, torch.Generator().manual_seed(0))
+    assert torch.equal(tensors["x0_before"][:, 1:5], tensors["x0"][:, :4])
+    assert torch.equal(tensors["x0_before"][:, 0], tensors["x0"][:, 0])
+
+
 def test_heatmaps_have_the_latents_size_and_learn_from_masks(store: Store) -> None:
     network = Network(SPACE, NetworkSettings(("x0",), 8, (4, 4)))
     batch = whole(store, lambda r: True, (*Estimator(network).tensors, "progress", "mask"))[0]
@@ -140,8 +172,9 @@ def test_heatmaps_have_the_latents_size_and_learn_from_masks(store: Store) -> No
         tensors["mask"] = torch.full_like(tensors["mask"], value)
         network.zero_grad()
         losses_of(out, tensors, targets, FitSettings())["heat"].backward(retain_graph=True)
-        bias = network.latents["x0"].heat.bias
-        assert bias.grad is not None
+        assert network.picture is not None
+        bias = network.picture.heat.bias
+        assert bias is not None and bias.grad is not None
         found[value] = float(bias.grad)
     assert found[0] > 0 > found[255], "an empty mask lowers the map, a full one raises it"
 
@@ -270,7 +303,7 @@ def test_files_that_are_no_estimators(store: Store, tmp_path: Path) -> None:
 
 
 def test_unknown_inputs_are_named() -> None:
-    with pytest.raises(UserError, match="inputs are x0, pixels: expected some of x_t, x0, features, scalars, text"):
+    with pytest.raises(UserError, match="inputs are x0, pixels: expected some of x_t, x0, change, maps, features"):
         NetworkSettings(("x0", "pixels"))
 
 

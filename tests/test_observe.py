@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dodgeburn.errors import UserError
-from dodgeburn.foresee.features import Probe, pooled, stages_of
+from dodgeburn.foresee.features import MAP_CHANNELS, Probe, mapped, mixing, pooled, stages_of
 from dodgeburn.foresee.observe import SCALARS, Observer, Seen, high_frequency, space_of
 from dodgeburn.sampling.loop import GenerateSettings, Step, generate
 from tests.tiny import tiny_model
@@ -119,3 +119,47 @@ def test_pieces() -> None:
     with Probe(model.unet) as probe, pytest.raises(UserError, match="not been called"):
         _ = probe.features
     assert len(stages_of(model.unet)) == 7
+
+
+@pytest.mark.parametrize("layout", ["sdxl", "sd15"])
+def test_maps_are_the_last_up_blocks_with_the_prompt(layout: str) -> None:
+    model = tiny_model(layout)
+    raw: list[torch.Tensor] = []
+    handle = model.unet.up_blocks[-1].register_forward_hook(lambda m, i, o: raw.append(o))
+    seen: list[Seen] = []
+    with Observer(model, 3.0) as observer:
+        generate(model, PROMPTS, [1, 2, 3], GenerateSettings(steps=2, guidance=3.0), lambda s: seen.append(observer(s)))
+    handle.remove()
+    names = dict(space_of(model).maps)
+    last = f"up{len(model.unet.up_blocks) - 1}"
+    assert list(names)[0] == last and seen[0].near.shape == (3, names[last], 8, 8)
+    assert seen[0].far.shape[2:] == (8, 8)  # no larger than it is allowed to be: left as it is
+    for one, hidden in zip(seen, raw, strict=True):
+        assert torch.allclose(one.near, torch.nn.functional.group_norm(hidden[3:], 8), atol=1e-5)
+
+
+def test_wide_blocks_are_mixed_and_large_ones_pooled() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 320, 48, 32, generator=generator)
+    found = mapped(x, 16)
+    assert found.shape == (2, MAP_CHANNELS, 16, 11)
+    assert torch.equal(found, mapped(x.clone(), 16)) and mixing(320).abs().max() == pytest.approx(320**-0.5)
+    apart = [(a[0] - a[1]).square().mean() for a in (found, torch.nn.functional.adaptive_avg_pool2d(x, (16, 11)))]
+    assert 0.7 < apart[0] / (apart[1] / torch.nn.functional.adaptive_avg_pool2d(x, (16, 11)).var()) < 1.4
+
+
+def test_blocks_are_asked_at_wanted_steps_only() -> None:
+    model = tiny_model()
+
+    def run(**wanted: object) -> list[Seen]:
+        seen: list[Seen] = []
+        with Observer(model, 3.0, **wanted) as observer:  # type: ignore[arg-type]
+            for _ in range(2):  # a second batch begins anew
+                generate(model, PROMPTS[:2], [1, 2], GenerateSettings(steps=4), lambda s: seen.append(observer(s)))
+        return seen
+
+    whole, some = run(), run(wanted=lambda i, total: i == 2, features=False)
+    for i, (a, b) in enumerate(zip(whole, some, strict=True)):
+        assert torch.equal(a.scalars, b.scalars) and torch.equal(a.x0, b.x0)
+        assert b.cond.numel() == 0 and b.near.numel() == (a.near.numel() if i % 4 == 2 else 0)
+        assert i % 4 != 2 or torch.equal(a.near, b.near)

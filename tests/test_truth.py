@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from dodgeburn.foresee.labels import TYPES
 from dodgeburn.foresee.left_over import features
 from dodgeburn.foresee.nearest import LIMITS, named, nearest
-from dodgeburn.foresee.truth import MASS_CUTS, Finding, find_artifacts, graded
+from dodgeburn.foresee.truth import MASS_CUTS, Finding, find_artifacts, graded, severity_of
 from dodgeburn.pocket.attributes import CONTINUOUS, Attributes
 from dodgeburn.pocket.pictures import attributes_of
 from dodgeburn.pocket.reader import Reader
@@ -92,6 +92,14 @@ def test_bleeding_colour_blur_and_speckle() -> None:
     assert found.types["speckle"] >= 2.5 and (found.mask & hit).sum() > 0.5 * hit.sum()
 
 
+def test_a_thin_line_is_no_artifact_and_a_band_is_one() -> None:
+    clean = render(portrait()).astype(float)
+    for wide, counts in ((1, False), (2, False), (4, True)):
+        picture = clean.copy()
+        picture[6 : 6 + wide] -= 70
+        assert (of(picture.clip(0, 255).astype(np.uint8)).severity >= 1) == counts, wide
+
+
 def test_what_the_prompt_asks_for_counts_and_what_it_leaves_open_does_not() -> None:
     bare = render(portrait())
     assert of(bare).severity < 1
@@ -127,6 +135,7 @@ def test_cut_offs_and_labels() -> None:
     assert graded(0, MASS_CUTS) == 0 and graded(1e9, MASS_CUTS) == 5
     found = Finding({**dict.fromkeys(TYPES, 0.0), "shape": 3.0, "blur": 2.0}, np.zeros((64, 64), bool))
     assert found.severity == pytest.approx(3.4)
+    assert [severity_of(x) for x in ([0.9, 0.99], [1.0, 0.9], [5, 5], [])] == [0, 1, 5, 0]
     label = found.label("judge")
     assert label.types == (0, 0, 3, 0, 2, 0) and label.bad and label.source == "judge"
     with pytest.raises(ValueError, match="prompts"):

@@ -6,13 +6,17 @@ import json
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from dodgeburn.cli.bake import print_warnings
 from dodgeburn.cli.options import parse
 from dodgeburn.errors import DodgeburnWarning, UserError
+
+if TYPE_CHECKING:
+    from dodgeburn.foresee.drawn import Drawings
+    from dodgeburn.foresee.shards import Store
 
 HELP = "train an estimator of artifacts from collected trajectories, and choose when it gives pictures up"
 EXAMPLE = "dodgeburn artifacts train trajectories -o foresee.safetensors"
@@ -29,16 +33,18 @@ class Train:
     """Folders of `artifacts collect`."""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = Path("foresee.safetensors")
     """The .safetensors file to write."""
-    inputs: str = "features,scalars"
-    """What is looked at, of x_t, x0, features, scalars, text."""
+    inputs: str = "x0,change,maps,scalars"
+    """What is looked at, of x_t, x0, change, maps, features, scalars, text."""
     steps: int = 1500
     """Optimiser steps, at least 1500."""
-    width: int = 16
+    width: int = 48
     """Width of the network."""
     experts: int = 1
     """Networks for stretches of the noise level, of as many weights together."""
     memory: bool = False
     """Remember earlier moments (a GRU)."""
+    drawings: int = 0
+    """Drawings of the pocket's world with defects put in to learn from besides (for the pocket's trajectories)."""
     head: Literal["coral", "histogram"] = "coral"
     """How severity is said: ordered thresholds, or a histogram of the raters' answers."""
     wise: Annotated[str | None, tyro.conf.arg(metavar="GENERATOR")] = None
@@ -62,6 +68,8 @@ def main(args: list[str]) -> int:
         raise UserError(f"no trajectories: name folders of `artifacts collect`, as in {EXAMPLE}")
     if options.out.suffix != ".safetensors":
         raise UserError(f"{options.out}: the estimator's file must end in .safetensors")
+    if options.drawings < 0 or (options.drawings and options.wise is not None):
+        raise UserError(f"--drawings {options.drawings}: give a number from 0 on, and not together with --wise")
     if not 0 < options.limit < 1:
         raise UserError(f"--limit is {options.limit}: give a share between 0 and 1, such as 0.05")
     with warnings.catch_warnings(record=True) as caught:
@@ -101,7 +109,7 @@ def _run(options: Train) -> dict[str, Any]:
     folder = options.folder or options.out.with_suffix(".train")
     extra: dict[str, Any] = {}
     if options.wise is None:
-        estimator = fit(store, folder, settings)
+        estimator = fit(store, folder, settings, drawings=_drawings(options.drawings, store))
     else:
         from dodgeburn.foresee.wise import wise
 
@@ -114,6 +122,19 @@ def _run(options: Train) -> dict[str, Any]:
         **rounded(estimator.record), **rounded(extra), "rules": rounded(rules), "broken": store.broken,
         "out": str(options.out), "bytes": options.out.stat().st_size,
     }  # fmt: skip
+
+
+def _drawings(count: int, store: Store) -> Drawings | None:
+    if count == 0:
+        return None
+    from dodgeburn.foresee.drawn import draw
+    from dodgeburn.foresee.observe import space_of
+    from dodgeburn.models.loading import load_model
+
+    model = load_model("pocket")
+    if space_of(model) != store.space:
+        raise UserError("--drawings are of the pocket's world: these trajectories are of another model")
+    return draw(model, count)
 
 
 def model_of(stores: list[Path]) -> dict[str, str]:

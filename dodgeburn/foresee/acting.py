@@ -217,7 +217,12 @@ def _round(
     tuned: Tuned | None, progress: Callable[[Step], object] | None,
 ) -> list[Generated]:  # fmt: skip
     prompts = [prompt] * len(batch)
-    with Observer(model, settings.guidance) as observer:
+
+    def wanted(i: int, total: int) -> bool:
+        return i in moments(total, estimator.looks)
+
+    inputs = estimator.inputs
+    with Observer(model, settings.guidance, wanted, "features" in inputs, "maps" in inputs) as observer:
         watch = Watch(estimator, observer, prompts, batch, policy, funnel, spare)
 
         def after(step: Step) -> list[bool]:

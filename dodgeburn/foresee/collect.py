@@ -19,7 +19,7 @@ from torch import Tensor
 from dodgeburn.errors import UserError
 from dodgeburn.foresee.labels import Label
 from dodgeburn.foresee.observe import Observer, Seen, space_of
-from dodgeburn.foresee.shards import Shard, Trajectory, prompt_id, shard_name, write_shard
+from dodgeburn.foresee.shards import MAP_TENSORS, Shard, Trajectory, prompt_id, shard_name, write_shard
 from dodgeburn.foresee.zoo import Drawn, Zoo, draw
 from dodgeburn.jobs import PartStore
 from dodgeburn.sampling.loop import Step, generate
@@ -160,10 +160,13 @@ def trajectories(zoo: Zoo, one: ShardPlan, settings: CollectSettings, label: Lab
 
     def callback(step: Step) -> None:
         seen = observer(step)  # at every step: running figures need all of them
-        if step.i in moments(step.total, settings.moments):
+        if wanted(step.i, step.total):
             kept.append(seen)
 
-    with zoo.changed(drawn) as adapters, Observer(zoo.model, drawn.settings.guidance) as observer:
+    def wanted(i: int, total: int) -> bool:
+        return i in moments(total, settings.moments)
+
+    with zoo.changed(drawn) as adapters, Observer(zoo.model, drawn.settings.guidance, wanted) as observer:
         found = generate(zoo.model, one.prompts, one.seeds, drawn.settings, callback, adapters=adapters)
     pictures = np.stack([np.asarray(g.image) for g in found])
     said = label(pictures, one.prompts, drawn)
@@ -196,9 +199,12 @@ def samples(kept: Sequence[Seen], n: int) -> dict[str, Tensor]:
 
     out = {"trajectory": owner[order], "step": step[order]}
     out["progress"], out["log_snr"] = each([s.progress for s in kept]), each([s.log_snr for s in kept])
-    for name, dtype in (("x_t", torch.float16), ("x0", torch.float16), ("cond", torch.float16),
-                        ("delta", torch.float16), ("scalars", torch.float32)):  # fmt: skip
+    half = torch.float16
+    for name, dtype in (("x_t", half), ("x0", half), ("cond", half), ("delta", half), ("scalars", torch.float32),
+                        ("near", half), ("far", half)):  # fmt: skip
         rows = torch.cat([getattr(seen, name) for seen in kept])[order]
+        if name in MAP_TENSORS and rows.dim() == 2:  # a U-Net of one up block has no such map
+            continue
         # Half precision ends at 65 504: a broken generator may go beyond, and infinities are for nobody's good.
         out[name] = rows.nan_to_num(0.0, 6e4, -6e4).clamp(-6e4, 6e4).to(dtype)
     return out

@@ -27,13 +27,13 @@ from dodgeburn.checkpoint.tensorfile import TensorFile, load_tensors, save_tenso
 from dodgeburn.errors import DodgeburnWarning, UserError
 from dodgeburn.foresee.feed import words_of
 from dodgeburn.foresee.labels import BAD_FROM, TYPES
-from dodgeburn.foresee.network import ExitHeads, Network, NetworkSettings, Outputs, at_least
+from dodgeburn.foresee.network import BEFORE, ExitHeads, Network, NetworkSettings, Outputs, at_least
 from dodgeburn.foresee.observe import Seen, space_of
-from dodgeburn.foresee.shards import Batch, Space
+from dodgeburn.foresee.shards import MAP_TENSORS, Batch, Space
 from dodgeburn.models.model import Model
 
 KEY = "dodgeburn.foresee"
-VERSION = 1
+VERSION = 2
 KNOTS = (-5.0, -3.0, -1.5, 0.0, 1.5, 3.0, 5.0)  # of log SNR, where the calibration is free
 PACKAGED = Path(__file__).parents[1] / "pocket" / "weights" / "foresee.safetensors"
 
@@ -101,13 +101,15 @@ class State:
     indices: tuple[int, ...]
     z: Tensor | None = None  # [n, width]
     memory: Tensor | None = None  # [1, n, width]
+    x0: Tensor | None = None  # [n, c, h, w]
 
     def at(self, indices: tuple[int, ...]) -> State:
         """Of these pictures only."""
         if indices == self.indices or self.z is None:
-            return State(indices, self.z, self.memory)
+            return State(indices, self.z, self.memory, self.x0)
         rows = torch.tensor([self.indices.index(i) for i in indices], dtype=torch.int64)
-        return State(indices, self.z[rows], None if self.memory is None else self.memory[:, rows])
+        memory = None if self.memory is None else self.memory[:, rows]
+        return State(indices, self.z[rows], memory, None if self.x0 is None else self.x0[rows])
 
 
 class Estimator:
@@ -138,8 +140,18 @@ class Estimator:
     @property
     def tensors(self) -> tuple[str, ...]:
         """Names of the shard's tensors that are needed."""
-        found = {"x_t": ("x_t",), "x0": ("x0",), "features": ("cond", "delta"), "scalars": ("scalars",), "text": ()}
-        return ("log_snr", *(name for group in self.inputs for name in found[group]))
+        maps = MAP_TENSORS[: len(self.space.maps)]
+        found: dict[str, tuple[str, ...]] = {
+            "x_t": ("x_t",), "x0": ("x0",), "change": ("x0",), "maps": maps,
+            "features": ("cond", "delta"), "scalars": ("scalars",),
+            "text": (),
+        }  # fmt: skip
+        return tuple(dict.fromkeys(("log_snr", *(name for group in self.inputs for name in found[group]))))
+
+    @property
+    def fed(self) -> tuple[str, ...]:
+        """Names of the tensors that training needs (`Feed`): x0 of the moment before is one if `change` is an input."""
+        return (*self.tensors, BEFORE) if "change" in self.inputs else self.tensors
 
     # ------------------------------------------------------------------------------------------------ judging
 
@@ -152,21 +164,30 @@ class Estimator:
         n = len(seen.x0)
         state = State(seen.indices) if state is None else state.at(seen.indices)
         tensors = {"log_snr": torch.full((n, 1), seen.log_snr)}
-        tensors |= {name: getattr(seen, name)[:, None] for name in ("x_t", "x0", "cond", "delta", "scalars")}
+        tensors |= {name: getattr(seen, name)[:, None] for name in self.tensors if name != "log_snr"}
+        if "change" in self.inputs:
+            tensors[BEFORE] = (seen.x0 if state.x0 is None else state.x0)[:, None]
         if "text" in self.inputs:
             tensors["words"] = torch.stack([words_of(p, self.network.settings.words) for p in prompts])
         out = self.network(tensors, state.memory)
         judged = self._judged(out, tensors["log_snr"], state.z)
-        now = State(seen.indices, out.z[:, -1], out.memory)
+        now = State(seen.indices, out.z[:, -1], out.memory, seen.x0)
         return Judged(*(None if v is None else v[:, 0] for v in vars(judged).values())), now  # type: ignore[arg-type]
 
     @torch.no_grad()
     def judge_batch(self, batch: Batch) -> Judged:
         """Whole trajectories of a store, [b, k, ...]; rows that are not `there` mean nothing."""
+        tensors = self.inputs_of(batch)
+        return self._judged(self.network(tensors), tensors["log_snr"].float(), None)
+
+    def inputs_of(self, batch: Batch) -> dict[str, Tensor]:
+        """What the network sees of whole trajectories."""
         tensors = dict(batch.tensors)
+        if "change" in self.inputs:
+            tensors[BEFORE] = torch.cat([tensors["x0"][:, :1], tensors["x0"][:, :-1]], 1)
         if "text" in self.inputs:
             tensors["words"] = torch.stack([words_of(r.prompt, self.network.settings.words) for r in batch.records])
-        return self._judged(self.network(tensors), tensors["log_snr"].float(), None)
+        return tensors
 
     def _judged(self, out: Outputs, log_snr: Tensor, before: Tensor | None) -> Judged:
         levels = at_least(out.severity)

@@ -18,7 +18,7 @@ from dodgeburn.foresee.baselines import TRAINED, baseline_scores
 from dodgeburn.foresee.estimator import Estimator, judge_all
 from dodgeburn.foresee.feed import Where, whole
 from dodgeburn.foresee.policy import GRID, Outcome, Way, choose, described, on_grid, outcome, policy_of
-from dodgeburn.foresee.shards import Store, Trajectory
+from dodgeburn.foresee.shards import Store, Trajectory, slot_of
 from dodgeburn.foresee.train import FitSettings, parts_of, usable
 from dodgeburn.measure.intervals import Interval
 
@@ -75,12 +75,6 @@ def check_space(estimator: Estimator, store: Store) -> None:
             f"{store.space.features} features, the estimator was trained on {estimator.space.model or 'another one'} "
             f"with {estimator.space.features}"
         )
-
-
-def slot_of(r: Trajectory) -> str:
-    """Names prompt, generator and settings."""
-    changed = {k: r.extra[k] for k in ("change", "strength", "change_seed") if k in r.extra}
-    return f"{r.prompt_id} {r.generator} {r.sampler} {r.spacing} {r.steps} {r.guidance} {changed}"
 
 
 def column(share: float) -> int:

@@ -18,10 +18,11 @@ from torch.nn import functional as F
 
 from dodgeburn.errors import UserError
 from dodgeburn.foresee.labels import BAD_FROM, LEVELS
-from dodgeburn.foresee.shards import TRAJECTORY_TENSORS, Batch, Shard, Store, Trajectory, type_targets
+from dodgeburn.foresee.network import BEFORE
+from dodgeburn.foresee.shards import TRAJECTORY_TENSORS, Batch, Shard, Store, Trajectory, slot_of, type_targets
 
 Where = Callable[[Trajectory], bool]
-MEMORY = 1_500_000_000  # bytes of shards held at a time
+MEMORY = 3_000_000_000  # bytes of shards held at a time
 
 
 def words_of(prompt: str, buckets: int) -> Tensor:
@@ -96,7 +97,7 @@ class _Loaded:
     first: Tensor  # int64 [n]
     length: Tensor  # int64 [n]
     tensors: dict[str, Tensor]
-    prompts: list[list[int]]  # trajectories of each prompt
+    prompts: list[list[int]]  # trajectories of each prompt (and its settings, where there are enough)
     targets: Targets
     words: Tensor | None
 
@@ -106,14 +107,16 @@ class Feed:
 
     Each prompt of a batch gives up to `per_prompt` of its trajectories, all seen at the same shares of their way, so
     that they can be compared. moments: how many are drawn of each trajectory; None takes whole ways, padded
-    (`tensors["there"]`). Raises UserError for features that are no numbers.
+    (`tensors["there"]`). names: of the shards' tensors, and BEFORE for x0 of the moment before. Raises UserError for
+    features that are no numbers.
     """
 
     def __init__(
         self, store: Store, where: Where, names: Sequence[str], prompts: int = 16, per_prompt: int = 8,
         moments: int | None = 3, words: int = 0, seed: int = 0, memory: int = MEMORY, visits: int = 200,
     ) -> None:  # fmt: skip
-        self.store, self.where, self.names = store, where, tuple(names)
+        self.store, self.where, self.names = store, where, tuple(n for n in names if n != BEFORE)
+        self.before = BEFORE in names
         self.prompts, self.per_prompt, self.moments = prompts, per_prompt, moments
         self.words, self.seed, self.visits = words, seed, visits
         sizes = [path.stat().st_size for path in store.paths]
@@ -158,6 +161,8 @@ class Feed:
             there = torch.ones_like(place, dtype=torch.bool)
         flat = now.first[index][:, None] + place
         tensors = {name: t[index if name in TRAJECTORY_TENSORS else flat] for name, t in now.tensors.items()}
+        if self.before:
+            tensors[BEFORE] = now.tensors["x0"][now.first[index][:, None] + (place - 1).clamp(min=0)]
         tensors["there"] = there
         if now.words is not None:
             tensors["words"] = now.words[index]
@@ -191,13 +196,17 @@ def load(store: Store, shards: Sequence[int], where: Where, names: Sequence[str]
     length = torch.tensor(lengths)
     first = length.cumsum(0) - length
     by_prompt: dict[str, list[int]] = {}
+    # Pictures that differ by their seed alone are what is to be told apart; of rated pictures there are few of a kind.
+    slots = [slot_of(r) for r in records]
+    alike = len(records) >= 4 * len(set(slots))
     for i, record in enumerate(records):
-        by_prompt.setdefault(record.prompt_id, []).append(i)
+        by_prompt.setdefault(slots[i] if alike else record.prompt_id, []).append(i)
     vectors = None
     if words:
         kept = {r.prompt: words_of(r.prompt, words) for r in records}
         vectors = torch.stack([kept[r.prompt] for r in records])
-    tensors = {name: torch.cat(p) for name, p in parts.items()}
+    with torch.autocast("cpu", enabled=False):  # which knows no fp16 on the CPU; the training loop may have begun it
+        tensors = {name: torch.cat(p) for name, p in parts.items()}
     return _Loaded(records, first, length, tensors, list(by_prompt.values()), targets_of(records), vectors)
 
 

@@ -20,6 +20,8 @@ TOLERANCE = 18.0  # grey levels of 255; autoencoder round trips stay below on al
 SPECKLE = 26.0  # grey levels by which a pixel stands out from its neighbours' median
 CAST = 14.0  # grey levels that a picture's colours may be off everywhere
 LEAST_AREA = 4  # pixels of a piece
+THICK = 3  # pixels that a piece must be wide somewhere: thinner ones are outlines a little lighter or off
+ALONE = 4  # pixels of speckle that may touch: more of them are a line
 FLAT = 24.0  # grey levels of deviation below which a drawn eye is too faint to be missed
 SIDE = 64
 HAND_FROM, HAND_ABOVE = 44, 32  # columns of a hand, and rows above it
@@ -72,7 +74,16 @@ def speckle(picture: np.ndarray, drawn: np.ndarray) -> np.ndarray:
     """Pixels that stand out from their neighbours where nothing drawn does, in grey levels beyond SPECKLE; [h, w]."""
     own = np.abs(picture - ndimage.median_filter(picture, (3, 3, 1))).max(-1)
     expected = np.abs(drawn - ndimage.median_filter(drawn, (3, 3, 1))).max(-1)
-    return np.maximum(0, own - ndimage.maximum_filter(expected, 3) - SPECKLE)
+    found = np.maximum(0, own - ndimage.maximum_filter(expected, 3) - SPECKLE)
+    labels, n = ndimage.label(found > 0, np.ones((3, 3)))
+    long = np.flatnonzero(np.bincount(labels.ravel(), minlength=n + 1)[1:] > ALONE) + 1
+    return np.where(np.isin(labels, long), 0, found)
+
+
+def thick(over: np.ndarray) -> np.ndarray:
+    """Where excess [h, w] belongs to something that is THICK pixels wide, and the pixels beside it: bool [h, w]."""
+    core = ndimage.binary_opening(over > 0, np.ones((THICK, THICK), bool))
+    return np.asarray(ndimage.binary_dilation(core, np.ones((3, 3), bool)) & (over > 0))
 
 
 def pieces(picture: np.ndarray, fit: Fit) -> tuple[list[Piece], float, np.ndarray]:
@@ -86,6 +97,7 @@ def pieces(picture: np.ndarray, fit: Fit) -> tuple[list[Piece], float, np.ndarra
     without_noise = np.maximum(beyond(smooth, drawn), beyond(drawn, ndimage.maximum_filter(picture, (3, 3, 1))))
     excess = np.where(ndimage.maximum_filter(noise, 3) > 0, np.minimum(excess, without_noise), excess)
     over = np.maximum(0, excess - TOLERANCE)
+    over = np.where(thick(over), over, 0)
     labels, n = ndimage.label(ndimage.binary_closing(over > 0, iterations=1) | (over > 0), np.ones((3, 3)))
     found = []
     parts = _parts(fit, drawn, at) if n else []

@@ -1,8 +1,9 @@
 """The estimator's network: what is known of a moment of denoising in, how bad the finished picture will be out.
 
-One moment of one trajectory is the noisy latents, the guess of the clean ones, pooled U-Net features, some scalars and
-the prompt's words; each is a group of inputs that can be left out, so that an ablation is honest. Noise enters as log
-SNR (FiLM, arXiv 1709.07871), never as a step's number, so that one network serves all schedules.
+One moment of one trajectory is the noisy latents, the guess of the clean ones, how that has changed since the moment
+before, maps of two U-Net blocks, pooled U-Net features, some scalars and the prompt's words; each is a group of inputs
+that can be left out, so that an ablation is honest. Noise enters as log SNR (FiLM, arXiv 1709.07871), never as a step's
+number, so that one network serves all schedules.
 """
 
 from __future__ import annotations
@@ -19,9 +20,12 @@ from dodgeburn.errors import UserError
 from dodgeburn.foresee.labels import LEVELS, TYPES
 from dodgeburn.foresee.shards import Space
 
-INPUTS = ("x_t", "x0", "features", "scalars", "text")
+INPUTS = ("x_t", "x0", "change", "maps", "features", "scalars", "text")
+SPATIAL = ("x_t", "x0", "change", "maps")
 LOG_SNR = (-6.0, 6.0)  # where the embedding's waves and the experts' windows lie; values outside are clamped
 _WAVES = 8
+BEFORE = "x0_before"
+"""Name of the tensor with x0 at the moment before, in a trajectory's first moment x0 itself."""
 
 
 @dataclass(frozen=True)
@@ -33,15 +37,16 @@ class NetworkSettings:
     head: how severity 0..5 is said: "coral" (ordinal, arXiv 1901.07884) or "histogram".
     """
 
-    inputs: tuple[str, ...] = ("features", "scalars")
-    width: int = 16  # for two thousand trajectories; more of them bear more
-    channels: tuple[int, int] = (24, 48)  # of the convolutions over latents
+    inputs: tuple[str, ...] = ("x0", "change", "maps", "scalars")
+    width: int = 48
+    channels: tuple[int, int] = (24, 48)  # of the convolutions, at the latents' resolution and at half of it
     components: int = 16  # principal components of the U-Net features that are looked at
     experts: int = 1
     memory: bool = False
     head: Literal["coral", "histogram"] = "coral"
-    heatmap: bool = True  # learn from masks where artifacts are, if x0 is seen and there are masks
-    dropout: float = 0.5
+    heatmap: bool = True  # learn from masks where artifacts are, if there are masks and something with places is seen
+    dropout: float = 0.3
+    map_dropout: float = 0.3  # share of a map's channels that are hidden in training
     words: int = 256  # buckets that the prompt's words are hashed to
 
     def __post_init__(self) -> None:
@@ -80,39 +85,62 @@ def noise_embedding(log_snr: Tensor) -> Tensor:
     return torch.cat([x[..., None], angles.sin(), angles.cos()], -1)
 
 
-class _Latents(nn.Module):
-    """Latents [n, c, h, w] of any size to a vector [n, width] and a map of where something is wrong, [n, h, w] logits.
+class _Residual(nn.Module):
+    """Norm, scaled and shifted by the noise level, and a convolution; added to what came in."""
 
-    A small U-shape: one level down to see what belongs together, and back. The vector holds what the lower level saw
-    and how much is marked on the map, since an artifact's severity goes with its extent. The noise level scales and
-    shifts the first layer.
+    def __init__(self, channels: int, dropout: float) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(min(8, channels), channels)
+        self.film = nn.Linear(1 + 2 * _WAVES, 2 * channels)
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.dropout = nn.Dropout2d(dropout)
+
+    def forward(self, x: Tensor, noise: Tensor) -> Tensor:
+        scale, shift = self.film(noise)[:, :, None, None].chunk(2, 1)
+        out: Tensor = x + self.dropout(self.conv(F.silu(self.norm(x) * (1 + scale) + shift)))
+        return out
+
+
+class _Picture(nn.Module):
+    """Everything that has places, [n, c, h, w] of any size, to a vector [n, width] and a map of where something is
+    wrong, [n, h, w] logits.
+
+    A small U-shape: one level down to see what belongs together (there the further block's map joins), and back. The
+    vector holds means and maxima of both levels and how much is marked on the map, since an artifact's severity goes
+    with its extent.
     """
 
-    def __init__(self, latent: int, channels: tuple[int, int], width: int, dropout: float) -> None:
+    def __init__(
+        self, latents: int, maps: tuple[int, ...], channels: tuple[int, int], width: int, dropout: float
+    ) -> None:
         super().__init__()
         near, far = channels
-        self.first = nn.Conv2d(latent, near, 3, padding=1)
+        # Bare latents have to be looked at with their neighbours; of a map, the U-Net has done so already.
+        self.first = nn.Conv2d(latents, near, 3, padding=1) if latents else None
+        self.nearer = nn.Conv2d(maps[0], near, 1) if maps else None
+        self.further = nn.Conv2d(maps[1], far, 1) if len(maps) > 1 else None
+        self.upper = _Residual(near, dropout)
         self.down = nn.Conv2d(near, far, 3, stride=2, padding=1)
-        self.middle = nn.Conv2d(far, far, 3, padding=1)
+        self.lower = nn.ModuleList([_Residual(far, dropout) for _ in range(2)])
         self.join = nn.Conv2d(near + far, near, 1)
-        self.heat = nn.Conv2d(near, 1, 3, padding=1)
-        self.norms = nn.ModuleList([nn.GroupNorm(min(8, n), n) for n in (near, far, far)])
-        self.film = nn.Linear(1 + 2 * _WAVES, 2 * near)
-        self.dropout = nn.Dropout2d(dropout)
-        self.out = nn.Linear(2 * far + near + 3, width)
+        self.heat = nn.Conv2d(near, 1, 1)
+        self.out = nn.Linear(2 * far + 2 * near + 3, width)
 
-    def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        scale, shift = self.film(noise)[:, :, None, None].chunk(2, 1)
-        near = F.silu(self.norms[0](self.first(x)) * (1 + scale) + shift)
-        far = F.silu(self.norms[1](self.down(near)))
-        far = self.dropout(far + F.silu(self.norms[2](self.middle(far))))
-        up = F.interpolate(far, size=near.shape[-2:])
-        joined = F.silu(self.join(torch.cat([near, up], 1)))
-        heat = self.heat(joined)[:, 0]
-        marked = heat.sigmoid().flatten(1)
+    def forward(self, latents: Tensor | None, maps: list[Tensor], noise: Tensor) -> tuple[Tensor, Tensor]:
+        seen = [layer(x) for layer, x in ((self.first, latents), (self.nearer, maps[0] if maps else None))
+                if layer is not None and x is not None]  # fmt: skip
+        near = self.upper(seen[0] if len(seen) == 1 else seen[0] + seen[1], noise)
+        far = self.down(F.silu(near))
+        if self.further is not None and len(maps) > 1:
+            far = far + F.interpolate(self.further(maps[1]), size=far.shape[-2:])
+        for block in self.lower:
+            far = block(far, noise)
+        joined = F.silu(self.join(torch.cat([near, F.interpolate(far, size=near.shape[-2:])], 1)))
+        heat = self.heat(joined)[:, 0].float()
+        marked, far = heat.sigmoid().flatten(1), F.silu(far)
         extent = torch.stack([marked.mean(1), marked.amax(1), (marked.mean(1) + 1e-3).log()], 1)
-        vector = torch.cat([far.mean((2, 3)), far.amax((2, 3)), joined.mean((2, 3)), extent], 1)
-        return self.out(vector), heat
+        found = [far.mean((2, 3)), far.amax((2, 3)), joined.mean((2, 3)), joined.amax((2, 3)), extent]
+        return self.out(torch.cat(found, 1)), heat
 
 
 class _Trunk(nn.Module):
@@ -139,12 +167,15 @@ class Network(nn.Module):
         super().__init__()
         self.space, self.settings = space, settings
         width, inputs = settings.width, settings.inputs
-        self.latents = nn.ModuleDict(
-            {
-                name: _Latents(space.latent, settings.channels, width, settings.dropout / 2)
-                for name in inputs if name in ("x_t", "x0")
-            }
-        )  # fmt: skip
+        if "maps" in inputs and not space.maps:
+            raise UserError("these trajectories have no maps of the U-Net's blocks: collect them again, or leave maps "
+                            "out of the inputs")  # fmt: skip
+        self.spatial = tuple(name for name in SPATIAL if name in inputs)
+        self.picture: _Picture | None = None
+        if self.spatial:
+            maps = tuple(wide for _, wide in space.maps) if "maps" in inputs else ()
+            latents = space.latent * len([name for name in self.spatial if name != "maps"])
+            self.picture = _Picture(latents, maps, settings.channels, width, settings.dropout / 2)
         components = min(settings.components, 2 * space.features)
         flat = {"features": components, "scalars": len(space.scalars), "text": settings.words}
         self.flats = nn.ModuleDict({name: nn.Linear(flat[name], width) for name in inputs if name in flat})
@@ -154,11 +185,11 @@ class Network(nn.Module):
                 self.register_buffer(f"{name}_scale", torch.ones(wide))
         if "features" in inputs:
             self.register_buffer("components", torch.eye(2 * space.features)[:, :components].contiguous())
+        self.hidden = nn.Dropout2d(settings.map_dropout)
         self.noise_in = nn.Dropout(settings.dropout / 2)
-        each = expert_width(settings, width * len(inputs))
-        self.trunks = nn.ModuleList(
-            _Trunk(width * len(inputs), each, settings.dropout) for _ in range(settings.experts)
-        )
+        groups = width * (len(self.flats) + (self.picture is not None))
+        each = expert_width(settings, groups)
+        self.trunks = nn.ModuleList(_Trunk(groups, each, settings.dropout) for _ in range(settings.experts))
         self.state = nn.Linear(each, width) if each != width else nn.Identity()
         self.memory = nn.GRU(width, width, batch_first=True) if settings.memory else None
         levels = LEVELS - 1
@@ -176,13 +207,11 @@ class Network(nn.Module):
         b, k = log_snr.shape
         noise = noise_embedding(log_snr).reshape(b * k, -1)
         parts, heat = [], None
-        for name in self.settings.inputs:
-            if name in self.latents:
-                vector, seen = self.latents[name](tensors[name].float().flatten(0, 1), noise)
-                heat = seen.unflatten(0, (b, k)) if heat is None or name == "x0" else heat
-            else:
-                vector = self.flats[name](self.noise_in(self._flat(name, tensors, k)))
-            parts.append(F.silu(vector))
+        if self.picture is not None:
+            vector, seen = self.look(tensors, noise)
+            parts, heat = [F.silu(vector)], seen.unflatten(0, (b, k))
+        for name, layer in self.flats.items():
+            parts.append(F.silu(layer(self.noise_in(self._flat(name, tensors, k)))))
         x = torch.cat(parts, 1)
         if len(self.trunks) == 1:
             z = self.trunks[0](x, noise)
@@ -197,6 +226,24 @@ class Network(nn.Module):
         if self.settings.head == "coral":
             severity = severity + self.cuts.sort(descending=True).values
         return Outputs(z, severity, self.types(z), self.rank(z)[..., 0], heat, memory)
+
+    def look(self, tensors: dict[str, Tensor], noise: Tensor) -> tuple[Tensor, Tensor]:
+        """What is seen at places: vector [b * k, width] and map [b * k, h, w]; `noise` [b * k, 17]."""
+        assert self.picture is not None
+        planes = [self._plane(name, tensors).flatten(0, 1) for name in self.spatial if name != "maps"]
+        maps: list[Tensor] = []
+        if "maps" in self.spatial:
+            maps = [self.hidden(tensors[name].float().flatten(0, 1)) for name in ("near", "far") if name in tensors]
+            size = (maps[0].shape[-2], maps[0].shape[-1])
+            # Large latents are averaged to the map's resolution.
+            planes = [p if p.shape[-2:] == maps[0].shape[-2:] else F.adaptive_avg_pool2d(p, size) for p in planes]
+        found: tuple[Tensor, Tensor] = self.picture(torch.cat(planes, 1) if planes else None, maps, noise)
+        return found
+
+    def _plane(self, name: str, tensors: dict[str, Tensor]) -> Tensor:
+        if name == "change":  # where the U-Net is undecided, its guess moves
+            return tensors["x0"].float() - tensors[BEFORE].float()
+        return tensors[name].float()
 
     def _flat(self, name: str, tensors: dict[str, Tensor], k: int) -> Tensor:
         if name == "text":

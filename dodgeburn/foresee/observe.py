@@ -7,6 +7,7 @@ was trained on. It hangs on the sampler's step callback, and follows pictures th
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dodgeburn.foresee.features import Probe, stages_of
+from dodgeburn.foresee.features import Probe, map_stages, stages_of
 from dodgeburn.foresee.shards import Space
 from dodgeburn.models.model import Model
 from dodgeburn.sampling.loop import Step
@@ -38,7 +39,10 @@ SCALARS: tuple[str, ...] = (
 
 @dataclass
 class Seen:
-    """n pictures at one step, as tensors on the CPU ([n, ...], fp32)."""
+    """n pictures at one step, as tensors on the CPU ([n, ...], fp32).
+
+    What was not wanted (`Observer`) is empty: cond, delta, near and far have no elements then.
+    """
 
     indices: tuple[int, ...]  # positions in the prompts given to the sampler
     i: int  # 0-based step
@@ -50,11 +54,16 @@ class Seen:
     cond: Tensor  # [n, f]
     delta: Tensor  # [n, f]
     scalars: Tensor  # [n, len(SCALARS)]
+    near: Tensor  # [n, c, h, w], the last up block's map with the prompt
+    far: Tensor  # [n, c, h / 2, w / 2], that of the block before
 
 
 def space_of(model: Model) -> Space:
     """The space of a model's observations."""
-    return Space(stages_of(model.unet), SCALARS, int(model.unet.config["in_channels"]), model.layout.name)
+    unet = model.unet
+    return Space(
+        stages_of(unet), SCALARS, int(unet.config["in_channels"]), model.layout.name, map_stages(unet)
+    )  # fmt: skip
 
 
 def log_snr(sigma: float) -> float:
@@ -78,12 +87,20 @@ class Observer:
     """`with Observer(model, guidance) as observer:` and call `observer(step)` in the sampler's callback.
 
     Call it at every step, so that running figures are right. One observer serves one `generate` call after another.
+    wanted: of (0-based step, steps in all), whether features and maps are to be had there; none: everywhere. features,
+    maps: whether they are wanted at all.
     """
 
-    def __init__(self, model: Model, guidance: float) -> None:
+    def __init__(
+        self, model: Model, guidance: float, wanted: Callable[[int, int], bool] | None = None, features: bool = True,
+        maps: bool = True,
+    ) -> None:  # fmt: skip
         self.model, self.guidance = model, guidance
+        self.wanted = wanted or (lambda i, total: True)
+        self.features, self.maps = features, maps
         self.space = space_of(model)
         self.probe = Probe(model.unet)
+        self.probe.pool = features
         self._past: dict[int, _Past] = {}
 
     def __enter__(self) -> Observer:
@@ -100,10 +117,10 @@ class Observer:
         """What is to be seen after this step's U-Net call."""
         x0 = step.denoised.float()
         n = len(x0)
-        output, features = self.probe.output, self.probe.features
+        output = self.probe.output
         assert output is not None
         guided = len(output) == 2 * n
-        cond, delta = features[-n:], features[-n:] - features[:n] if guided else torch.zeros_like(features)
+        blocks = self._blocks(n, guided, self.wanted(step.i, step.total))
         positive = output[-n:].float()
         difference = rms(positive - output[:n].float()) if guided else torch.zeros(n, device=x0.device)
         summed, change, variance = self._follow(step, x0, difference)
@@ -115,8 +132,23 @@ class Observer:
             [*constant, difference, summed, change, variance, high_frequency(x0), flat.amin(1), flat.amax(1),
              flat.std(1), rms(positive)], 1,
         )  # fmt: skip
-        found = [t.detach().float().cpu() for t in (step.latents, x0, cond, delta, scalars)]
+        # The blocks are asked in the call that comes: at the first step of a batch, which can't be told, always.
+        last = step.i + 1 == step.total
+        self.probe.on = (self.features or self.maps) and (last or self.wanted(step.i + 1, step.total))
+        cond, delta, near, far = blocks
+        found = [t.detach().float().cpu() for t in (step.latents, x0, cond, delta, scalars, near, far)]
         return Seen(step.indices, step.i, step.total, progress, level, *found)
+
+    def _blocks(self, n: int, guided: bool, wanted: bool) -> list[Tensor]:
+        """Features with the prompt, their difference to those without, and both maps; empty ones if not wanted."""
+        found = [torch.zeros(n, 0)] * 4
+        if wanted and self.features:
+            features = self.probe.features
+            found[:2] = [features[-n:], features[-n:] - features[:n] if guided else torch.zeros_like(features)]
+        if wanted and self.maps:
+            maps = self.probe.maps(n)
+            found[2 : 2 + len(maps)] = maps
+        return found
 
     def _follow(self, step: Step, x0: Tensor, difference: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Running sum of the guidance difference, change of x0 since the last step, variance of x0 so far; each [n]."""

@@ -169,7 +169,7 @@ def _replay(
 def _only(seen: Seen, same: Sequence[int], members: Sequence[int]) -> Seen:
     """The rows of these pictures, under their numbers in the shard."""
     at = [row for row, index in enumerate(seen.indices) if index in set(same)]
-    tensors = {name: getattr(seen, name)[at] for name in ("x_t", "x0", "cond", "delta", "scalars")}
+    tensors = {name: getattr(seen, name)[at] for name in ("x_t", "x0", "cond", "delta", "scalars", "near", "far")}
     indices = tuple(members[seen.indices[row]] for row in at)
     return Seen(indices, seen.i, seen.total, seen.progress, seen.log_snr, **tensors)
 

@@ -3,7 +3,7 @@
 A folder holds `job.json` (what was asked for) and `shard-000000.safetensors`, ...: each some dozens of trajectories,
 whole or not there at all. A shard's tensors are flat over samples (one sample: one moment of one trajectory), its
 header has the records of its trajectories as JSON, and a digest over the tensors. A shard that is broken is left out,
-counted and named. A million samples of the pocket are about 10 GB; never more than a few shards are in memory.
+counted and named. A million samples of the pocket are about 50 GB; never more than a few shards are in memory.
 
 Tensors of a shard with t trajectories and s samples (those of a trajectory stand together, in the order of denoising):
 
@@ -18,6 +18,7 @@ Tensors of a shard with t trajectories and s samples (those of a trajectory stan
 | `cond` | fp16 [s, f] | pooled U-Net features with the prompt (`Space.stages` says which) |
 | `delta` | fp16 [s, f] | the same minus those without the prompt; zeros where there was no guidance |
 | `scalars` | fp32 [s, m] | `Space.scalars` |
+| `near`, `far` | fp16 [s, c, h, w] | maps of the last up block and of the one before, with the prompt (`Space.maps`) |
 | `mask` | uint8 [t, H, W] | where the defects are, 0 or 255; left out where nobody knows |
 | `picture` | uint8 [t, H, W, 3] | the finished picture; may be left out |
 """
@@ -41,6 +42,7 @@ from dodgeburn.errors import DodgeburnWarning, UserError
 from dodgeburn.foresee.labels import TYPES, Label
 
 SAMPLE_TENSORS = ("trajectory", "step", "progress", "log_snr", "x_t", "x0", "cond", "delta", "scalars")
+MAP_TENSORS = ("near", "far")
 TRAJECTORY_TENSORS = ("mask", "picture")
 RECORDS, SPACE, DIGEST = "dodgeburn.trajectories", "dodgeburn.space", "dodgeburn.digest"
 TRUE, NOISED = "trajectory", "forward-noised"
@@ -53,12 +55,19 @@ class Space:
 
     stages: (name, channels) of each pooled U-Net block; `cond` and `delta` have, block after block, its channels' means
     and then their deviations. latent: channels of the latents. model: name of the architecture the features are of.
+    maps: (name, channels) of the blocks whose maps `near` and `far` are; none in files of before there were maps.
     """
 
     stages: tuple[tuple[str, int], ...]
     scalars: tuple[str, ...]
     latent: int = 4
     model: str = ""
+    maps: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def samples(self) -> tuple[str, ...]:
+        """Names of the tensors that every sample has."""
+        return (*SAMPLE_TENSORS, *MAP_TENSORS[: len(self.maps)])
 
     @property
     def features(self) -> int:
@@ -69,7 +78,8 @@ class Space:
     def of(value: Mapping[str, Any]) -> Space:
         """From what `asdict` gave."""
         stages = tuple((str(name), int(width)) for name, width in value["stages"])
-        return Space(stages, tuple(value["scalars"]), int(value["latent"]), str(value.get("model", "")))
+        maps = tuple((str(name), int(width)) for name, width in value.get("maps", ()))
+        return Space(stages, tuple(value["scalars"]), int(value["latent"]), str(value.get("model", "")), maps)
 
 
 @dataclass(frozen=True)
@@ -129,6 +139,12 @@ def prompt_id(prompt: str) -> str:
     return hashlib.sha256(prompt.encode()).hexdigest()[:8]
 
 
+def slot_of(r: Trajectory) -> str:
+    """Names prompt, generator and settings: trajectories of one slot differ by their seed alone."""
+    changed = {k: r.extra[k] for k in ("change", "strength", "change_seed") if k in r.extra}
+    return f"{r.prompt_id} {r.generator} {r.sampler} {r.spacing} {r.steps} {r.guidance} {changed}"
+
+
 def shard_name(number: int) -> str:
     """File name of shard `number`."""
     return f"shard-{number:06d}.safetensors"
@@ -153,7 +169,7 @@ def read_shard(path: str | Path, names: Sequence[str] | None = None, check: bool
     """
     with TensorFile(path) as file:
         records, space, digest = _header(file)
-        missing = [n for n in (*SAMPLE_TENSORS, *(names or ())) if n not in file.keys()]
+        missing = [n for n in (*space.samples, *(names or ())) if n not in file.keys()]
         if missing:
             raise UserError(f"{path}: not a whole shard of trajectories, it has no {missing[0]}")
         every = {name: file.tensor(name) for name in file.keys()} if check or names is None else {}
@@ -184,13 +200,13 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
 
 def _check(shard: Shard) -> None:
     tensors, space = shard.tensors, shard.space
-    missing = [name for name in SAMPLE_TENSORS if name not in tensors]
+    missing = [name for name in space.samples if name not in tensors]
     if missing:
         raise ValueError(f"a shard needs {', '.join(missing)}")
     owner, n = tensors["trajectory"], shard.samples
     if n and ((owner.diff() < 0).any() or int(owner.max()) >= len(shard.records) or int(owner.min()) < 0):
         raise ValueError("samples must stand trajectory by trajectory, in the order of the records")
-    for name in SAMPLE_TENSORS:
+    for name in space.samples:
         if len(tensors[name]) != n:
             raise ValueError(f"{name} has {len(tensors[name])} rows, trajectory {n}")
     for name in TRAJECTORY_TENSORS:

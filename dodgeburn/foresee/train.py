@@ -23,9 +23,10 @@ from torch.nn import functional as F
 
 from dodgeburn.checkpoint.tensorfile import TensorFile
 from dodgeburn.errors import DodgeburnWarning, UserError
+from dodgeburn.foresee.drawn import Drawings, batches
 from dodgeburn.foresee.estimator import Calibration, Estimator, raw_bad
-from dodgeburn.foresee.feed import Feed, Targets, Where, check_labels, targets_of, whole, words_of
-from dodgeburn.foresee.network import ExitHeads, Network, NetworkSettings, Outputs, at_least
+from dodgeburn.foresee.feed import Feed, Targets, Where, check_labels, targets_of, whole
+from dodgeburn.foresee.network import SPATIAL, ExitHeads, Network, NetworkSettings, Outputs, at_least
 from dodgeburn.foresee.policy import exit_distribution, geometric_prior
 from dodgeburn.foresee.scores import within_prompt_spearman
 from dodgeburn.foresee.shards import Store, Trajectory
@@ -44,13 +45,15 @@ class FitSettings:
     network: NetworkSettings = NetworkSettings()
     steps: int = 1500
     prompts: int = 8  # of a batch
-    per_prompt: int = 6
-    moments: int = 3  # of each trajectory
+    per_prompt: int = 8
+    moments: int = 1  # of each trajectory
     lr: float = 2e-3
-    weight_decay: float = 0.3
+    weight_decay: float = 0.1
     rank: float = 0.5  # weights of the losses beside severity's
     types: float = 0.3
-    heat: float = 1.0
+    heat: float = 2.0
+    drawn: int = 64  # drawings of a batch, if there are any
+    precision: str = "bf16"  # or "no"
     exit_steps: int = 300
     exit_prior: float = 0.15  # of the geometric distribution that exits are held to
     exit_beta: float = 0.05
@@ -85,11 +88,13 @@ def usable(record: Trajectory, settings: FitSettings) -> bool:
 def fit(
     store: Store, folder: Path, settings: FitSettings | None = None, where: Where = lambda record: True,
     callback: Callable[[int, dict[str, float]], object] | None = None, begin: Network | None = None,
+    drawings: Drawings | None = None,
 ) -> Estimator:  # fmt: skip
     """Train an estimator on the labelled trajectories of split "train" that `where` lets through.
 
-    `folder` holds checkpoints and logs; an interrupted run goes on there. `begin`: weights to start from. Raises
-    UserError for labels that teach nothing and for NaN features; a DodgeburnWarning tells of a collapse.
+    `folder` holds checkpoints and logs; an interrupted run goes on there. `begin`: weights to start from. drawings:
+    learn from these besides (`drawn.py`). Raises UserError for labels that teach nothing and for NaN features; a
+    DodgeburnWarning tells of a collapse.
     """
     settings = settings or FitSettings()
     began = time.perf_counter()
@@ -106,7 +111,7 @@ def fit(
         check_labels(parts[part], f"{names} ({len(parts[part])} trajectories to {part})", 20 if part == "fit" else 10)
     torch.manual_seed(settings.seed)
     network = begin or Network(store.space, settings.network)
-    tensors = Estimator(network).tensors
+    tensors = Estimator(network).fed
     words = settings.network.words if "text" in settings.network.inputs else 0
     seen = (*tensors, "mask") if draws(settings.network) and has_masks(store) else tensors
     feed = Feed(store, of("fit"), seen, settings.prompts, settings.per_prompt, settings.moments, words, settings.seed)
@@ -115,7 +120,7 @@ def fit(
     key = {"fit": _plain(asdict(settings)), "data": [r.id for r in parts["fit"]]}
     if settings.network.memory:  # what is remembered only means something along whole ways
         feed.moments, feed.prompts = None, max(2, settings.prompts // 4)
-    train_network(network, feed, settings, folder, key, callback)
+    train_network(network, feed, settings, folder, key, callback, drawings)
     estimator = Estimator(network)
     spread = recalibrate(estimator, store, folder, settings, where)
     estimator.record = {
@@ -127,7 +132,8 @@ def fit(
         "generators": sorted({r.generator for r in parts["fit"]}),
         "provenance": sorted({r.provenance for r in parts["fit"]}),
         "samplers": sorted({r.sampler for r in parts["fit"]}),
-        "sd_ratio": round(spread, 4), "train_s": round(time.perf_counter() - began, 1),
+        "drawings": 0 if drawings is None else len(drawings.labels), "sd_ratio": round(spread, 4),
+        "train_s": round(time.perf_counter() - began, 1),
     }  # fmt: skip
     return estimator
 
@@ -151,7 +157,7 @@ def recalibrate(
 
     spread = calibrate(estimator, store, calibrates)
     words = settings.network.words if "text" in settings.network.inputs else 0
-    ways = Feed(store, calibrates, estimator.tensors, max(2, settings.prompts // 4), settings.per_prompt, None, words,
+    ways = Feed(store, calibrates, estimator.fed, max(2, settings.prompts // 4), settings.per_prompt, None, words,
                 settings.seed)  # fmt: skip
     train_exits(estimator, ways, settings, folder, {"fit": _plain(asdict(settings))})
     return spread
@@ -185,7 +191,7 @@ def principal(x: Tensor, count: int) -> Tensor:
 
 def draws(settings: NetworkSettings) -> bool:
     """Whether the network can say where."""
-    return settings.heatmap and bool({"x0", "x_t"} & set(settings.inputs))
+    return settings.heatmap and bool(set(SPATIAL) & set(settings.inputs))
 
 
 def has_masks(store: Store) -> bool:
@@ -242,18 +248,28 @@ def pairwise(rank: Tensor, targets: Targets, there: Tensor) -> Tensor:
 
 def train_network(
     network: Network, feed: Feed, settings: FitSettings, folder: Path, key: dict[str, Any],
-    callback: Callable[[int, dict[str, float]], object] | None = None,
+    callback: Callable[[int, dict[str, float]], object] | None = None, drawings: Drawings | None = None,
 ) -> None:  # fmt: skip
-    """The first stage."""
+    """The first stage; drawings have the same losses, each batch of trajectories is followed by one of them."""
     loop = LoopSettings(
         steps=settings.steps, lr=settings.lr, betas=(0.9, 0.99), weight_decay=settings.weight_decay, warmup=WARMUP,
-        constant=0.4, final=0.02, ema=0.995, precision="no", seed=settings.seed, checkpoint_every=500, log_every=50,
+        constant=0.4, final=0.02, ema=0.995, precision=settings.precision, seed=settings.seed, checkpoint_every=500,
+        log_every=50,
         settings=key,
     )  # fmt: skip
     assert loop.steps >= LEAST_STEPS and loop.warmup < loop.steps / 4
 
+    drawn = None if drawings is None else batches(drawings, network, settings.drawn)
+    if drawings is not None:
+        key = {**key, "drawings": len(drawings.labels)}
+
     def losses(batch: tuple[dict[str, Tensor], Targets], generator: torch.Generator) -> dict[str, Tensor]:
-        return losses_of(network(batch[0]), *batch, settings)
+        found = losses_of(network(batch[0]), *batch, settings)
+        if drawn is not None:
+            besides = drawn(0, generator)
+            said = losses_of(network(besides[0]), *besides, settings)
+            found |= {f"drawn {name}": value for name, value in said.items()}
+        return found
 
     train("estimator", {"network": network}, feed, losses, folder, loop, callback)
 
@@ -264,11 +280,7 @@ def calibrate(estimator: Estimator, store: Store, where: Where) -> float:
     raws, levels, bads, weights, halves, severities, groups = [], [], [], [], [], [], []
     with torch.no_grad():
         for batch in whole(store, where, (*estimator.tensors, "progress")):
-            tensors = dict(batch.tensors)
-            if "text" in estimator.inputs:
-                tensors["words"] = torch.stack(
-                    [words_of(r.prompt, estimator.network.settings.words) for r in batch.records]
-                )
+            tensors = estimator.inputs_of(batch)
             out = estimator.network(tensors)
             targets = targets_of(batch.records)
             there = batch.there

@@ -10,7 +10,7 @@ Whose reader: `reader` for training, the judge for evaluations (the fit and the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -48,13 +48,21 @@ class Finding:
 
     @property
     def severity(self) -> float:
-        """The worst type's, and a little for the others: 5 at most."""
-        values = sorted(self.types.values(), reverse=True)
-        return min(5.0, values[0] + 0.2 * sum(v for v in values[1:] if v >= 1))
+        """The worst type's, and a little for the others: 5 at most. What is under 1 can't be seen, and is 0."""
+        return severity_of(self.types.values())
 
     def label(self, source: str) -> Label:
         """As a label."""
         return one_opinion(self.severity, source, [round(self.types[t], 3) for t in TYPES])
+
+
+def severity_of(types: Iterable[float]) -> float:
+    """Of the severities of all types: the worst, and a fifth of each other visible one (1 or more); 5 at most.
+
+    Amounts below the first cut-off are what the fit and the autoencoder leave anywhere: no picture is ranked by them.
+    """
+    visible = sorted((v for v in types if v >= 1), reverse=True)
+    return min(5.0, visible[0] + 0.2 * sum(visible[1:])) if visible else 0.0
 
 
 def graded(amount: float, cuts: Sequence[float]) -> float:
@@ -94,10 +102,17 @@ def _one(picture: np.ndarray, asked: Asked, readings: Readings, i: int, looks: t
         found.notes.append("no portrait")
         return found
     fit = nearest(picture, named(readings, i), looks)
-    _left_over(found, picture.astype(np.float32), fit)
-    _fingers(found, fit)
+    found = against_drawing(picture, fit)
     _blur(found, fit, asked)
     _against_prompt(found, asked, readings, i, fit)
+    return found
+
+
+def against_drawing(picture: np.ndarray, fit: Fit) -> Finding:
+    """What a picture uint8 [64, 64, 3] has that its drawing has not, and the drawing's wrong number of fingers."""
+    found = Finding(dict.fromkeys(TYPES, 0.0), np.zeros((SIZE, SIZE), bool))
+    _left_over(found, picture.astype(np.float32), fit)
+    _fingers(found, fit)
     return found
 
 

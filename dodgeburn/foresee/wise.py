@@ -1,7 +1,7 @@
 """WiSE-FT (arXiv 2109.01903) for the estimator: between an encoder that has learned without labels and one fine-tuned
 on them, at the share alpha that does best on a generator that neither has seen.
 
-The encoder of clean estimates first learns without labels (SimCLR's loss, arXiv 2002.05709: two moments of one
+The encoder of what is seen at places first learns without labels (SimCLR's loss, arXiv 2002.05709: two moments of one
 trajectory are to be alike, and unlike those of others; the larger the batch, the more it learns, as all of them are
 compared). On top of it, frozen, the rest of the network learns from labels: the sound starting point. From there
 everything is fine-tuned. All weights are then interpolated, alpha 0 being the first and 1 the second.
@@ -41,13 +41,15 @@ def interpolate(first: Network, second: Network, alpha: float) -> Network:
 
 
 def self_supervised(network: Network, feed: Feed, folder: Path, steps: int, seed: int) -> None:
-    """Train the encoder of clean estimates without labels, in place."""
-    encoder = network.latents["x0"]
+    """Train the encoder of what is seen at places without labels, in place."""
+    encoder = network.picture
+    assert encoder is not None
 
     def losses(batch: tuple[dict[str, Tensor], Targets], generator: torch.Generator) -> dict[str, Tensor]:
         tensors = batch[0]
-        noise = noise_embedding(tensors["log_snr"].float())
-        views = [F.normalize(encoder(tensors["x0"][:, k].float(), noise[:, k])[0], dim=1) for k in (0, 1)]
+        log_snr = tensors["log_snr"].float()
+        vectors = network.look(tensors, noise_embedding(log_snr).flatten(0, 1))[0].unflatten(0, log_snr.shape)
+        views = [F.normalize(vectors[:, k], dim=1) for k in (0, 1)]
         similar = views[0] @ views[1].T / 0.1
         target = torch.arange(len(similar))
         return {"contrast": (F.cross_entropy(similar, target) + F.cross_entropy(similar.T, target)) / 2}
@@ -82,12 +84,13 @@ def wise(
     place = parts_of(store, settings)
     torch.manual_seed(settings.seed)
     network = Network(store.space, settings.network)
-    tensors = Estimator(network).tensors
+    tensors = Estimator(network).fed
     feed = Feed(store, lambda r: usable(r, settings) and place.get(r.prompt_id) == "fit", tensors, settings.prompts,
                 settings.per_prompt, 2, 0, settings.seed)  # fmt: skip
     set_scales(network, feed)
     self_supervised(network, feed, folder / "pretrain", pretrain_steps, settings.seed)
-    frozen = network.latents["x0"]
+    frozen = network.picture
+    assert frozen is not None
     frozen.requires_grad_(False)
     feed.moments = settings.moments
     key: dict[str, Any] = {"held_out": held_out, "pretrain": pretrain_steps}
