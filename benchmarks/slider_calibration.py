@@ -7,10 +7,11 @@ calibrated as `slider train` does it, swept over development prompts x seeds, an
 with other seeds: what moves between these is the calibration's own uncertainty. Finished parts stay in --folder.
 
 Printed for every slider: half the distance between the mean moves at +1 and -1 (1 is exact), on captions and on the
-slider's own prompts; how much single pictures differ there, by prompt, by seed and beyond; the standard errors that
-follow for six pictures of one seed and for as many as `slider train` takes; the calibration error (slide/measures.py)
-that 4 and 64 seeds a prompt would measure, and 64 if the mean curve were exact; and after each new calibration the
-response at 1.0, and that error.
+slider's own prompts; the largest step's share of the way from -2 to 2 (median; a straight response has 0.25), the
+shares of sweeps that fall somewhere by more than twice the reader's error, or stay flat; how much single pictures
+differ at 1, by prompt, by seed and beyond; the standard errors that follow for six pictures of one seed and for as many
+as `slider train` takes; the calibration error (slide/measures.py) that 4 and 64 seeds a prompt would measure, and 64 if
+the mean curve were exact; and after each new calibration the response at 1.0, and that error.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from dodgeburn.slide.calibrate import calibrate, reader_scorer
 from dodgeburn.slide.edits import AdapterEdit, Unedited
 from dodgeburn.slide.measures import REQUESTED
 from dodgeburn.slide.natural import known_sigma
-from dodgeburn.slide.readings import read_sweep
+from dodgeburn.slide.readings import RMSE, read_sweep
 from dodgeburn.slide.spec import SliderSpec, load_specs
 from dodgeburn.slide.splits import calibration_prompts, evaluation_split
 from dodgeburn.slide.train import QuickCalibration, SliderMaker
@@ -166,12 +167,16 @@ def row(bench: Bench, spec: SliderSpec, again: int, judge: bool) -> dict[str, An
     prompts, seeds, rest = components(half)
     each, n = prompts**2 + rest**2, QUICK.pictures
     curve = np.nanmean(moves, (0, 1))
+    steps, fall = np.abs(np.diff(moves, axis=2)), -np.diff(moves, axis=2).min(2)
+    slack = 2 * RMSE["reader"].get(str(spec.attribute), 0.0) / (known_sigma(bench.model, str(spec.attribute)) or np.nan)
     sizes = [0.0, *(float((curve[SCALES.index(s)] - curve[SCALES.index(-s)]) / 2) for s in (0.5, 1.0, 2.0))]
     factors = [bench.again(spec, draw)["factor"] for draw in range(again)]
     after = [expected(at_factor(moves, factor), 64) for factor in factors]
     return {
         "name": spec.name, "at_1": float(half.mean()), "at_1_own_prompts": bench.own(spec),
         "curve": dict(zip(map(str, SCALES), curve.tolist(), strict=True)),
+        "largest_step": float(np.nanmedian(steps.max(2) / steps.sum(2))), "falls": float((fall > slack).mean()),
+        "flat": float((moves[:, :, -1] - moves[:, :, 0] < 1).mean()),
         "sd_prompts": prompts, "sd_seeds": seeds, "sd_rest": rest,
         "se_6_of_one_seed": float(np.sqrt(seeds**2 + each / 6)), f"se_{n}": float(np.sqrt((seeds**2 + each) / n)),
         "error_4_seeds": expected(moves, 4), "error_64_seeds": expected(moves, 64),
