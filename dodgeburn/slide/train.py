@@ -44,11 +44,11 @@ class QuickCalibration:
     `dodgeburn slider calibrate` measures again with as many pictures as wanted.
     """
 
-    pictures: int = 12  # at the first pair of scales; each of a prompt and a seed of its own
+    pictures: int = 18  # at the first pair of scales; each of a prompt and a seed of its own
     steps: int = 5  # denoising steps
     guidance: float = 4.0
     search: CalibrationSettings = field(
-        default_factory=lambda: CalibrationSettings(step=1.5, furthest=3.0, rounds=2, few=6)
+        default_factory=lambda: CalibrationSettings(step=1.5, furthest=3.0, rounds=2, few=4)
     )
 
 
