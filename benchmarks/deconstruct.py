@@ -315,7 +315,7 @@ def main() -> None:
     folder = options.folder or Path(f"deconstruct-{name}")
     found = run(Bench(size, folder, options.minutes), options.cells)
     print(table(found))
-    print(f"audit found {found['audit_found']}, false alarms {found['false_alarms']}, verdict {found['verdict']}")
+    print(f"audit found {found['audit_found']}, false alarms {found['false_alarms']}. {found['verdict_line']}")
     if options.json:
         print(json.dumps(found))
 

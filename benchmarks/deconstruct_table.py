@@ -133,6 +133,7 @@ def result(
         "false_alarms": chance["with_alarm"] / chance["runs"] if chance else None,
         "false_alarms_fair_model": [len(fair["other_alarms"]), fair["tests"]] if fair else None,
         **{key: cd.get(key) for key in top}, "methods": methods, "verdict": verdict(methods),
+        "verdict_line": verdict_line(verdict(methods)),
         "audits": {w: {k: v for k, v in a.items() if k != "pool"} for w, a in audits.items() if a},
         "grain_spread_before": [b["spreads"].get("grain") for b in befores],
         "size": asdict(size), "machine": machine(),
@@ -162,3 +163,16 @@ def table(found: dict[str, Any]) -> str:
             )  # fmt: skip
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def verdict_line(scores: dict[str, dict[str, float]]) -> str:
+    """The verdict in words: a difference of at least two standard errors is called one."""
+    said = []
+    for regime, rows in scores.items():
+        parts = []
+        for words, inside in (("better than", lambda z: z >= 2), ("worse than", lambda z: z <= -2),
+                              ("not told apart from", lambda z: -2 < z < 2)):  # fmt: skip
+            names = [name for name, z in rows.items() if inside(z)]
+            parts += [f"{words} {', '.join(names)}"] if names else []
+        said.append(f"{TITLES[regime]}: CD is {'; '.join(parts) or 'compared with nothing'}")
+    return ". ".join(said) + "." if said else "CD was not run."

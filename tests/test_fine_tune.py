@@ -16,7 +16,7 @@ from dodgeburn.models.model import Model
 from dodgeburn.pocket.pictures import attributes_of
 from dodgeburn.sampling.predict import Predictor, alphas_cumprod
 from dodgeburn.training.examples import Examples, Pictures, encode_examples, join, join_examples, pocket_pictures
-from dodgeburn.training.fine_tune import FineTuneSettings, fine_tune, make_prior
+from dodgeburn.training.fine_tune import FineTuneSettings, fine_tune, make_prior, make_teacher
 from dodgeburn.training.noise_loss import loss_weights, wanted
 
 
@@ -251,3 +251,34 @@ def test_sets_join_and_columns_fill_up() -> None:
     assert both.take([2, 0]).captions == [("c",), ("a",)] and int(both.take([2]).pixels.max()) == 1
     with pytest.raises(ValueError, match="different lengths"):
         Pictures(np.zeros((2, 16, 16, 3), np.uint8), [("a",)])
+
+
+def test_a_teacher_that_is_asked_the_same_is_met_and_one_that_is_asked_more_is_followed(tmp_path: Path) -> None:
+    model = tiny_model()
+    own = examples(model, text="a doctor")
+    start = state(model)
+    same = make_teacher(model, own, lambda row, text: text)
+    found = fine_tune(model, own, quick(steps=1), tmp_path / "same", teacher=same)
+    assert found.loss < 1e-8  # one step: Adam makes steps of full length out of rounding
+    asked: set[tuple[int, str]] = set()
+
+    def asks(row: int, text: str) -> str:
+        asked.add((row, text))
+        return "a cat"
+
+    model.unet.load_state_dict(start)
+    other = make_teacher(model, own, asks)
+    with torch.no_grad():
+        other.predictor.model.unet.conv_out.weight.mul_(2)  # one that says something else
+    held = make_prior(model, examples(model, seed=1), 32, seed=4)
+    wanted_of = other.predictor.frozen(held.x, held.timesteps, ["a cat"] * 32)
+
+    def apart() -> float:
+        said = Predictor(model, *own.size).frozen(held.x, held.timesteps, ["a doctor, 0"] * 32)
+        return float((said - wanted_of).square().mean())
+
+    before = apart()
+    fine_tune(model, own, quick(steps=24, batch=8, lr=2e-3, ema=0.0), tmp_path / "other", teacher=other)
+    assert apart() < 0.6 * before
+    assert {row for row, _ in asked} == set(range(len(own)))  # every example, with a caption of its own
+    assert all(text in own.captions[row] for row, text in asked)

@@ -3,7 +3,8 @@
     random-prompt    a class is drawn for every picture and said in the prompt; no training, no weights
     uce              keys and values of cross-attention in closed form (rework/uce.py); seconds, no data
     negation         theta_0 - s (theta_1 - theta_0), theta_1 trained on the model's own tied pictures (rework/undo.py)
-    self             fine-tune on its own pictures of explicit prompts, captioned neutrally; no data
+    self             its own pictures of explicit prompts, under neutral captions: it is taught to say of them, unasked,
+                     what it said when asked; no data
     reweight         fine-tune on tied data with importance weights
     balanced         fine-tune on data in which every class is as frequent as the target says
     shrink-perturb   the same from weights that were shrunk and perturbed
@@ -49,7 +50,7 @@ from dodgeburn.rework.weighing import followed
 from dodgeburn.sampling.settings import GenerateSettings
 from dodgeburn.slide.edits import draw
 from dodgeburn.training.examples import Pictures, encode_examples
-from dodgeburn.training.fine_tune import FineTuneSettings, Prior, fine_tune, make_prior
+from dodgeburn.training.fine_tune import FineTuneSettings, Prior, fine_tune, make_prior, make_teacher
 from dodgeburn.training.loop import evaluated
 
 
@@ -167,20 +168,26 @@ def _subject(prompt: str) -> str:
 # -------------------- the methods
 
 
-def _train(job: Job, name: str, pictures: Pictures, classes: Sequence[str] | None = None) -> int:
-    """Fine-tune on these, other things held; the steps taken. classes: of the pictures, whose weights are to follow."""
-    prior = job.prior()
+def _train(
+    job: Job, name: str, pictures: Pictures, classes: Sequence[str] | None = None, taught: bool = False
+) -> int:  # fmt: skip
+    """Fine-tune on these, other things held; the steps taken. classes: of the pictures, whose weights are to follow.
+    taught: what is learned of a picture is what the model as it is says of it when asked for the picture's class."""
+    prior, c = job.prior(), job.concept
     examples = encode_examples(job.model, pictures)
+    teacher = None
+    if taught and classes is not None:
+        shown = list(classes)
+        teacher = make_teacher(job.model, examples, lambda row, text: c.explicit(text, shown[row], row))
     tuning = job.settings.tuning(prior is not None)
     looks = _Looks(job, name, tuning.steps) if classes is not None and job.settings.adapt else None
 
     def weights(step: int) -> torch.Tensor:
         assert looks is not None and classes is not None
-        c = job.concept
         return followed(examples.weights, classes, c.classes, c.target, looks.before(step), job.settings.adapt)
 
     fine_tune(job.model, examples, tuning, job.folder / name, name, prior, looks, told={"method": name},
-              show_average=True, weights=weights if looks else None)  # fmt: skip
+              show_average=True, weights=weights if looks else None, teacher=teacher)  # fmt: skip
     return tuning.steps
 
 
@@ -234,7 +241,7 @@ def _self(job: Job) -> Done:
     found, counts = self_pictures(job.concept, job.draw, job.classifier, job.settings.pictures,
                                   SELF_SEED + 10_000 * job.settings.seed)  # fmt: skip
     even = balanced(found, shown_classes(found, job.concept), job.concept, job.settings.pictures, job.settings.seed)
-    steps = _train(job, "self", even, shown_classes(even, job.concept))
+    steps = _train(job, "self", even, shown_classes(even, job.concept), taught=True)
     return Done("self", steps, job.settings.pictures, notes={"right": counts})
 
 

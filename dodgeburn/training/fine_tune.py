@@ -3,15 +3,17 @@
     loss = mean_i w_i g(t_i) |f(x_t, c_i, t_i) - target|^2  +  prior * mean_j |f(x_t, c_j, t_j) - f_0(x_t, c_j, t_j)|^2
 
 f says noise or v, whichever the model does; w are the examples' weights, scaled to mean 1; g weighs noise levels
-(noise_loss.py). The second term keeps a model near what f_0, the model before it was touched, says about other prompts
-(prior preservation in output space): its targets are worked out once, so no second U-Net is held.
+(noise_loss.py). The target is what was added, or what a `Teacher` says. The second term keeps a model near what f_0,
+the model before it was touched, says about other prompts (prior preservation in output space): its targets are worked
+out once, so no second U-Net is held.
 """
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -93,6 +95,20 @@ def make_prior(model: Model, examples: Examples, points: int, seed: int = 0, emp
 
 
 @dataclass(frozen=True)
+class Teacher:
+    """Says what is to be learned in place of the noise that was added: a copy of the model, asked with another text."""
+
+    predictor: Predictor
+    asks: Callable[[int, str], str]  # number of the example and its drawn caption -> the text that the copy is asked
+
+
+def make_teacher(model: Model, examples: Examples, asks: Callable[[int, str], str]) -> Teacher:
+    """The model as it is now; holds a second U-Net. A caption that is left out is left out for the teacher as well."""
+    still = replace(model, unet=copy.deepcopy(model.unet).eval().requires_grad_(False))
+    return Teacher(Predictor(still, *examples.size, text_bytes=TEXT_BYTES), asks)
+
+
+@dataclass(frozen=True)
 class FineTuned:
     """What a fine-tune made and cost. The model's U-Net holds the new weights, unless an adapter does."""
 
@@ -114,16 +130,17 @@ def fine_tune(
     told: dict[str, Any] | None = None,
     show_average: bool = False,
     weights: Callable[[int], Tensor] | None = None,
+    teacher: Teacher | None = None,
 ) -> FineTuned:
     """Train `model.unet` in place (or an adapter beside it), from the weights that it has.
 
     folder: for the checkpoint (`<name>.checkpoint.pt`) that the same call resumes from, and the log. callback: told
-    (step, mean losses) every `log_every` steps with the U-Net as it then is (`show_average`:
-    as it would be kept); False ends the training. told: what else decides the outcome, for the resume's check. weights:
-    of the examples at a step [n], instead of their own; a function of the step and of what the callback was told
-    before it, so that a run that resumes finds them again. Raises UserError for no examples, a half-precision U-Net,
-    prior > 0 without a Prior, layers that are not known, or a folder with another run's checkpoint, and where the loss
-    is no longer finite (the last good state is kept).
+    (step, mean losses) every `log_every` steps with the U-Net as it then is (`show_average`: as it would be kept);
+    False ends the training. told: what else decides the outcome, for the resume's check. weights: of the examples at a
+    step [n], instead of their own; a function of the step and of what the callback was told before it, so that a run
+    that resumes finds them again. teacher: gives the examples' targets. Raises UserError for no examples, a half-
+    precision U-Net, prior > 0 without a Prior, layers that are not known, or a folder with another run's checkpoint,
+    and where the loss is no longer finite (the last good state is kept).
     """
     began = time.perf_counter()
     _check(model, examples, settings, prior)
@@ -146,7 +163,12 @@ def fine_tune(
         encode(drawn.texts)
         said = predictor(drawn.x, drawn.timesteps, drawn.texts)
         n = len(drawn.weights)
-        error = (said - drawn.targets.to(said.device)).square().mean(dim=(1, 2, 3))
+        targets = drawn.targets.to(said.device)
+        if teacher is not None:
+            asked = [teacher.asks(i, text) if text else "" for i, text in zip(drawn.rows, drawn.texts[:n], strict=True)]
+            taught = teacher.predictor.frozen(drawn.x[:n], drawn.timesteps[:n], asked)
+            targets = torch.cat([taught.to(said.device), targets[n:]])
+        error = (said - targets).square().mean(dim=(1, 2, 3))
         parts = {"loss": (drawn.weights.to(said.device) * error[:n]).mean()}
         if len(error) > n:
             parts["prior"] = settings.prior * error[n:].mean()
@@ -225,6 +247,7 @@ class _Rows:
     texts: list[str]
     targets: Tensor
     weights: Tensor  # of the examples' rows
+    rows: list[int]  # numbers of these examples
 
 
 class _Draw:
@@ -259,7 +282,8 @@ class _Draw:
             target = torch.cat([target, self.prior.targets[drawn]])
             texts += [self.prior.texts[int(i)] for i in drawn]
         weights = self.weights(step)
-        return _Rows(x, t, texts, target, self.levels[t[: s.batch]] * (weights / weights.mean())[rows])
+        weights = self.levels[t[: s.batch]] * (weights / weights.mean())[rows]
+        return _Rows(x, t, texts, target, weights, rows.tolist())
 
     def _row(self, position: int, n: int) -> int:
         number, at = divmod(position, n)
