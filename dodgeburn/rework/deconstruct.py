@@ -256,4 +256,3 @@ def _digest(pictures: Pictures) -> str:
     told = hashlib.sha256(repr((pictures.captions, pictures.weights.tolist(), dict(pictures.columns))).encode())
     told.update(pictures.pixels.tobytes())
     return told.hexdigest()[:16]
-
