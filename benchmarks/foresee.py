@@ -59,7 +59,7 @@ from dodgeburn.sampling.loop import GenerateSettings, Step, generate
 from dodgeburn.training.pocket import development_prompts, gate_prompts
 
 FIRST_BRANCHING_SEED = 3_000_000
-ALL = ("x_t", "x0", "maps", "scalars")
+ALL = ("x0", "change", "maps", "scalars")
 ABLATION: dict[str, NetworkSettings] = {
     "x_t": NetworkSettings(("x_t",)),
     "x0": NetworkSettings(("x0",)),
@@ -67,9 +67,9 @@ ABLATION: dict[str, NetworkSettings] = {
     "features": NetworkSettings(("features",), 16, dropout=0.5),
     "scalars": NetworkSettings(("scalars",)),
     "text": NetworkSettings(("text",)),
-    "x_t + x0 + scalars": NetworkSettings(("x_t", "x0", "scalars")),
+    "x0 + change + scalars": NetworkSettings(("x0", "change", "scalars")),
     "features + scalars": NetworkSettings(("features", "scalars"), 16, dropout=0.5),
-    "x_t + x0 + maps + scalars": NetworkSettings(ALL),
+    "x0 + change + maps + scalars": NetworkSettings(ALL),
     "the same + features + text": NetworkSettings((*ALL, "features", "text")),
     "the same, 3 experts": NetworkSettings(ALL, experts=3),
     "the same, memory": NetworkSettings(ALL, memory=True),
