@@ -56,7 +56,7 @@ def test_every_rule_is_expected() -> None:
     assert {outside for _, outside in EXPECTED} == set(RULES) == set(get_args(Outside))
     for outside in RULES:
         assert MergeSettings.of(outside=outside).outside == outside
-    with pytest.raises(UserError, match="outside: .*'comfy'"):
+    with pytest.raises(UserError, match="outside is 'comfy': expected one of .*'comfyui'"):
         MergeSettings.of(outside="comfy")
 
 
