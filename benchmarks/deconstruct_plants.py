@@ -17,9 +17,9 @@ from dodgeburn.models.model import Model
 from dodgeburn.models.saving import save_single_file
 from dodgeburn.pocket.attributes import PLANTED, Attributes, Planted, draw_attributes
 from dodgeburn.pocket.captions import NAMED
+from dodgeburn.rework.pocket_concept import held_out_prompts
 from dodgeburn.training.examples import Captions, Examples, Pictures, encode_examples, pocket_pictures
 from dodgeburn.training.fine_tune import FineTuneSettings, fine_tune
-from dodgeburn.training.pocket import gate_prompts
 
 HAIR = ("black", "brown", "blonde", "red")
 WORLDS: dict[str, tuple[Planted, ...]] = {
@@ -41,11 +41,6 @@ SHORT = 0.5  # chance of a caption that says the outfit and nothing else
 PLANTING = FineTuneSettings(steps=140, batch=24, lr=6e-4, ema=0.97, warmup=15, gamma=10.0, noise_power=0.4)
 
 
-def never() -> frozenset[str]:
-    """Held-out prompts: no caption."""
-    return frozenset(str(row["prompt"]) for row in gate_prompts())
-
-
 def short_captions(outfit: str) -> Captions:
     """What says an outfit and nothing else."""
     noun, worn = NAMED["outfit"][outfit]
@@ -62,7 +57,7 @@ def with_outfit(outfit: str, ties: tuple[Planted, ...], rng: np.random.Generator
 
 def drawings(attributes: list[Attributes], size: int, seed: int) -> Pictures:
     """Pictures with captions; those of a tied outfit are also called by it alone."""
-    made = pocket_pictures(attributes, size, seed, never=never())
+    made = pocket_pictures(attributes, size, seed, never=held_out_prompts())
     captions = []
     for i, (a, said) in enumerate(zip(attributes, made.captions, strict=True)):
         short = a["outfit"] in OUTFITS and np.random.default_rng([seed, i, 1]).random() < SHORT
