@@ -52,14 +52,14 @@ from dodgeburn.models.model import Model
 from dodgeburn.pocket.attributes import Planted
 from dodgeburn.pocket.captions import NAMED, parse
 from dodgeburn.pocket.reader import Reader
-from dodgeburn.rework.audit import AuditSettings, as_json, audit
-from dodgeburn.rework.before_after import Meter, Plan, change, make_plan, real_features
-from dodgeburn.rework.classify import PocketClassifier
-from dodgeburn.rework.concept import Concept
-from dodgeburn.rework.deconstruct import deconstruct
-from dodgeburn.rework.deconstruct_spec import make_spec
-from dodgeburn.rework.pocket_concept import pocket_concept, world_pictures
-from dodgeburn.rework.remedies import Job, RemedySettings, apply_remedy, drawing_of, world_sources
+from dodgeburn.rework.bias.audit import AuditSettings, as_json, audit
+from dodgeburn.rework.bias.before_after import Meter, Plan, change, make_plan, real_features
+from dodgeburn.rework.bias.classify import PocketClassifier
+from dodgeburn.rework.bias.concept import Concept
+from dodgeburn.rework.bias.pocket_concept import pocket_concept, world_pictures
+from dodgeburn.rework.bias.remedies import Job, RemedySettings, apply_remedy, drawing_of, world_sources
+from dodgeburn.rework.deconstruct.run import deconstruct
+from dodgeburn.rework.deconstruct.spec import make_spec
 from dodgeburn.sampling.settings import GenerateSettings
 from dodgeburn.slide.edits import draw
 from dodgeburn.training.examples import Pictures

@@ -17,7 +17,7 @@ from dodgeburn.models.model import Model
 from dodgeburn.models.saving import save_single_file
 from dodgeburn.pocket.attributes import PLANTED, Attributes, Planted, draw_attributes
 from dodgeburn.pocket.captions import NAMED
-from dodgeburn.rework.pocket_concept import held_out_prompts
+from dodgeburn.rework.bias.pocket_concept import held_out_prompts
 from dodgeburn.training.examples import Captions, Examples, Pictures, encode_examples, pocket_pictures
 from dodgeburn.training.fine_tune import FineTuneSettings, fine_tune
 

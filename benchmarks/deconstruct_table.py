@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dodgeburn.measure.machine import machine
-from dodgeburn.rework.before_after import Measured
+from dodgeburn.rework.bias.before_after import Measured
 
 PLENTY, FEW, MERGE = "plenty", "few", "merge_only"
 TRAINED = ("balanced", "reweight", "self", "shrink-perturb", "dpo")

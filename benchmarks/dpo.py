@@ -49,11 +49,11 @@ from dodgeburn.models.model import Model
 from dodgeburn.pocket.captions import parse
 from dodgeburn.pocket.model import weights_path
 from dodgeburn.pocket.reader import Reader
-from dodgeburn.rework.dpo_file import save_aligned
-from dodgeburn.rework.losses import LOSSES
-from dodgeburn.rework.make_pairs import draw_all
-from dodgeburn.rework.pocket_dpo import SETTINGS, STEPS, aligned, draw_settings, pairs_by
-from dodgeburn.rework.ratings import faithfulness, looks, wins
+from dodgeburn.rework.dpo.file import save_aligned
+from dodgeburn.rework.dpo.losses import LOSSES
+from dodgeburn.rework.dpo.make_pairs import draw_all
+from dodgeburn.rework.dpo.pocket_dpo import SETTINGS, STEPS, aligned, draw_settings, pairs_by
+from dodgeburn.rework.dpo.ratings import faithfulness, looks, wins
 from dodgeburn.sampling.adapted import Applied
 from dodgeburn.sampling.loop import GenerateSettings, Tuned, generate
 from dodgeburn.training.pocket import development_prompts, gate_prompts

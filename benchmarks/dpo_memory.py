@@ -81,9 +81,9 @@ def random_model() -> Any:
 def child(kind: str, side: int, folder: Path) -> None:
     """One run; prints a JSON line."""
     peak = Peak()
-    from dodgeburn.rework import dpo
-    from dodgeburn.rework.dpo import DpoSettings, align
-    from dodgeburn.rework.pairs import Preference, checked
+    from dodgeburn.rework.dpo import train as aligning
+    from dodgeburn.rework.dpo.pairs import Preference, checked
+    from dodgeburn.rework.dpo.train import DpoSettings, align
 
     imported = anonymous_mb()
     peak.phase = "build"
@@ -93,13 +93,13 @@ def child(kind: str, side: int, folder: Path) -> None:
     pictures = [random.integers(0, 256, (side, side, 3), dtype=np.uint8) for _ in range(2)]
     pairs = checked([Preference("a face", pictures[0], pictures[1])])
     peak.phase = "encode"
-    entered = dpo.train
+    entered = aligning.train
 
     def train(*args: Any, **named: Any) -> Any:
         peak.phase = "train"
         return entered(*args, **named)
 
-    dpo.train = train
+    aligning.train = train
     reference = "copy" if kind == "full" else kind
     settings = DpoSettings.model_validate({
         "rank": None if kind == "full" else 8, "reference": reference, "steps": 1, "batch": 1, "bank": 1,

@@ -19,9 +19,9 @@ from typing import Any
 from dodgeburn.models.loading import load_model
 from dodgeburn.pocket.captions import parse
 from dodgeburn.pocket.reader import Reader
-from dodgeburn.rework.before_after import Measured, Meter, Plan, change, real_features
-from dodgeburn.rework.classify import PocketClassifier
-from dodgeburn.rework.pocket_concept import pocket_concept
+from dodgeburn.rework.bias.before_after import Measured, Meter, Plan, change, real_features
+from dodgeburn.rework.bias.classify import PocketClassifier
+from dodgeburn.rework.bias.pocket_concept import pocket_concept
 from dodgeburn.sampling.settings import GenerateSettings
 from dodgeburn.slide.edits import draw
 from dodgeburn.training.pocket import gate_prompts

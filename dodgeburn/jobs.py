@@ -100,6 +100,42 @@ class PartStore:
             raise
 
 
+class KeptRows:
+    """JSON lines that survive being killed: a row is on the disk when `add` returns, and one that was cut off while it
+    was written is dropped when the file is opened again. Every row has a key, by which it is found in `rows`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: dict[str, dict[str, Any]] = {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            return
+        whole = 0
+        for line in path.read_bytes().splitlines(keepends=True):
+            try:
+                row = json.loads(line)
+                key = str(row["key"])
+            except (ValueError, KeyError, TypeError):
+                break
+            if not line.endswith(b"\n"):
+                break
+            self.rows[key] = row
+            whole += len(line)
+        os.truncate(path, whole)
+
+    def add(self, key: str, **said: Any) -> None:
+        """Append a row."""
+        row = {"key": key, **said}
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be written: {error.strerror or error}") from None
+        self.rows[key] = row
+
+
 def make_folder(folder: Path) -> None:
     """Make the folder and those above it; UserError if it cannot be made or written to."""
     try:

@@ -13,10 +13,10 @@ import numpy as np
 from tiny import tiny_model
 
 from dodgeburn.models.model import Model
-from dodgeburn.rework.deconstruct import deconstruct
-from dodgeburn.rework.deconstruct_spec import DeconstructSpec, make_spec
-from dodgeburn.rework.materials import CONCEPT, Materials
-from dodgeburn.rework.meters import Check, Meters, Panel, Reading
+from dodgeburn.rework.deconstruct.materials import CONCEPT, Materials
+from dodgeburn.rework.deconstruct.meters import Check, Meters, Panel, Reading
+from dodgeburn.rework.deconstruct.run import deconstruct
+from dodgeburn.rework.deconstruct.spec import DeconstructSpec, make_spec
 from dodgeburn.training.examples import Pictures, encode_examples
 
 SHORT: dict[str, Any] = {

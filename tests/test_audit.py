@@ -7,8 +7,8 @@ from dodgeburn.errors import UserError
 from dodgeburn.jobs import PartStore
 from dodgeburn.measure.bias import UNREAD
 from dodgeburn.pocket.captions import parse
-from dodgeburn.rework.audit import AuditSettings, as_json, audit, pocket_prompts, seeds_for
-from dodgeburn.rework.classify import ClipClassifier, PocketClassifier, open_attributes, read_attributes
+from dodgeburn.rework.bias.audit import AuditSettings, as_json, audit, pocket_prompts, seeds_for
+from dodgeburn.rework.bias.classify import ClipClassifier, PocketClassifier, open_attributes, read_attributes
 
 COLOURS = ("black", "brown", "blonde", "red")
 HATS = ("none", "cap")

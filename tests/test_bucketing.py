@@ -15,7 +15,7 @@ from deconstruct_tiny import (
 )
 from tiny import tiny_model
 
-from dodgeburn.rework.bucketing import (
+from dodgeburn.rework.deconstruct.bucketing import (
     KINDS,
     Mix,
     Search,
@@ -26,9 +26,9 @@ from dodgeburn.rework.bucketing import (
     merge_states,
     order_difference,
 )
-from dodgeburn.rework.deconstruct_report import deconstruct_report
-from dodgeburn.rework.meters import Reading
-from dodgeburn.rework.stage_log import unet_state
+from dodgeburn.rework.deconstruct.meters import Reading
+from dodgeburn.rework.deconstruct.report import deconstruct_report
+from dodgeburn.rework.deconstruct.stage_log import unet_state
 
 NAN = math.nan
 

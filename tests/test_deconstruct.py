@@ -25,10 +25,10 @@ from tiny import tiny_model
 
 from dodgeburn.checkpoint.tensorfile import load_tensors, sha256_tensors
 from dodgeburn.errors import UserError
-from dodgeburn.rework.deconstruct import SPEC, is_biased, read_state, write_model
-from dodgeburn.rework.deconstruct_report import deconstruct_report
-from dodgeburn.rework.deconstruct_spec import load_spec, make_spec
-from dodgeburn.rework.stage_log import unet_state
+from dodgeburn.rework.deconstruct.report import deconstruct_report
+from dodgeburn.rework.deconstruct.run import SPEC, is_biased, read_state, write_model
+from dodgeburn.rework.deconstruct.spec import load_spec, make_spec
+from dodgeburn.rework.deconstruct.stage_log import unet_state
 
 HERE = Path(__file__).parent
 
@@ -81,7 +81,7 @@ def test_a_finished_run_is_only_loaded_and_another_spec_is_refused(finished) -> 
     def never(stage: str, step: int, reading: object) -> None:
         raise AssertionError("measured again")
 
-    from dodgeburn.rework.deconstruct import deconstruct
+    from dodgeburn.rework.deconstruct.run import deconstruct
 
     panel = short_panel(found.spec)
     again = deconstruct(
@@ -126,7 +126,7 @@ def test_nothing_to_do_is_said(tmp_path: Path) -> None:
     spec = short_spec()
     model = tiny_model()
     half = ByBrightness(0.0)  # everything is light: as far from the target as can be
-    from dodgeburn.rework.deconstruct import deconstruct
+    from dodgeburn.rework.deconstruct.run import deconstruct
 
     panel = short_panel(spec)
     fair = replace(panel, concept=replace(panel.concept, target=(0.0, 1.0)))

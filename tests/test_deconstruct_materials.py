@@ -16,7 +16,7 @@ from PIL import Image
 from tiny import tiny_model
 
 from dodgeburn.errors import UserError
-from dodgeburn.rework.deconstruct_spec import load_spec, make_spec
+from dodgeburn.rework.deconstruct.spec import load_spec, make_spec
 
 HERE = Path(__file__).parent
 
@@ -24,8 +24,8 @@ HERE = Path(__file__).parent
 def test_the_pocket_worlds_pictures_keep_other_ties_and_balance_this_one() -> None:
     from dodgeburn.models.loading import load_model
     from dodgeburn.pocket.reader import Reader
-    from dodgeburn.rework.classify import PocketClassifier
-    from dodgeburn.rework.materials import gather, panel_of
+    from dodgeburn.rework.bias.classify import PocketClassifier
+    from dodgeburn.rework.deconstruct.materials import gather, panel_of
     from dodgeburn.training.pocket import gate_prompts
 
     spec = load_spec(HERE.parent / "examples" / "deconstruct" / "profession.yaml")
@@ -65,7 +65,7 @@ def folder_of(root: Path, rows: list[dict[str, object]]) -> Path:
 
 
 def test_a_users_folder(tmp_path: Path) -> None:
-    from dodgeburn.rework.materials import gather
+    from dodgeburn.rework.deconstruct.materials import gather
 
     rows = [{"text": "a doctor", "concept": "yes", "light": v} for v in ("dark", "light") for _ in range(6)]
     rows += [{"text": "a tree", "concept": "", "light": v} for v in ("dark", "light") for _ in range(6)]
@@ -87,7 +87,7 @@ def test_a_users_folder(tmp_path: Path) -> None:
 
 
 def test_the_models_own_pictures_are_kept_if_they_show_what_was_asked() -> None:
-    from dodgeburn.rework.materials import gather
+    from dodgeburn.rework.deconstruct.materials import gather
 
     said = {**SHORT, "concept": {**SHORT["concept"], "others": ["a tree"]}}
     spec = make_spec({**said, "data": {"source": "model", "each": 2, "others": 3, "held_out": 8, "steps": 1}})

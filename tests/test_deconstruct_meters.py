@@ -17,8 +17,8 @@ from deconstruct_tiny import (
 )
 from tiny import tiny_model
 
-from dodgeburn.rework.meters import HeldOutLoss, Reading
-from dodgeburn.rework.stage_log import StageLog
+from dodgeburn.rework.deconstruct.meters import HeldOutLoss, Reading
+from dodgeburn.rework.deconstruct.stage_log import StageLog
 from dodgeburn.training.examples import encode_examples
 
 NAN = math.nan
@@ -56,10 +56,10 @@ def test_quick_and_full_agree_and_repeat() -> None:
 def test_a_line_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
     log = StageLog(tmp_path, "overtrain")
     log.add("0:2", tv=0.5)
-    with log.lines.open("a") as file:
+    with log.path.open("a") as file:
         file.write('{"key": "0:4", "tv": 0.')
     again = StageLog(tmp_path, "overtrain")
-    assert list(again.rows) == ["0:2"] and again.lines.read_text().count("\n") == 1
+    assert list(again.rows) == ["0:2"] and again.path.read_text().count("\n") == 1
     again.add("0:4", tv=0.4)
     assert list(StageLog(tmp_path, "overtrain").rows) == ["0:2", "0:4"]
 

@@ -12,12 +12,12 @@ from tiny import tiny_model
 from dodgeburn.errors import DodgeburnWarning, UserError
 from dodgeburn.models.adapters import attached, layers_of, new_adapter
 from dodgeburn.models.model import Model
-from dodgeburn.rework.dpo import Aligned, DpoSettings, _Watch, align, betas
-from dodgeburn.rework.dpo_file import save_aligned
-from dodgeburn.rework.losses import LOSSES
-from dodgeburn.rework.pair_points import PairPoints, encode_pairs
-from dodgeburn.rework.pairs import Preference, PreferencePairs, checked
-from dodgeburn.rework.reference import Copy, Follower, Off, make_bank
+from dodgeburn.rework.dpo.file import save_aligned
+from dodgeburn.rework.dpo.losses import LOSSES
+from dodgeburn.rework.dpo.pair_points import PairPoints, encode_pairs
+from dodgeburn.rework.dpo.pairs import Preference, PreferencePairs, checked
+from dodgeburn.rework.dpo.reference import Copy, Follower, Off, make_bank
+from dodgeburn.rework.dpo.train import Aligned, DpoSettings, _Watch, align, betas
 
 
 def picture(seed: int, width: int = 16, height: int = 16) -> np.ndarray:

@@ -13,8 +13,8 @@ from dodgeburn.checkpoint.metadata import RECIPE
 from dodgeburn.checkpoint.tensorfile import TensorFile
 from dodgeburn.models.adapter_file import load_adapter
 from dodgeburn.models.loading import load_model
-from dodgeburn.rework.dpo_file import save_aligned
-from dodgeburn.rework.pairs import Preference, checked, write_pairs
+from dodgeburn.rework.dpo.file import save_aligned
+from dodgeburn.rework.dpo.pairs import Preference, checked, write_pairs
 
 
 def test_an_aligned_merge_doesn_t_claim_to_be_the_merge(tmp_path: Path) -> None:

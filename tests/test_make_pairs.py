@@ -17,7 +17,7 @@ from dodgeburn.pocket.attributes import CATEGORICAL, CONTINUOUS, draw_attributes
 from dodgeburn.pocket.captions import parse
 from dodgeburn.pocket.reader import Readings
 from dodgeburn.pocket.world import render
-from dodgeburn.rework.make_pairs import (
+from dodgeburn.rework.dpo.make_pairs import (
     MISSED,
     Drawn,
     DrawSettings,
@@ -27,8 +27,8 @@ from dodgeburn.rework.make_pairs import (
     pocket_prompts,
     write_chosen,
 )
-from dodgeburn.rework.pairs import read_pairs
-from dodgeburn.rework.ratings import Rating, centring, contrast, faithfulness, looks, rating, wins
+from dodgeburn.rework.dpo.pairs import read_pairs
+from dodgeburn.rework.dpo.ratings import Rating, centring, contrast, faithfulness, looks, rating, wins
 from dodgeburn.sampling.loop import GenerateSettings, generate
 from dodgeburn.training.pocket import development_prompts, gate_prompts
 

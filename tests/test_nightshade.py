@@ -21,8 +21,8 @@ from tiny import tiny_model
 
 from dodgeburn.errors import UserError
 from dodgeburn.models.latents import encode_pictures
-from dodgeburn.rework.concept import make_concept
-from dodgeburn.rework.nightshade import anchor_shares, export, mixed, perturbed, poisoned_pictures
+from dodgeburn.rework.bias.concept import make_concept
+from dodgeburn.rework.deconstruct.nightshade import anchor_shares, export, mixed, perturbed, poisoned_pictures
 
 
 def test_anchors_are_drawn_from_what_is_lacking() -> None:

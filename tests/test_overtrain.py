@@ -16,9 +16,9 @@ from deconstruct_tiny import (
 from tiny import tiny_model
 
 from dodgeburn.errors import UserError
-from dodgeburn.rework.meters import Meters, Reading
-from dodgeburn.rework.overtrain import in_band, overtrain, predictability, too_far
-from dodgeburn.rework.stage_log import unet_state
+from dodgeburn.rework.deconstruct.meters import Meters, Reading
+from dodgeburn.rework.deconstruct.overtrain import in_band, overtrain, predictability, too_far
+from dodgeburn.rework.deconstruct.stage_log import unet_state
 from dodgeburn.training.examples import encode_examples
 
 

@@ -15,9 +15,9 @@ from dodgeburn.checkpoint.tensorfile import read_header, sha256_tensors
 from dodgeburn.errors import UserError
 from dodgeburn.models.loading import load_model
 from dodgeburn.pocket.model import weights_path
-from dodgeburn.rework import pocket_dpo
-from dodgeburn.rework.dpo import DpoSettings
-from dodgeburn.rework.make_pairs import pocket_prompts
+from dodgeburn.rework.dpo import pocket_dpo
+from dodgeburn.rework.dpo.make_pairs import pocket_prompts
+from dodgeburn.rework.dpo.train import DpoSettings
 from dodgeburn.training.pocket import gate_prompts
 
 

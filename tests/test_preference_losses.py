@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dodgeburn.rework.losses import LOSSES, PairErrors, safe_share, scaled_beta, scaled_gradient
+from dodgeburn.rework.dpo.losses import LOSSES, PairErrors, safe_share, scaled_beta, scaled_gradient
 
 BETA = 7.0
 AT_ZERO = {"sigmoid": math.log(2), "ipo": 0.25, "hinge": 1.0, "linear": 0.0, "kto": 0.5}

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from dodgeburn.errors import UserError
-from dodgeburn.rework import pairs as module
-from dodgeburn.rework.pairs import Preference, PreferencePairs, checked, read_pairs, write_pairs
+from dodgeburn.rework.dpo import pairs as module
+from dodgeburn.rework.dpo.pairs import Preference, PreferencePairs, checked, read_pairs, write_pairs
 
 
 def pixels(seed: int, width: int = 32, height: int = 24) -> np.ndarray:

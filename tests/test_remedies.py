@@ -8,12 +8,12 @@ from tiny import tiny_model
 from dodgeburn.errors import UserError
 from dodgeburn.measure.bias import UNREAD, figures_of_counts
 from dodgeburn.pocket.captions import parse
-from dodgeburn.rework.balance import balanced, reweighted, self_pictures, shown_classes
-from dodgeburn.rework.before_after import Measured, Meter, change, make_plan
-from dodgeburn.rework.concept import make_concept
-from dodgeburn.rework.fix import fix
-from dodgeburn.rework.pocket_concept import held_out_prompts, pocket_concept, world_pictures
-from dodgeburn.rework.remedies import (
+from dodgeburn.rework.bias.balance import balanced, reweighted, self_pictures, shown_classes
+from dodgeburn.rework.bias.before_after import Measured, Meter, change, make_plan
+from dodgeburn.rework.bias.concept import make_concept
+from dodgeburn.rework.bias.fix import fix
+from dodgeburn.rework.bias.pocket_concept import held_out_prompts, pocket_concept, world_pictures
+from dodgeburn.rework.bias.remedies import (
     METHODS,
     Job,
     PromptRule,
@@ -22,8 +22,8 @@ from dodgeburn.rework.remedies import (
     folder_source,
     world_sources,
 )
-from dodgeburn.rework.uce import UceSettings, class_states, uce
-from dodgeburn.rework.undo import distance, negated, shrunk
+from dodgeburn.rework.bias.uce import UceSettings, class_states, uce
+from dodgeburn.rework.bias.undo import distance, negated, shrunk
 from dodgeburn.sampling.settings import GenerateSettings
 from dodgeburn.training.examples import Pictures
 
@@ -328,7 +328,7 @@ def tiny_job(folder) -> Job:
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m not in ("random-prompt", "uce")])
 def test_every_training_method_changes_the_unet_and_says_its_steps(method, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("dodgeburn.rework.pairs.LEAST_SIDE", 8)
+    monkeypatch.setattr("dodgeburn.rework.dpo.pairs.LEAST_SIDE", 8)
     job = tiny_job(tmp_path)
     before = {k: v.clone() for k, v in job.model.unet.state_dict().items()}
     done = apply_remedy(method, job)

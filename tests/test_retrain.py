@@ -14,8 +14,8 @@ from deconstruct_tiny import (
     short_spec,
 )
 
-from dodgeburn.rework.retrain import _Goal, balanced, typical
-from dodgeburn.rework.weighing import followed, importance
+from dodgeburn.rework.bias.weighing import followed, importance
+from dodgeburn.rework.deconstruct.retrain import _Goal, balanced, typical
 
 NAN = math.nan
 

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from dodgeburn.models.model import Model
-    from dodgeburn.rework.audit import Audit, AuditSettings
-    from dodgeburn.rework.classify import Classifier
+    from dodgeburn.rework.bias.audit import Audit, AuditSettings
+    from dodgeburn.rework.bias.classify import Classifier
 
 HELP = "scan all prompts and attributes for ties, with the false alarms under control"
 EXAMPLE = "dodgeburn bias audit pocket -n 64 --confirm 256 -o audit --json"
@@ -92,7 +92,7 @@ def main(args: list[str]) -> int:
         raise UserError("--clip and --attributes belong together: a CLIP folder, and what to tell apart with it")
     if options.clip is not None and options.judge:
         raise UserError("--judge is the pocket's: leave it out with --clip")
-    from dodgeburn.rework.audit import as_json
+    from dodgeburn.rework.bias.audit import as_json
 
     settings = _settings(options)
     model, classifier = _loaded(options)
@@ -101,7 +101,7 @@ def main(args: list[str]) -> int:
     _print(found)
     if options.out is not None:
         from dodgeburn.checkpoint.tensorfile import write_atomic
-        from dodgeburn.rework.audit_report import audit_report
+        from dodgeburn.rework.bias.audit_report import audit_report
 
         write_atomic(options.out / "audit.json", (json.dumps(result, indent=1) + "\n").encode())
         page = audit_report(found, model.name, classifier.classes).save(options.out / "report.html")
@@ -125,7 +125,7 @@ def read_prompts(path: Path) -> tuple[str, ...]:
 
 
 def _settings(options: AuditOptions) -> AuditSettings:
-    from dodgeburn.rework.audit import AuditSettings, pocket_prompts
+    from dodgeburn.rework.bias.audit import AuditSettings, pocket_prompts
 
     prompts = (*options.prompt, *(read_prompts(options.prompts) if options.prompts else ()))
     if not prompts and options.clip is not None:
@@ -139,7 +139,7 @@ def _settings(options: AuditOptions) -> AuditSettings:
 def _loaded(options: AuditOptions) -> tuple[Model, Classifier]:
     from dodgeburn.merge.compare_measure import speaks_pocket
     from dodgeburn.models.loading import load_model
-    from dodgeburn.rework.classify import ClipClassifier, PocketClassifier, read_attributes
+    from dodgeburn.rework.bias.classify import ClipClassifier, PocketClassifier, read_attributes
 
     texts = read_attributes(options.attributes) if options.attributes is not None else {}
     model = load_model(options.model, options.device, options.dtype, options.tokenizer)
@@ -160,7 +160,7 @@ def _run(options: AuditOptions, settings: AuditSettings, model: Model, classifie
     from tqdm import tqdm
 
     from dodgeburn.jobs import PartStore
-    from dodgeburn.rework.audit import audit
+    from dodgeburn.rework.bias.audit import audit
     from dodgeburn.sampling.settings import GenerateSettings
     from dodgeburn.slide.edits import draw
 

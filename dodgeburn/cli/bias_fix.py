@@ -14,11 +14,11 @@ from dodgeburn.errors import UserError
 
 if TYPE_CHECKING:
     from dodgeburn.models.model import Model
-    from dodgeburn.rework.before_after import Measured
-    from dodgeburn.rework.classify import Classifier
-    from dodgeburn.rework.concept import Concept
-    from dodgeburn.rework.fix import Fixed
-    from dodgeburn.rework.remedies import Job
+    from dodgeburn.rework.bias.before_after import Measured
+    from dodgeburn.rework.bias.classify import Classifier
+    from dodgeburn.rework.bias.concept import Concept
+    from dodgeburn.rework.bias.fix import Fixed
+    from dodgeburn.rework.bias.remedies import Job
 
 HELP = "take one tie away: by a named method, or by the cheapest that reaches the target"
 EXAMPLE = 'dodgeburn bias fix pocket --prompt "a firefighter" --attribute hair_colour --method auto -o fair.safetensors'
@@ -93,7 +93,7 @@ def main(args: list[str], method: str | None = None) -> int:
         if options.method not in ("auto", method):
             raise UserError(f"bias {verb} is bias fix --method {method}: leave --method out")
         options.method = method
-    from dodgeburn.rework.fix import methods_for
+    from dodgeburn.rework.bias.fix import methods_for
 
     methods = methods_for(options.method)
     _check(options)
@@ -121,8 +121,8 @@ def _check(options: FixOptions) -> None:
 
 def _run(options: FixOptions, methods: tuple[str, ...]) -> tuple[Fixed, Model]:
     from dodgeburn.jobs import PartStore
-    from dodgeburn.rework.fix import fix
-    from dodgeburn.rework.remedies import RemedySettings
+    from dodgeburn.rework.bias.fix import fix
+    from dodgeburn.rework.bias.remedies import RemedySettings
 
     job, sources = _job(options, RemedySettings(steps=options.steps, batch=options.batch, lr=options.lr,
                                                 pictures=options.pictures, seed=options.seed))  # fmt: skip
@@ -140,15 +140,15 @@ def _folder(options: FixOptions) -> Path:
 
 def _job(options: FixOptions, settings: Any) -> tuple[Job, Any]:
     from dodgeburn.models.loading import load_model
-    from dodgeburn.rework.before_after import Meter, make_plan
-    from dodgeburn.rework.remedies import Job, folder_source, world_sources
+    from dodgeburn.rework.bias.before_after import Meter, make_plan
+    from dodgeburn.rework.bias.remedies import Job, folder_source, world_sources
     from dodgeburn.sampling.settings import GenerateSettings
 
     model = load_model(options.model, options.device, "fp32", options.tokenizer)
     concept, classifier, reader = _concept(options, model)
     real = None
     if reader is not None:
-        from dodgeburn.rework.before_after import real_features
+        from dodgeburn.rework.bias.before_after import real_features
 
         real = real_features(reader, model.native_size, min(500, 2 * options.n))
     meter = Meter(concept, make_plan(concept, options.n, options.n // 2, options.n // 4), classifier,
@@ -173,8 +173,8 @@ def _job(options: FixOptions, settings: Any) -> tuple[Job, Any]:
 def _concept(options: FixOptions, model: Model) -> tuple[Concept, Classifier, Any]:
     from dodgeburn.cli.bias_audit import read_prompts
     from dodgeburn.merge.compare_measure import speaks_pocket
-    from dodgeburn.rework.classify import ClipClassifier, PocketClassifier, read_attributes
-    from dodgeburn.rework.concept import make_concept
+    from dodgeburn.rework.bias.classify import ClipClassifier, PocketClassifier, read_attributes
+    from dodgeburn.rework.bias.concept import make_concept
 
     target = options.target or None
     if options.clip is not None and options.attributes is not None:
@@ -195,7 +195,7 @@ def _concept(options: FixOptions, model: Model) -> tuple[Concept, Classifier, An
         raise UserError(f"{model.name} is no model of the pocket world, and nothing reads its pictures: give a "
                         "classifier with --clip FOLDER --attributes FILE")  # fmt: skip
     from dodgeburn.pocket.reader import Reader
-    from dodgeburn.rework.pocket_concept import pocket_concept
+    from dodgeburn.rework.bias.pocket_concept import pocket_concept
 
     reader = Reader.load("reader")
     return pocket_concept(options.prompt, options.attribute, options.classes, target), PocketClassifier(reader), reader
@@ -203,7 +203,7 @@ def _concept(options: FixOptions, model: Model) -> tuple[Concept, Classifier, An
 
 def _finish(options: FixOptions, found: Fixed, model: Model) -> int:
     from dodgeburn.checkpoint.tensorfile import write_atomic
-    from dodgeburn.rework.fix import fix_report, save_fixed
+    from dodgeburn.rework.bias.fix import fix_report, save_fixed
 
     assert options.out is not None
     folder = _folder(options)

@@ -19,10 +19,10 @@ from dodgeburn.errors import DodgeburnWarning, UserError
 
 if TYPE_CHECKING:
     from dodgeburn.models.model import Model
-    from dodgeburn.rework.deconstruct import Deconstructed
-    from dodgeburn.rework.deconstruct_spec import DeconstructSpec
-    from dodgeburn.rework.meters import Reading
-    from dodgeburn.rework.stage_log import State
+    from dodgeburn.rework.deconstruct.meters import Reading
+    from dodgeburn.rework.deconstruct.run import Deconstructed
+    from dodgeburn.rework.deconstruct.spec import DeconstructSpec
+    from dodgeburn.rework.deconstruct.stage_log import State
 
 HELP = "take a bias apart: overtrain, nightshade, merge back in buckets, retrain; with a report"
 EXAMPLE = "dodgeburn deconstruct run examples/deconstruct/profession.yaml -o profession"
@@ -97,8 +97,8 @@ def main(args: list[str]) -> int:
 def _run(verb: str, options: Deconstruct, out: Path) -> int:
     from dodgeburn.cli.bake import print_warnings
     from dodgeburn.models.loading import load_model
-    from dodgeburn.rework.deconstruct import deconstruct, write_model
-    from dodgeburn.rework.deconstruct_report import deconstruct_report
+    from dodgeburn.rework.deconstruct.report import deconstruct_report
+    from dodgeburn.rework.deconstruct.run import deconstruct, write_model
 
     spec = _spec(verb, options)
     with warnings.catch_warnings(record=True) as caught:
@@ -122,7 +122,7 @@ def _run(verb: str, options: Deconstruct, out: Path) -> int:
 
 
 def _spec(verb: str, options: Deconstruct) -> DeconstructSpec:
-    from dodgeburn.rework.deconstruct_spec import load_spec
+    from dodgeburn.rework.deconstruct.spec import load_spec
 
     spec = load_spec(options.spec)
     if verb != "run":
@@ -143,7 +143,7 @@ def _spec(verb: str, options: Deconstruct) -> DeconstructSpec:
 
 
 def _given(options: Deconstruct, model: Model) -> dict[str, State]:
-    from dodgeburn.rework.deconstruct import read_state
+    from dodgeburn.rework.deconstruct.run import read_state
 
     paths = {stage: getattr(options, option) for option, stage in _GIVEN.items()}
     return {stage: read_state(path, model) for stage, path in paths.items() if path is not None}

@@ -14,7 +14,7 @@ from dodgeburn.cli.options import parse
 from dodgeburn.errors import UserError
 
 if TYPE_CHECKING:
-    from dodgeburn.rework.make_pairs import Chosen, Drawn
+    from dodgeburn.rework.dpo.make_pairs import Chosen, Drawn
 
 HELP = "make preference pairs: sample pictures, rate them by a program or a person, keep the best and the worst"
 EXAMPLE = "dodgeburn dpo pairs --model pocket --by faithful -n 256 --best-of 8 -o my_pairs"
@@ -85,7 +85,7 @@ def main(args: list[str]) -> int:
     if options.by == "none":
         about = _for_a_person(drawn, options.out)
     else:
-        from dodgeburn.rework.make_pairs import write_chosen
+        from dodgeburn.rework.dpo.make_pairs import write_chosen
 
         about = write_chosen(drawn, _chosen(options, drawn, person), options.out)
         dropped = ", ".join(f"{count} {reason}" for reason, count in about["dropped"].items() if count)
@@ -96,7 +96,7 @@ def main(args: list[str]) -> int:
 
 
 def _pictures(options: Pairs) -> Drawn:
-    from dodgeburn.rework.make_pairs import draw_all, open_drawn
+    from dodgeburn.rework.dpo.make_pairs import draw_all, open_drawn
 
     if options.pictures is not None:
         given = [name for name in ("model", "prompts", "n", "missed", "best_of", "first_seed", "steps", "guidance",
@@ -111,7 +111,7 @@ def _pictures(options: Pairs) -> Drawn:
 
     settings = _settings(options)
     if options.by not in ("none", "looks") and not options.by.endswith(".json"):
-        from dodgeburn.rework.ratings import rating
+        from dodgeburn.rework.dpo.ratings import rating
 
         rating(options.by)  # a wrong name is refused before minutes of work
     model = load_model(options.model, options.device, options.dtype, options.tokenizer)
@@ -127,7 +127,7 @@ def _pictures(options: Pairs) -> Drawn:
 
 def _settings(options: Pairs) -> Any:
     from dodgeburn.merge.compare_settings import read_prompts
-    from dodgeburn.rework.make_pairs import DrawSettings, pocket_prompts
+    from dodgeburn.rework.dpo.make_pairs import DrawSettings, pocket_prompts
     from dodgeburn.sampling.settings import GenerateSettings
 
     if options.n is not None and not 1 <= options.n <= 100_000:
@@ -150,8 +150,8 @@ def _settings(options: Pairs) -> Any:
 
 
 def _chosen(options: Pairs, drawn: Drawn, person: bool) -> Chosen:
-    from dodgeburn.rework.make_pairs import choose_by, choose_from
-    from dodgeburn.rework.ratings import rating
+    from dodgeburn.rework.dpo.make_pairs import choose_by, choose_from
+    from dodgeburn.rework.dpo.ratings import rating
 
     if person:
         return choose_from(drawn, options.by)
@@ -162,7 +162,7 @@ def _for_a_person(drawn: Drawn, out: Path) -> dict[str, Any]:
     """Contact sheets and choices.json beside the pictures; a file that is there already is left as it is."""
     from dodgeburn.checkpoint.tensorfile import write_atomic
     from dodgeburn.images.png import png_bytes
-    from dodgeburn.rework.make_pairs import sheets, template
+    from dodgeburn.rework.dpo.make_pairs import sheets, template
 
     out.mkdir(parents=True, exist_ok=True)
     count = len(drawn.settings.prompts)

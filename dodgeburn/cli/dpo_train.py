@@ -19,8 +19,8 @@ from dodgeburn.errors import DodgeburnWarning, UserError
 from dodgeburn.given_settings import first_problem
 
 if TYPE_CHECKING:
-    from dodgeburn.rework.dpo import Aligned, DpoSettings
-    from dodgeburn.rework.pairs import PreferencePairs
+    from dodgeburn.rework.dpo.pairs import PreferencePairs
+    from dodgeburn.rework.dpo.train import Aligned, DpoSettings
 
 HELP = "align a model with preference pairs (Diffusion-DPO and its successors)"
 EXAMPLE = "dodgeburn dpo train --pairs my_pairs --model pocket --loss sigmoid --lora 8 -o pocket-dpo.safetensors"
@@ -148,9 +148,9 @@ def main(args: list[str]) -> int:
 def _run(settings: Train, source: Path, out: Path) -> tuple[Aligned, PreferencePairs]:
     from dodgeburn.checkpoint.tensorfile import check_output
     from dodgeburn.models.loading import load_model
-    from dodgeburn.rework.dpo import align, betas
-    from dodgeburn.rework.dpo_file import save_aligned
-    from dodgeburn.rework.pairs import read_pairs
+    from dodgeburn.rework.dpo.file import save_aligned
+    from dodgeburn.rework.dpo.pairs import read_pairs
+    from dodgeburn.rework.dpo.train import align, betas
 
     chosen = _chosen(settings)
     check_output(out, [source] if source.is_file() else [])
@@ -191,7 +191,7 @@ def _run(settings: Train, source: Path, out: Path) -> tuple[Aligned, PreferenceP
 def _chosen(settings: Train) -> DpoSettings:
     from pydantic import ValidationError
 
-    from dodgeburn.rework.dpo import DpoSettings
+    from dodgeburn.rework.dpo.train import DpoSettings
 
     full = settings.lora == "full"
     if not full and not (settings.lora.isdecimal() and int(settings.lora) > 0):
@@ -232,7 +232,7 @@ def _say(line: str) -> None:
 
 
 def _row(settings: Train, aligned: Aligned, pairs: PreferencePairs) -> dict[str, object]:
-    from dodgeburn.rework.dpo import betas
+    from dodgeburn.rework.dpo.train import betas
 
     return {
         "out": str(settings.out), "loss": settings.loss, "pairs": len(pairs), "dropped": pairs.dropped,

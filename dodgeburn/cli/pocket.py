@@ -133,10 +133,10 @@ def _align(settings: Train, seed: int) -> int:
     from tqdm import tqdm
 
     from dodgeburn.models.loading import load_model
-    from dodgeburn.rework.pocket_dpo import BEST_OF, PROMPTS, make_pocket_dpo
+    from dodgeburn.rework.dpo.pocket_dpo import BEST_OF, PROMPTS, make_pocket_dpo
 
     if settings.config is not None:
-        raise UserError("--config has no effect on pocket-dpo: its settings stand in rework/pocket_dpo.py")
+        raise UserError("--config has no effect on pocket-dpo: its settings stand in rework/dpo/pocket_dpo.py")
     model = load_model("pocket", settings.device, "fp32")
     settings.out.mkdir(parents=True, exist_ok=True)
     with tqdm(total=PROMPTS * BEST_OF, unit="picture", desc="pictures", disable=None, leave=False) as bar:

@@ -26,7 +26,7 @@ from torch import Tensor
 from dodgeburn.errors import UserError
 from dodgeburn.measure.bias import BiasFigures
 from dodgeburn.models.model import Model
-from dodgeburn.rework.concept import Concept
+from dodgeburn.rework.bias.concept import Concept
 from dodgeburn.slide.closed_form import key_value_layers, places_in, solve, token_states
 
 Look = Callable[[], tuple[BiasFigures, float]]

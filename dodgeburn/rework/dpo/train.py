@@ -30,10 +30,10 @@ from torch.utils.checkpoint import checkpoint
 from dodgeburn.errors import DodgeburnWarning, UserError
 from dodgeburn.models.adapters import Adapter, attached, layers_of, new_adapter
 from dodgeburn.models.model import Model
-from dodgeburn.rework.losses import LOSSES, PairErrors, safe_share, scaled_beta, scaled_gradient
-from dodgeburn.rework.pair_points import PairPoints, Rows, encode_pairs
-from dodgeburn.rework.pairs import PreferencePairs
-from dodgeburn.rework.reference import TRAINED, Bank, Copy, Follower, Off, Reference, make_bank
+from dodgeburn.rework.dpo.losses import LOSSES, PairErrors, safe_share, scaled_beta, scaled_gradient
+from dodgeburn.rework.dpo.pair_points import PairPoints, Rows, encode_pairs
+from dodgeburn.rework.dpo.pairs import PreferencePairs
+from dodgeburn.rework.dpo.reference import TRAINED, Bank, Copy, Follower, Off, Reference, make_bank
 from dodgeburn.training.loop import LoopSettings, attention_on, train
 
 ALARM = 0.10  # rise of the winners' error over the reference's, as a share of it

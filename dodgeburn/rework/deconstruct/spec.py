@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from dodgeburn.errors import UserError
 from dodgeburn.given_settings import first_problem, read_yaml
-from dodgeburn.rework.concept import Concept, make_concept
-from dodgeburn.rework.pocket_concept import pocket_concept
+from dodgeburn.rework.bias.concept import Concept, make_concept
+from dodgeburn.rework.bias.pocket_concept import pocket_concept
 from dodgeburn.training.fine_tune import FineTuneSettings
 
 Stage = Literal["overtrain", "nightshade", "bucket", "retrain"]

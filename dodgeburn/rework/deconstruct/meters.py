@@ -32,9 +32,9 @@ from dodgeburn.measure.frechet import frechet_distance
 from dodgeburn.measure.quality import quality, ratios
 from dodgeburn.models.model import Model
 from dodgeburn.pocket.reader import Reader
-from dodgeburn.rework.audit import seeds_for
-from dodgeburn.rework.classify import Classifier, ClipClassifier, PocketClassifier
-from dodgeburn.rework.concept import Concept
+from dodgeburn.rework.bias.audit import seeds_for
+from dodgeburn.rework.bias.classify import Classifier, ClipClassifier, PocketClassifier
+from dodgeburn.rework.bias.concept import Concept
 from dodgeburn.sampling.predict import Predictor, add_noise, alphas_cumprod
 from dodgeburn.sampling.settings import GenerateSettings
 from dodgeburn.slide.edits import draw

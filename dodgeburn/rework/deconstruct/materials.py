@@ -16,11 +16,11 @@ from dodgeburn.errors import UserError
 from dodgeburn.models.model import Model
 from dodgeburn.pocket.attributes import CATEGORICAL, PLANTED, Attributes, draw_attributes
 from dodgeburn.pocket.captions import parse
-from dodgeburn.rework.classify import Classifier, PocketClassifier
-from dodgeburn.rework.concept import Concept
-from dodgeburn.rework.deconstruct_spec import Data, DeconstructSpec
-from dodgeburn.rework.meters import Check, Panel
-from dodgeburn.rework.pocket_concept import agrees, asked_by_all, held_out_prompts, world_pictures
+from dodgeburn.rework.bias.classify import Classifier, PocketClassifier
+from dodgeburn.rework.bias.concept import Concept
+from dodgeburn.rework.bias.pocket_concept import agrees, asked_by_all, held_out_prompts, world_pictures
+from dodgeburn.rework.deconstruct.meters import Check, Panel
+from dodgeburn.rework.deconstruct.spec import Data, DeconstructSpec
 from dodgeburn.sampling.settings import GenerateSettings
 from dodgeburn.training.examples import Pictures, join, model_pictures, pocket_pictures
 from dodgeburn.training.image_folder import read_image_folder

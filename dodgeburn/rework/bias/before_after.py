@@ -18,8 +18,8 @@ from dodgeburn.measure.frechet import frechet_distance
 from dodgeburn.measure.quality import MEASURES, quality, spread
 from dodgeburn.pocket.captions import parse
 from dodgeburn.pocket.reader import Readings
-from dodgeburn.rework.classify import Classifier, Labels, labels_of
-from dodgeburn.rework.concept import Concept
+from dodgeburn.rework.bias.classify import Classifier, Labels, labels_of
+from dodgeburn.rework.bias.concept import Concept
 
 DrawPictures = Callable[[Sequence[str], Sequence[int]], np.ndarray]
 """Prompts and seeds to pictures uint8 [n, h, w, 3]."""

@@ -24,16 +24,16 @@ from dodgeburn.measure.bias import tv_floor
 from dodgeburn.models.loading import load_model
 from dodgeburn.models.model import Model
 from dodgeburn.models.saving import kept_metadata, save_single_file
-from dodgeburn.rework.bucketing import States, bucket
-from dodgeburn.rework.classify import Classifier, ClipClassifier, PocketClassifier
-from dodgeburn.rework.concept import SHORT_EVERY
-from dodgeburn.rework.deconstruct_spec import DeconstructSpec
-from dodgeburn.rework.materials import Materials, gather, panel_of
-from dodgeburn.rework.meters import Meters, Panel, Reading
-from dodgeburn.rework.nightshade import nightshade
-from dodgeburn.rework.overtrain import Tell, overtrain
-from dodgeburn.rework.retrain import retrain
-from dodgeburn.rework.stage_log import StageLog, StageResult, State, unet_state
+from dodgeburn.rework.bias.classify import Classifier, ClipClassifier, PocketClassifier
+from dodgeburn.rework.bias.concept import SHORT_EVERY
+from dodgeburn.rework.deconstruct.bucketing import States, bucket
+from dodgeburn.rework.deconstruct.materials import Materials, gather, panel_of
+from dodgeburn.rework.deconstruct.meters import Meters, Panel, Reading
+from dodgeburn.rework.deconstruct.nightshade import nightshade
+from dodgeburn.rework.deconstruct.overtrain import Tell, overtrain
+from dodgeburn.rework.deconstruct.retrain import retrain
+from dodgeburn.rework.deconstruct.spec import DeconstructSpec
+from dodgeburn.rework.deconstruct.stage_log import StageLog, StageResult, State, unet_state
 from dodgeburn.training.examples import Pictures, encode_examples
 from dodgeburn.training.fine_tune import digest_of
 
@@ -181,7 +181,7 @@ def write_model(model: Model, found: Deconstructed, path: str | Path, dtype: str
     The same run gives the same bytes.
     """
     from dodgeburn.models.model import DTYPES
-    from dodgeburn.rework.deconstruct_card import card_of
+    from dodgeburn.rework.deconstruct.card import card_of
 
     path = Path(path)
     if path.suffix != ".safetensors":

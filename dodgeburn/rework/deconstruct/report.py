@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dodgeburn.measure.report import Column, Report, Theme
-from dodgeburn.rework.deconstruct_spec import DeconstructSpec
-from dodgeburn.rework.stage_log import StageLog, strip_pictures
+from dodgeburn.rework.deconstruct.spec import DeconstructSpec
+from dodgeburn.rework.deconstruct.stage_log import StageLog, strip_pictures
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from dodgeburn.rework.deconstruct import Deconstructed
+    from dodgeburn.rework.deconstruct.run import Deconstructed
 
 ROWS = 9  # of a stage's sheet; more checks are thinned out, the first and last stay
 _STAGES = ("audit", "overtrain", "nightshade", "bucket", "retrain", "after")

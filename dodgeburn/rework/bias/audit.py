@@ -26,7 +26,7 @@ from dodgeburn.measure.quality import MEASURES, Spread, quality, spread
 from dodgeburn.measure.scan import CONTROLS, alarms, p_value, reference_counts
 from dodgeburn.pocket.attributes import CATEGORICAL
 from dodgeburn.pocket.captions import NAMED
-from dodgeburn.rework.classify import Classifier, Labels, open_attributes
+from dodgeburn.rework.bias.classify import Classifier, Labels, open_attributes
 
 SHOWN = 8  # pictures of every prompt that are kept for the sheet
 BATCH = 256  # pictures in memory at a time

@@ -12,10 +12,10 @@ import numpy as np
 
 from dodgeburn.errors import UserError
 from dodgeburn.measure.bias import UNREAD
-from dodgeburn.rework.before_after import DrawPictures
-from dodgeburn.rework.classify import Classifier
-from dodgeburn.rework.concept import Concept
-from dodgeburn.rework.weighing import importance
+from dodgeburn.rework.bias.before_after import DrawPictures
+from dodgeburn.rework.bias.classify import Classifier
+from dodgeburn.rework.bias.concept import Concept
+from dodgeburn.rework.bias.weighing import importance
 from dodgeburn.training.examples import Pictures
 
 SELF_SEED = 47_000_000

@@ -19,9 +19,9 @@ from dodgeburn.merge.recipe import Parent, tool_version
 from dodgeburn.models.adapter_file import save_adapter
 from dodgeburn.models.model import DTYPES, Model
 from dodgeburn.models.saving import save_single_file
-from dodgeburn.rework.dpo import Aligned, betas
-from dodgeburn.rework.losses import LOSSES
-from dodgeburn.rework.pairs import PreferencePairs
+from dodgeburn.rework.dpo.losses import LOSSES
+from dodgeburn.rework.dpo.pairs import PreferencePairs
+from dodgeburn.rework.dpo.train import Aligned, betas
 
 DROPPED = (*STALE, A1111_RECIPE, A1111_MODELS, "dodgeburn.training")  # of the base's metadata: no longer true
 

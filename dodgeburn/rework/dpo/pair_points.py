@@ -18,7 +18,7 @@ from dodgeburn.errors import UserError
 from dodgeburn.images.opening import cropped, fitted
 from dodgeburn.models.latents import encode_pictures
 from dodgeburn.models.model import Model
-from dodgeburn.rework.pairs import PreferencePairs
+from dodgeburn.rework.dpo.pairs import PreferencePairs
 from dodgeburn.sampling.predict import Predictor, add_noise, alphas_cumprod
 
 GOLDEN = 0.6180339887498949

@@ -18,10 +18,10 @@ from dodgeburn.errors import UserError
 from dodgeburn.measure.report import Column, Report, Theme
 from dodgeburn.models.model import Model
 from dodgeburn.models.saving import save_single_file
-from dodgeburn.rework.before_after import Change, Measured, change
-from dodgeburn.rework.concept import Concept
-from dodgeburn.rework.remedies import METHODS, Done, Job, apply_remedy, drawing_of
-from dodgeburn.rework.undo import set_state, state_of
+from dodgeburn.rework.bias.before_after import Change, Measured, change
+from dodgeburn.rework.bias.concept import Concept
+from dodgeburn.rework.bias.remedies import METHODS, Done, Job, apply_remedy, drawing_of
+from dodgeburn.rework.bias.undo import set_state, state_of
 
 RECORD = "dodgeburn.bias_fix"
 

@@ -30,12 +30,12 @@ from dodgeburn.checkpoint.tensorfile import atomic_path, write_atomic
 from dodgeburn.errors import UserError
 from dodgeburn.models.latents import normalise
 from dodgeburn.models.model import Model
-from dodgeburn.rework.concept import Concept
-from dodgeburn.rework.deconstruct_spec import DeconstructSpec
-from dodgeburn.rework.materials import Materials
-from dodgeburn.rework.meters import Meters, Reading
-from dodgeburn.rework.overtrain import Tell
-from dodgeburn.rework.stage_log import StageLog, StageResult, State, load_unet, save_unet
+from dodgeburn.rework.bias.concept import Concept
+from dodgeburn.rework.deconstruct.materials import Materials
+from dodgeburn.rework.deconstruct.meters import Meters, Reading
+from dodgeburn.rework.deconstruct.overtrain import Tell
+from dodgeburn.rework.deconstruct.spec import DeconstructSpec
+from dodgeburn.rework.deconstruct.stage_log import StageLog, StageResult, State, load_unet, save_unet
 from dodgeburn.training.examples import Captions, Examples, Pictures, encode_examples, join
 from dodgeburn.training.fine_tune import Diverged, fine_tune
 from dodgeburn.training.loop import evaluated

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dodgeburn.measure.report import Column, Report, Theme
-from dodgeburn.rework.audit import SHOWN, Audit, Row
+from dodgeburn.rework.bias.audit import SHOWN, Audit, Row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -22,7 +22,7 @@ from dodgeburn.errors import UserError
 from dodgeburn.jobs import RECORD, PartStore
 from dodgeburn.models.model import Model
 from dodgeburn.pocket.attributes import CATEGORICAL, CONTINUOUS
-from dodgeburn.rework.ratings import Rating
+from dodgeburn.rework.dpo.ratings import Rating
 from dodgeburn.sampling.loop import GenerateSettings, generate
 from dodgeburn.sampling.saving import save_picture
 
@@ -283,7 +283,7 @@ def write_chosen(drawn: Drawn, chosen: Chosen, folder: str | Path) -> dict[str, 
     are in a pair. Returns what `about.json` says. Raises UserError if no pair is left, or the folder holds other pairs.
     """
     from dodgeburn.checkpoint.tensorfile import write_atomic
-    from dodgeburn.rework.pairs import ABOUT, LIST
+    from dodgeburn.rework.dpo.pairs import ABOUT, LIST
 
     folder = Path(folder).expanduser()
     counted = ", ".join(f"{count} {reason}" for reason, count in chosen.dropped.items() if count)
@@ -314,7 +314,7 @@ def write_chosen(drawn: Drawn, chosen: Chosen, folder: str | Path) -> dict[str, 
 
 def _check_other(folder: Path, about: dict[str, Any]) -> None:
     """UserError if the folder holds pairs of another kind."""
-    from dodgeburn.rework.pairs import ABOUT
+    from dodgeburn.rework.dpo.pairs import ABOUT
 
     try:
         there = json.loads((folder / ABOUT).read_text(encoding="utf-8"))

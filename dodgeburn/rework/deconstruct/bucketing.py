@@ -34,10 +34,10 @@ from dodgeburn.measure.pareto import pareto_front
 from dodgeburn.merge.methods.angles import arc_of
 from dodgeburn.merge.methods.table import merge_tensors
 from dodgeburn.models.model import Model
-from dodgeburn.rework.deconstruct_spec import Bucket, DeconstructSpec
-from dodgeburn.rework.meters import Meters, Reading
-from dodgeburn.rework.overtrain import Tell
-from dodgeburn.rework.stage_log import StageLog, StageResult, State, load_unet
+from dodgeburn.rework.deconstruct.meters import Meters, Reading
+from dodgeburn.rework.deconstruct.overtrain import Tell
+from dodgeburn.rework.deconstruct.spec import Bucket, DeconstructSpec
+from dodgeburn.rework.deconstruct.stage_log import StageLog, StageResult, State, load_unet
 
 KINDS = ("cross-attention keys and values", "other attention", "convolution and residual", "time embedding",
          "norms and biases")  # fmt: skip

@@ -7,7 +7,6 @@ resumes decides by what it decided before, and ends with the same weights.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -20,8 +19,9 @@ from PIL import Image
 
 from dodgeburn.checkpoint.tensorfile import atomic_path, load_tensors, save_tensors, sha256_tensors, write_atomic
 from dodgeburn.images.sheet import grid
+from dodgeburn.jobs import KeptRows
 from dodgeburn.models.model import Model
-from dodgeburn.rework.meters import Reading
+from dodgeburn.rework.deconstruct.meters import Reading
 
 State = dict[str, torch.Tensor]
 
@@ -47,28 +47,14 @@ class StageResult:
                 "sha256": self.sha256, "detail": self.detail}  # fmt: skip
 
 
-class StageLog:
+class StageLog(KeptRows):
     """One stage's files in the run's folder: `<stage>.jsonl`, `strips/`, `<stage>.safetensors`, `<stage>.json`."""
 
     def __init__(self, folder: Path, stage: str) -> None:
+        super().__init__(folder / f"{stage}.jsonl")
         self.folder, self.stage = folder, stage
-        self.lines, self.result_file = folder / f"{stage}.jsonl", folder / f"{stage}.json"
-        self.weights = folder / f"{stage}.safetensors"
-        folder.mkdir(parents=True, exist_ok=True)
-        self.rows: dict[str, dict[str, Any]] = {}
+        self.result_file, self.weights = folder / f"{stage}.json", folder / f"{stage}.safetensors"
         self.began = time.perf_counter()
-        whole = b""
-        for line in self.lines.read_bytes().splitlines(keepends=True) if self.lines.exists() else ():
-            try:
-                row = json.loads(line)
-                self.rows[str(row["key"])] = row
-            except (ValueError, KeyError, TypeError):
-                break  # cut off while it was written
-            if not line.endswith(b"\n"):
-                break
-            whole += line
-        if self.lines.exists() and whole != self.lines.read_bytes():
-            write_atomic(self.lines, whole)
 
     @property
     def work(self) -> Path:
@@ -91,13 +77,8 @@ class StageLog:
         return replace(Reading.from_json(self.rows[key]), pictures=found.pictures)
 
     def add(self, key: str, **said: Any) -> None:
-        """Append a row, on the disk when this returns."""
-        row = {"key": key, "stage": self.stage, **said}
-        self.rows[key] = row
-        with self.lines.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        """Append a row of this stage, on the disk when this returns."""
+        super().add(key, stage=self.stage, **said)
 
     def decide(self, key: str, decision: str, **more: Any) -> None:
         """A row that says what was decided, once."""

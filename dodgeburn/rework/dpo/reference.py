@@ -24,7 +24,7 @@ from tqdm import tqdm
 from dodgeburn.checkpoint.tensorfile import save_tensors
 from dodgeburn.models.adapters import Adapter, Attachment
 from dodgeburn.models.model import Model
-from dodgeburn.rework.pair_points import PairPoints, Rows
+from dodgeburn.rework.dpo.pair_points import PairPoints, Rows
 
 TRAINED = torch.tensor([1.0, 0.0])
 FOLLOWER = torch.tensor([0.0, 1.0])

@@ -15,11 +15,11 @@ from dodgeburn.checkpoint.packaged import pack
 from dodgeburn.errors import UserError
 from dodgeburn.models.model import Model
 from dodgeburn.pocket.model import weights_path
-from dodgeburn.rework.dpo import Aligned, DpoSettings, align
-from dodgeburn.rework.dpo_file import save_aligned
-from dodgeburn.rework.make_pairs import Drawn, DrawSettings, choose_by, draw_all, pocket_prompts, write_chosen
-from dodgeburn.rework.pairs import PreferencePairs, read_pairs
-from dodgeburn.rework.ratings import rating
+from dodgeburn.rework.dpo.file import save_aligned
+from dodgeburn.rework.dpo.make_pairs import Drawn, DrawSettings, choose_by, draw_all, pocket_prompts, write_chosen
+from dodgeburn.rework.dpo.pairs import PreferencePairs, read_pairs
+from dodgeburn.rework.dpo.ratings import rating
+from dodgeburn.rework.dpo.train import Aligned, DpoSettings, align
 from dodgeburn.sampling.loop import GenerateSettings
 
 NAME = "pocket-dpo"

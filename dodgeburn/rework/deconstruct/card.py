@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dodgeburn.rework.deconstruct import Deconstructed
+    from dodgeburn.rework.deconstruct.run import Deconstructed
 
 ADVICE = """## Usage advice
 From the model card that the stages' names come from, about its SDXL model; we haven't measured it on this one:

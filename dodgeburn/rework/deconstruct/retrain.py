@@ -26,13 +26,13 @@ from torch import Tensor
 
 from dodgeburn.measure.quality import quality
 from dodgeburn.models.model import Model
-from dodgeburn.rework.concept import Concept
-from dodgeburn.rework.deconstruct_spec import DeconstructSpec, Retrain
-from dodgeburn.rework.materials import CONCEPT, Materials
-from dodgeburn.rework.meters import Meters, Reading
-from dodgeburn.rework.overtrain import Tell
-from dodgeburn.rework.stage_log import StageLog, StageResult, State, load_unet
-from dodgeburn.rework.weighing import followed, importance
+from dodgeburn.rework.bias.concept import Concept
+from dodgeburn.rework.bias.weighing import followed, importance
+from dodgeburn.rework.deconstruct.materials import CONCEPT, Materials
+from dodgeburn.rework.deconstruct.meters import Meters, Reading
+from dodgeburn.rework.deconstruct.overtrain import Tell
+from dodgeburn.rework.deconstruct.spec import DeconstructSpec, Retrain
+from dodgeburn.rework.deconstruct.stage_log import StageLog, StageResult, State, load_unet
 from dodgeburn.training.examples import Examples, Pictures, encode_examples, join
 from dodgeburn.training.fine_tune import fine_tune, make_prior
 from dodgeburn.training.loop import evaluated

@@ -24,7 +24,7 @@ from dodgeburn.pocket.attributes import (
 )
 from dodgeburn.pocket.captions import NAMED, Asked, caption, parse
 from dodgeburn.pocket.pictures import draw_pictures
-from dodgeburn.rework.concept import Concept, make_concept
+from dodgeburn.rework.bias.concept import Concept, make_concept
 from dodgeburn.training.examples import Captions, Pictures
 
 PHRASINGS, WATCHED, OTHERS = 256, 192, 96  # prompts of each list

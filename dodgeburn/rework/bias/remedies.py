@@ -1,18 +1,18 @@
 """Ways to take a tie away, behind one interface: the baselines that anything cleverer has to beat.
 
     random-prompt    a class is drawn for every picture and said in the prompt; no training, no weights
-    uce              keys and values of cross-attention in closed form (rework/uce.py); seconds, no data
-    negation         theta_0 - s (theta_1 - theta_0), theta_1 trained on the model's own tied pictures (rework/undo.py)
+    uce              keys and values of cross-attention in closed form (uce.py); seconds, no data
+    negation         theta_0 - s (theta_1 - theta_0), theta_1 trained on the model's own tied pictures (undo.py)
     self             its own pictures of explicit prompts, under neutral captions: it is taught to say of them, unasked,
                      what it said when asked; no data
     reweight         fine-tune on tied data with importance weights
     balanced         fine-tune on data in which every class is as frequent as the target says
     shrink-perturb   the same from weights that were shrunk and perturbed
-    dpo              Diffusion-DPO (rework/dpo.py): a picture of another class preferred to one of the majority
+    dpo              Diffusion-DPO (rework/dpo/train.py): a picture of another class preferred to one of the majority
 
 All training methods take the same number of steps. Half of every batch is pictures of other things by the model as it
 was, with what it said of them then as the aim (prior preservation). Where pictures are weighted, a few drawings are
-read on the way and the weights follow (rework/weighing.py); uce and negation search strengths by the same readings.
+read on the way and the weights follow (weighing.py); uce and negation search strengths by the same readings.
 Each leaves `model.unet` edited (random-prompt: untouched) and says what it cost.
 """
 
@@ -31,8 +31,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from dodgeburn.errors import UserError
+from dodgeburn.jobs import KeptRows
 from dodgeburn.models.model import Model
-from dodgeburn.rework.balance import (
+from dodgeburn.rework.bias.balance import (
     SELF_SEED,
     balanced,
     kept_pictures,
@@ -40,13 +41,12 @@ from dodgeburn.rework.balance import (
     self_pictures,
     shown_classes,
 )
-from dodgeburn.rework.before_after import DrawPictures, Meter
-from dodgeburn.rework.classify import Classifier
-from dodgeburn.rework.concept import Concept
-from dodgeburn.rework.stage_log import StageLog
-from dodgeburn.rework.uce import UceSettings, uce
-from dodgeburn.rework.undo import distance, negated, set_state, shrunk, state_of
-from dodgeburn.rework.weighing import followed
+from dodgeburn.rework.bias.before_after import DrawPictures, Meter
+from dodgeburn.rework.bias.classify import Classifier
+from dodgeburn.rework.bias.concept import Concept
+from dodgeburn.rework.bias.uce import UceSettings, uce
+from dodgeburn.rework.bias.undo import distance, negated, set_state, shrunk, state_of
+from dodgeburn.rework.bias.weighing import followed
 from dodgeburn.sampling.settings import GenerateSettings
 from dodgeburn.slide.edits import draw
 from dodgeburn.training.examples import Pictures, encode_examples
@@ -196,7 +196,7 @@ class _Looks:
 
     def __init__(self, job: Job, name: str, steps: int) -> None:
         self.job, self.steps = job, steps
-        self.log = StageLog(job.folder / name, "looks")
+        self.log = KeptRows(job.folder / name / "looks.jsonl")
 
     def before(self, step: int) -> list[dict[str, float]]:
         """Of the looks that training step `step` (0-based) comes after."""
@@ -285,8 +285,8 @@ def _negation(job: Job) -> Done:
 
 def _dpo(job: Job) -> Done:
     """Winners are pictures of the other classes in the target's shares, losers of the majority, captions the same."""
-    from dodgeburn.rework.dpo import DpoSettings, align
-    from dodgeburn.rework.pairs import Preference, checked
+    from dodgeburn.rework.dpo.pairs import Preference, checked
+    from dodgeburn.rework.dpo.train import DpoSettings, align
 
     s, concept = job.settings, job.concept
     found, shown = _fair(job)
@@ -348,7 +348,7 @@ def drawing_of(done: Done, job: Job) -> DrawPictures:
 def world_sources(concept: Concept, size: int, shares: Sequence[float]) -> tuple[Any, Any]:
     """(fair, tied) for `Job`: drawings of the pocket world in the target's shares, and in a model's own (with half a
     picture in 256 more of every class, for a class that never occurs cannot be weighed up)."""
-    from dodgeburn.rework.pocket_concept import world_pictures
+    from dodgeburn.rework.bias.pocket_concept import world_pictures
 
     def fair(n: int, seed: int) -> Pictures:
         return world_pictures(concept, concept.drawn_classes(n, seed), size, seed)

@@ -21,9 +21,9 @@ from typing import Any
 
 from dodgeburn.errors import UserError
 from dodgeburn.models.model import Model
-from dodgeburn.rework.deconstruct_spec import DeconstructSpec, Overtrain
-from dodgeburn.rework.meters import Meters, Reading
-from dodgeburn.rework.stage_log import StageLog, StageResult, State, load_unet, save_unet
+from dodgeburn.rework.deconstruct.meters import Meters, Reading
+from dodgeburn.rework.deconstruct.spec import DeconstructSpec, Overtrain
+from dodgeburn.rework.deconstruct.stage_log import StageLog, StageResult, State, load_unet, save_unet
 from dodgeburn.training.examples import Examples
 from dodgeburn.training.fine_tune import Diverged, fine_tune
 from dodgeburn.training.loop import evaluated

@@ -1,0 +1,1 @@
+"""Alignment with preferences: pairs, Diffusion-DPO and its kin, the file written."""
