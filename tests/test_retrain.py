@@ -13,9 +13,13 @@ from deconstruct_tiny import (
     short_panel,
     short_spec,
 )
+from tiny import tiny_model
 
+from dodgeburn.rework.bias.concept import make_concept
 from dodgeburn.rework.bias.weighing import followed, importance
-from dodgeburn.rework.deconstruct.retrain import _Goal, balanced, typical
+from dodgeburn.rework.deconstruct.retrain import _asking, _Goal, _teacher, balanced, typical
+from dodgeburn.sampling.predict import Predictor
+from dodgeburn.training.examples import Pictures, encode_examples
 
 NAN = math.nan
 
@@ -68,9 +72,33 @@ def test_goal_plateau_and_quality() -> None:
 
 def test_typical_pictures_leave_out_the_grainy_one() -> None:
     rng = np.random.default_rng(0)
-    from dodgeburn.training.examples import Pictures
-
     calm = rng.integers(100, 110, (9, 32, 32, 3)).astype(np.uint8)
     wild = rng.integers(0, 255, (1, 32, 32, 3)).astype(np.uint8)
     pictures = Pictures(np.concatenate([calm[:4], wild, calm[4:]]), [("x",)] * 10)
     assert 4 not in typical(pictures, 0.9) and len(typical(pictures, 0.9)) == 9
+
+
+def test_a_taught_picture_is_asked_for_its_value_and_other_pictures_are_not() -> None:
+    concept = make_concept(["a doctor"], "light", ["dark", "bright"], {"dark": ["at night", "in the dark"]})
+    asks = _asking(["dark", "", "bright", "dark"], concept)
+    assert [asks(row, "a doctor") for row in range(4)] == [
+        "a doctor, at night", "a doctor", "a doctor, bright", "a doctor, in the dark",
+    ]  # fmt: skip
+
+
+def test_the_teacher_is_the_untouched_model_whatever_the_stages_before_made() -> None:
+    model = tiny_model()
+    base = {name: value.clone() for name, value in model.unet.state_dict().items()}
+    pictures = Pictures(np.zeros((2, 16, 16, 3), np.uint8), [("a doctor",)] * 2)
+    examples = encode_examples(model, pictures)
+    concept = make_concept(["a doctor"], "light", ["dark", "bright"])
+    x, times = torch.randn(2, *examples.latents.shape[1:]), torch.tensor([10, 500])
+    said = Predictor(model, *examples.size).frozen(x, times, ["a doctor"] * 2)
+    with torch.no_grad():
+        for weight in model.unet.parameters():
+            weight.add_(0.3)
+    teacher = _teacher(model, base, examples, ["dark", "bright"], concept)
+    assert torch.equal(teacher.predictor.frozen(x, times, ["a doctor"] * 2), said)
+    with torch.no_grad():
+        next(model.unet.parameters()).add_(1.0)  # training goes on; the teacher stays
+    assert torch.equal(teacher.predictor.frozen(x, times, ["a doctor"] * 2), said)

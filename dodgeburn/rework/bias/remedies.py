@@ -7,6 +7,8 @@
                      what it said when asked; no data
     reweight         fine-tune on tied data with importance weights
     balanced         fine-tune on data in which every class is as frequent as the target says
+    taught           the same data, but of each picture is learned, under a neutral caption, what the model as it was
+                     says of it when asked for its class: style and all else stay as this model has them
     shrink-perturb   the same from weights that were shrunk and perturbed
     dpo              Diffusion-DPO (rework/dpo/train.py): a picture of another class preferred to one of the majority
 
@@ -226,6 +228,10 @@ def _balanced(job: Job) -> Done:
     return Done("balanced", _train(job, "balanced", *_fair(job)))
 
 
+def _taught(job: Job) -> Done:
+    return Done("taught", _train(job, "taught", *_fair(job), taught=True))
+
+
 def _reweight(job: Job) -> Done:
     if job.tied is None:
         raise UserError("no tied pictures to weigh: give --data FOLDER")
@@ -326,8 +332,8 @@ def _random_prompt(job: Job) -> Done:
 
 # From the cheapest to the dearest.
 METHODS: dict[str, Callable[[Job], Done]] = {
-    "random-prompt": _random_prompt, "uce": _uce, "reweight": _reweight, "balanced": _balanced, "self": _self,
-    "negation": _negation, "shrink-perturb": _shrink_perturb, "dpo": _dpo,
+    "random-prompt": _random_prompt, "uce": _uce, "reweight": _reweight, "balanced": _balanced,
+    "taught": _taught, "self": _self, "negation": _negation, "shrink-perturb": _shrink_perturb, "dpo": _dpo,
 }  # fmt: skip
 
 

@@ -3,7 +3,9 @@
 4a: pictures of the concept, weighted by w = q(a) / p(a) of their value a (clipped), beside pictures of other things in
 a fixed share; every check moves the weights towards what is still lacking (weighing.py). Prior preservation towards the
 untouched model on the others' prompts, a quarter of them left out: guidance goes by what is said of no prompt, which
-pictures of one concept alone are not to move. Averaged weights. It ends when at two checks running
+pictures of one concept alone are not to move. Averaged weights. With `taught`, what is learned of a picture is not the
+picture but what the untouched model says of it when asked for its value: real pictures would bring their own style with
+them, which guidance then overstates. It ends when at two checks running
 
     B <= tv  and  L <= loss  and  fid >= the untouched model's - fidelity_fall
 
@@ -34,7 +36,7 @@ from dodgeburn.rework.deconstruct.overtrain import Tell
 from dodgeburn.rework.deconstruct.spec import DeconstructSpec, Retrain
 from dodgeburn.rework.deconstruct.stage_log import StageLog, StageResult, State, load_unet
 from dodgeburn.training.examples import Examples, Pictures, encode_examples, join
-from dodgeburn.training.fine_tune import fine_tune, make_prior
+from dodgeburn.training.fine_tune import Teacher, fine_tune, make_prior, make_teacher
 from dodgeburn.training.loop import evaluated
 
 EMPTY = 0.25  # share of the prior's captions that are left out
@@ -124,6 +126,8 @@ def retrain(
         load_unet(model, base)
         others = encode_examples(model, materials.pool.take(materials.rows(False)))
         prior = make_prior(model, others, s.prior_points, s.seed + 5, EMPTY)
+    examples, values = _examples(model, pictures), _values(pictures, materials.attribute)
+    teacher = _teacher(model, base, examples, values, concept) if s.taught else None
     load_unet(model, start)
     settings = spec.tuning(
         steps=s.steps, batch=s.batch, lr=s.lr, empty=0.0 if s.prior > 0 else 0.1, ema=s.ema, prior=s.prior,
@@ -131,15 +135,14 @@ def retrain(
         warmup=min(10, s.every), seed=s.seed, checkpoint_every=s.every, log_every=s.every,
     )  # fmt: skip
     watch = _Watch(model, meters, log, "a", tell, lambda seen: goal.reached(seen) or goal.plateau(seen))
-    examples, values = _examples(model, pictures), _values(pictures, materials.attribute)
 
     def weights(of: Examples, values: list[str], seen: list[Reading]) -> Tensor:
         shares = [reading.shares for reading in seen]
         return followed(of.weights, values, concept.classes, concept.target, shares, s.adapt, s.weight_high)
 
     fine_tune(
-        model, examples, settings, log.work / "a", "retrain", prior, watch, show_average=True,
-        weights=lambda step: weights(examples, values, watch.before(step)),
+        model, examples, settings, log.work / "a", "retrain", prior, watch, told={"taught": s.taught},
+        show_average=True, weights=lambda step: weights(examples, values, watch.before(step)), teacher=teacher,
     )  # fmt: skip
     steps, last = watch.last, watch.readings[-1]
     decision = f"goal reached at step {steps}" if goal.reached(watch.readings) else (
@@ -154,9 +157,11 @@ def retrain(
         polish = _Watch(model, meters, log, "b", tell, lambda seen: goal.clean(seen[-1]))
         best = pictures.take(typical(pictures, s.best))
         few, of_best = _examples(model, best), _values(best, materials.attribute)
+        if teacher is not None:
+            teacher = Teacher(teacher.predictor, _asking(of_best, concept))
         fine_tune(
-            model, few, settings, log.work / "b", "polish", prior, polish, show_average=True,
-            weights=lambda _step: weights(few, of_best, watch.readings),
+            model, few, settings, log.work / "b", "polish", prior, polish, told={"taught": s.taught},
+            show_average=True, weights=lambda _step: weights(few, of_best, watch.readings), teacher=teacher,
         )  # fmt: skip
         polished, last = polish.last, polish.readings[-1]
         decision += f"; grain and colour {'back' if goal.clean(last) else 'not back'} after {polished} steps more"
@@ -165,6 +170,17 @@ def retrain(
     seen = (steps + polished) * (s.batch + (s.prior_batch if s.prior > 0 else 0))
     return log.finish(model, decision, goal.distance(last) == 0, steps + polished, seen, meters.drawn - drawn,
                       distance=round(goal.distance(last), 5), clean=goal.clean(last), polish=polished)  # fmt: skip
+
+
+def _asking(values: list[str], concept: Concept) -> Callable[[int, str], str]:
+    """What a teacher is asked about a picture: its caption, and of the concept's pictures their value."""
+    return lambda row, text: concept.explicit(text, values[row], row) if values[row] else text
+
+
+def _teacher(model: Model, base: State, examples: Examples, values: list[str], concept: Concept) -> Teacher:
+    """The untouched model, in memory beside the one that is trained; leaves `model` with the base's weights."""
+    load_unet(model, base)
+    return make_teacher(model, examples, _asking(values, concept))
 
 
 def _examples(model: Model, pictures: Pictures) -> Examples:
