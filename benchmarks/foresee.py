@@ -6,7 +6,8 @@
 
 Training trajectories have development prompts and labels by the reader; test trajectories held-out prompts, other seeds
 and labels by the judge; --new holds a generator that training never saw. Rules and funnels are chosen on prompts of the
-training list that nothing was fitted to. Intervals are over prompts. Finished parts stay in --folder.
+training list that nothing was fitted to; so is what the network sees (`ablation`). Intervals are over prompts. Finished
+parts stay in --folder.
 
 srcc_*: rank correlation within a prompt and its settings at 25 and 50 % of the steps. ceiling_*: what carrying one
 state on several times with fresh noise (euler_a) leaves for anybody to foresee. margin_25: AUROC above the best of
@@ -46,7 +47,7 @@ from dodgeburn.foresee.evaluate import (
 from dodgeburn.foresee.network import NetworkSettings
 from dodgeburn.foresee.observe import Observer
 from dodgeburn.foresee.shards import Store
-from dodgeburn.foresee.train import FitSettings, fit
+from dodgeburn.foresee.train import FitSettings, fit, parts_of, usable
 from dodgeburn.foresee.truth import find_artifacts
 from dodgeburn.foresee.wise import wise
 from dodgeburn.foresee.zoo import pocket_zoo
@@ -158,6 +159,9 @@ class Bench:
             "pictures": len(found.records), "prompts": len(set(found.prompt.tolist())),
             "bad_share": float(found.is_bad.mean()), "new_bad_share": float(fresh.is_bad.mean()),
             "figures": figures(found, self.size.resamples), "curves": curves(found),
+            "ece_floor": {
+                str(percent): scores.calibration_floor(found.bad[:, column(percent / 100)]) for percent in (25, 50)
+            },
             "saved": saved(estimator, found, self.size.resamples),
             "auroc_new_generator_50": scores.over_prompts(
                 lambda rows: scores.auroc(fresh.bad[rows, g], fresh.is_bad[rows]), fresh.prompt, self.size.resamples),
@@ -170,17 +174,19 @@ class Bench:
         }  # fmt: skip
 
     def ablated(self, name: str) -> dict[str, Any]:
-        """One choice of inputs or architecture, in smaller batches."""
+        """One choice of inputs or architecture, on the prompts of the training list that nothing was fitted to: what is
+        built is chosen there, so the test prompts stay unseen."""
         settings = replace(self.settings, network=ABLATION[name], steps=self.size.ablation_steps, prompts=8)
         slug = "".join(c if c.isalnum() else "-" for c in name)
+        began = time.process_time()
         estimator = fit(self.train, self.parts.folder / f"fit-{slug}", settings)
-        found = judge(estimator, self.test, lambda r: True)
-        out: dict[str, Any] = {"weights": estimator.network.weights, "train_s": estimator.record["train_s"]}
-        for percent in (25, 50):
-            g = column(percent / 100)
-            out[f"srcc_{percent}"] = scores.within_prompt_spearman(found.rank[:, g], found.true, found.slot)
-            out[f"auroc_{percent}"] = scores.auroc(found.bad[:, g], found.is_bad)
-        return out
+        seconds = time.process_time() - began
+        place = parts_of(self.train, settings)
+        found = judge(estimator, self.train, lambda r: usable(r, settings) and place.get(r.prompt_id) == "choice")
+        said = figures(found, self.size.resamples)
+        return {"weights": estimator.network.weights, "train_s": seconds, "pictures": len(found.records),
+                "prompts": len(set(found.prompt.tolist())),
+                **{name: said[name] for name in ("srcc_25", "srcc_50", "auroc_25", "auroc_50")}}  # fmt: skip
 
     def wise(self) -> dict[str, Any]:
         """WiSE-FT, alpha chosen on one of the training generators, checked on the one that is new to all."""
@@ -233,11 +239,14 @@ class Bench:
         return asdict(ceiling(severity, every, share))
 
     def overhead(self) -> dict[str, Any]:
-        """Processor time of pooling, observing and judging against the rest: 32 pictures of 20 steps in a batch."""
+        """Processor time of pooling, observing and judging: 32 pictures of 20 guided steps in a batch. `overhead` is
+        against all the rest of making them; `per_look`, what one look costs against one guided U-Net call (both halves)
+        of the same pictures, `per_look_half` against one half of it."""
         estimator = Estimator.load(self.parts.path("foresee.safetensors"))
         settings = GenerateSettings(steps=20)
         prompts = ["a waving old person"] * 32
-        times = {"pool": 0.0, "observe": 0.0, "judge": 0.0}
+        times = {"pool": 0.0, "observe": 0.0, "judge": 0.0, "unet": 0.0}
+        at_looks, looked = 0.0, 0
         pool = features.pooled
 
         def timed(hidden: torch.Tensor) -> torch.Tensor:
@@ -246,7 +255,16 @@ class Bench:
             times["pool"] += time.process_time() - begin
             return found
 
+        clock = [0.0]
+
+        def enter(*_: Any) -> None:
+            clock[0] = time.process_time()
+
+        def leave(*_: Any) -> None:
+            times["unet"] += time.process_time() - clock[0]
+
         generate(self.model, prompts[:2], [0, 1], settings.model_copy(update={"steps": 2}))  # warm up
+        handles = [self.model.unet.register_forward_pre_hook(enter), self.model.unet.register_forward_hook(leave)]
         features.pooled = timed
         try:
             inputs, looks = estimator.inputs, estimator.looks
@@ -255,22 +273,29 @@ class Bench:
                 state: Any = None
 
                 def callback(step: Step) -> None:
-                    nonlocal state
+                    nonlocal state, at_looks, looked
                     begin = time.process_time()
                     seen = observer(step)
                     middle = time.process_time()
                     times["observe"] += middle - begin
-                    if step.i in moments(step.total, estimator.looks):
+                    if step.i in moments(step.total, looks):
                         _, state = estimator.judge(seen, prompts, state)
-                        times["judge"] += time.process_time() - middle
+                        end = time.process_time()
+                        times["judge"] += end - middle
+                        at_looks, looked = at_looks + end - begin, looked + 1
 
                 begin = time.process_time()
                 generate(self.model, prompts, list(range(32)), settings, callback, 32)
                 whole = time.process_time() - begin
         finally:
             features.pooled = pool
-        own = sum(times.values())
-        return {"overhead": own / (whole - own), "whole_s": whole, **times}
+            for handle in handles:
+                handle.remove()
+        own = times["pool"] + times["observe"] + times["judge"]
+        call = (times["unet"] - times["pool"]) / settings.steps
+        look = (at_looks + times["pool"]) / looked
+        return {"overhead": own / (whole - own), "looks": looked, "steps": settings.steps, "per_look": look / call,
+                "per_look_half": 2 * look / call, "whole_s": whole, **times}  # fmt: skip
 
 
 def half_way(store: Store) -> torch.Tensor:
@@ -304,12 +329,15 @@ def run(bench: Bench) -> dict[str, Any]:
         "srcc_25": f["srcc_25"], "srcc_50": f["srcc_50"],
         "ceiling_25": ceilings[25], "ceiling_50": ceilings[50],
         "auroc_25": f["auroc_25"], "auroc_50": f["auroc_50"], "margin_25": graded["margin_25"],
-        "ece": {"25": f["ece_25"], "50": f["ece_50"]}, "sd_ratio_50": f["sd_ratio_50"],
+        "ece": {"25": f["ece_25"], "50": f["ece_50"]}, "ece_floor": graded["ece_floor"],
+        "sd_ratio_50": f["sd_ratio_50"],
         "saved_best_of_4": s.get("saved_best_of_4"), "saved_best_of_8_at_90": s.get("saved_best_of_8_at_90"),
         "gain_of_8": s.get("gain_of_8"), "good_rejected": s["good_rejected"],
         "auroc_new_generator_50": graded["auroc_new_generator_50"], "train_s": trained["train_s"],
         "drawing_s": trained["drawing_s"],
-        "overhead": cost and cost["overhead"], "baselines": graded["baselines"], "margins": graded["margins"],
+        "overhead": cost and cost["overhead"], "overhead_per_look": cost and cost["per_look"],
+        "overhead_per_look_half": cost and cost["per_look_half"],
+        "baselines": graded["baselines"], "margins": graded["margins"],
         "original": first, "rule": s["rule"], "rules": trained["rules"], "savings": s, "ablation": ablation,
         "wise": between, "by_generator": graded["by_generator"], "curves": graded["curves"],
     }  # fmt: skip

@@ -16,6 +16,7 @@ from dodgeburn.foresee.policy import (
     Never,
     backward_induction,
     choose,
+    clustered_bound,
     described,
     exit_distribution,
     geometric_prior,
@@ -67,6 +68,13 @@ def test_calibration_error_by_hand() -> None:
     p, bad = np.array([0.1, 0.1, 0.9, 0.9]), np.array([0, 0, 1, 1])
     assert scores.calibration_error(p, bad, 2) == pytest.approx(0.1)
     assert scores.calibration_error(np.array([0.5] * 4), bad, 1) == pytest.approx(0)
+
+
+def test_chance_alone_leaves_a_calibration_error() -> None:
+    # In one bin of n coins it is the mean absolute deviation of their share, sqrt(2 / (pi n)) / 2.
+    for n in (50, 512):
+        assert scores.calibration_floor(np.full(n, 0.5), 1) == pytest.approx(0.5 * np.sqrt(2 / (np.pi * n)), rel=0.15)
+    assert scores.calibration_floor(np.array([0.0, 1.0] * 20)) == 0
 
 
 def test_intervals_over_prompts_are_wider_than_over_pictures() -> None:
@@ -133,6 +141,20 @@ def test_the_bound_is_clopper_and_pearsons() -> None:
     assert upper_bound(0, 59) == pytest.approx(1 - 0.05 ** (1 / 59))  # rule of three: 59 without failure reach 5 %
     assert upper_bound(0, 58) > 0.05 > upper_bound(0, 59)
     assert upper_bound(3, 3) == 1 and upper_bound(0, 0) == 1
+
+
+def test_a_prompts_pictures_count_as_what_they_are_worth() -> None:
+    # 40 prompts of 8 pictures, of two of them all are hit: as much as 2 of 40 say.
+    groups = np.repeat(np.arange(40), 8)
+    together = groups < 2
+    effect = 40 / 39 * (2 * 8**2 * 0.95**2 + 38 * 8**2 * 0.05**2) / 320**2 / (0.05 * 0.95 / 320)
+    assert clustered_bound(together, groups) == pytest.approx(upper_bound(16 / effect, 320 / effect))
+    assert clustered_bound(together, groups) == pytest.approx(upper_bound(2, 40), abs=0.005)
+    # The same number spread evenly is as good as independent, and never better.
+    spread = np.zeros(320, bool)
+    spread[np.arange(16) * 20] = True
+    assert clustered_bound(spread, groups) == pytest.approx(upper_bound(16, 320))
+    assert clustered_bound(np.zeros(59, bool), np.arange(59)) == pytest.approx(upper_bound(0, 59))
 
 
 def made_up(n: int, seed: int) -> tuple[list[dict[str, np.ndarray]], np.ndarray]:

@@ -87,7 +87,7 @@ def choose_rules(estimator: Estimator, store: Store, settings: FitSettings, limi
     record. Returns what each kind of rule did there."""
     place = parts_of(store, settings)
     found = judge(estimator, store, lambda r: usable(r, settings) and place.get(r.prompt_id) == "choice")
-    name, policy, every = choose(found.ways, found.is_bad, limit)
+    name, policy, every = choose(found.ways, found.is_bad, limit, groups=found.prompt)
     estimator.record["policy"] = described(policy)
     estimator.record["policy_limit"] = limit
     estimator.record["funnels"] = {}

@@ -158,13 +158,30 @@ class Outcome:
     bad_delivered: float  # share of bad ones among the pictures that come out
 
 
-def upper_bound(successes: int, n: int, level: float = 0.95) -> float:
+def upper_bound(successes: float, n: float, level: float = 0.95) -> float:
     """One-sided upper bound of a share (Clopper and Pearson); 1 for no trials."""
     return 1.0 if n == 0 or successes >= n else float(beta.ppf(level, successes + 1, n - successes))
 
 
-def outcome(policy: Policy, ways: Sequence[Way], bad: np.ndarray, level: float = 0.95) -> Outcome:
-    """Run a rule over whole ways with known ends."""
+def clustered_bound(hit: np.ndarray, groups: np.ndarray, level: float = 0.95) -> float:
+    """`upper_bound` of the share of `hit` (bool [n]) where members of a group are alike: with as many trials as they
+    are worth (Korn and Graubard 1998: n over the design effect, which is estimated from the groups' totals)."""
+    n, k = len(hit), int(hit.sum())
+    if k in (0, n):
+        return upper_bound(k, n, level)
+    _, member = np.unique(groups, return_inverse=True)
+    count = int(member.max()) + 1
+    share = k / n
+    off = np.bincount(member, hit, count) - share * np.bincount(member, minlength=count)
+    variance = count / max(1, count - 1) * float(off @ off) / n**2
+    effect = max(1.0, variance / (share * (1 - share) / n))
+    return upper_bound(k / effect, n / effect, level)
+
+
+def outcome(
+    policy: Policy, ways: Sequence[Way], bad: np.ndarray, level: float = 0.95, groups: np.ndarray | None = None
+) -> Outcome:
+    """Run a rule over whole ways with known ends. groups [n]: whose pictures are alike (a prompt's); none: nobody's."""
     bad = np.asarray(bad, bool)
     stops = [policy.first(way) for way in ways]
     spent = np.array([1.0 if s is None else way["progress"][s] for s, way in zip(stops, ways, strict=True)])
@@ -175,7 +192,7 @@ def outcome(policy: Policy, ways: Sequence[Way], bad: np.ndarray, level: float =
         saved=float(1 - spent.mean()),
         good_rejected=lost / good if good else float("nan"),
         bad_rejected=float(out[bad].mean()) if bad.any() else float("nan"),
-        bound=upper_bound(lost, good, level),
+        bound=upper_bound(lost, good, level) if groups is None else clustered_bound(out[~bad], groups[~bad], level),
         per_good=float(spent.sum() / delivered) if delivered else float("inf"),
         bad_delivered=float(bad[~out].mean()) if (~out).any() else float("nan"),
     )
@@ -185,8 +202,9 @@ def outcome(policy: Policy, ways: Sequence[Way], bad: np.ndarray, level: float =
 
 
 def strictest_last(
-    family: Sequence[Policy], ways: Sequence[Way], bad: np.ndarray, limit: float, level: float
-) -> Policy:
+    family: Sequence[Policy], ways: Sequence[Way], bad: np.ndarray, limit: float, level: float,
+    groups: np.ndarray | None = None,
+) -> Policy:  # fmt: skip
     """The last rule of a family, ordered from cautious to bold, before the bound on good pictures lost passes `limit`.
 
     Going from cautious to bold and ending at the first failure keeps the level for all of them together (fixed-sequence
@@ -194,7 +212,7 @@ def strictest_last(
     """
     chosen: Policy = Never()
     for policy in family:
-        if outcome(policy, ways, bad, level).bound > limit:
+        if outcome(policy, ways, bad, level, groups).bound > limit:
             break
         chosen = policy
     return chosen
@@ -213,16 +231,17 @@ def families(ways: Sequence[Way], bad: np.ndarray) -> dict[str, list[Policy]]:
 
 
 def choose(
-    ways: Sequence[Way], bad: np.ndarray, limit: float = 0.05, level: float = 0.95
+    ways: Sequence[Way], bad: np.ndarray, limit: float = 0.05, level: float = 0.95, groups: np.ndarray | None = None
 ) -> tuple[str, Policy, dict[str, tuple[Policy, Outcome]]]:
     """The rule that makes a good picture cheapest among the boldest permitted ones of each kind: (name, rule, all).
 
-    limit: of the upper bound (at `level`) on the share of good pictures given up. Choose on calibration data only.
+    limit: of the upper bound (at `level`) on the share of good pictures given up. groups: see `outcome`. Choose on
+    calibration data only.
     """
     found = {}
     for name, family in families(ways, bad).items():
-        policy = strictest_last(family, ways, bad, limit, level)
-        found[name] = (policy, outcome(policy, ways, bad, level))
+        policy = strictest_last(family, ways, bad, limit, level, groups)
+        found[name] = (policy, outcome(policy, ways, bad, level, groups))
     best = min(found, key=lambda name: found[name][1].per_good)
     return best, found[best][0], found
 

@@ -65,6 +65,13 @@ def calibration_error(p: np.ndarray, bad: np.ndarray, bins: int = 10) -> float:
     return error
 
 
+def calibration_floor(p: np.ndarray, bins: int = 10, draws: int = 400, seed: int = 0) -> float:
+    """What `calibration_error` would be on average if the probabilities were exactly right: with so many pictures
+    chance alone makes it more than 0."""
+    rng = np.random.default_rng(seed)
+    return float(np.mean([calibration_error(p, rng.random(len(p)) < p, bins) for _ in range(draws)]))
+
+
 def brier(p: np.ndarray, bad: np.ndarray) -> float:
     """Mean squared error of probabilities."""
     return float(np.mean((np.asarray(p) - np.asarray(bad)) ** 2))
