@@ -44,9 +44,10 @@ from dodgeburn.foresee.evaluate import (
     rounded,
     saved,
 )
+from dodgeburn.foresee.limits import limits
 from dodgeburn.foresee.network import NetworkSettings
 from dodgeburn.foresee.observe import Observer
-from dodgeburn.foresee.shards import Store
+from dodgeburn.foresee.shards import Store, Trajectory
 from dodgeburn.foresee.train import FitSettings, fit, parts_of, usable
 from dodgeburn.foresee.truth import find_artifacts
 from dodgeburn.foresee.wise import wise
@@ -91,10 +92,11 @@ class Size:
     ablation: tuple[str, ...] = tuple(ABLATION)
     states: tuple[int, int] = (8, 6)  # branching: prompts x seeds
     copies: int = 3
+    limits: int = 256  # pictures that the oracles read on their way
     resamples: int = 300
 
 
-QUICK = Size(8, 3, 1, 256, 1500, 1500, ("scalars", "maps"), (3, 4), 2, 50)
+QUICK = Size(8, 3, 1, 256, 1500, 1500, ("scalars", "maps"), (3, 4), 2, 32, 50)
 
 
 class Bench:
@@ -110,6 +112,7 @@ class Bench:
         self.test = Store(*(test or [self._collect("test", size.test, "judge", 1)]))
         self.new = Store(*(new or [self._collect("new", size.new, "judge", 2)]))
         self.settings = FitSettings(steps=size.steps)
+        self.place = parts_of(self.train, self.settings)
 
     def _collect(self, name: str, shards: int, reader: str, seed: int) -> Path:
         zoo = pocket_zoo(self.model)
@@ -123,10 +126,14 @@ class Bench:
         collect(zoo, settings, self.parts.folder / name, oracle(reader), reader)
         return self.parts.folder / name
 
+    def choice(self, record: Trajectory) -> bool:
+        """Whether a trajectory is of a training list's prompt that nothing was fitted to."""
+        return usable(record, self.settings) and self.place.get(record.prompt_id) == "choice"
+
     def part(self, name: str, make: Callable[[], Any]) -> Any:
         """A JSON part, made if it is not there."""
         path = f"{name}.json"
-        if not self.parts.has(path) and self.only and name.split("-")[0] not in self.only:
+        if not self.parts.has(path) and self.only and not {name, name.split("-")[0]} & set(self.only):
             return None
         if not self.parts.has(path):
             print(f"{time.strftime('%H:%M:%S')} {name}", flush=True)
@@ -181,8 +188,7 @@ class Bench:
         began = time.process_time()
         estimator = fit(self.train, self.parts.folder / f"fit-{slug}", settings)
         seconds = time.process_time() - began
-        place = parts_of(self.train, settings)
-        found = judge(estimator, self.train, lambda r: usable(r, settings) and place.get(r.prompt_id) == "choice")
+        found = judge(estimator, self.train, self.choice)
         said = figures(found, self.size.resamples)
         return {"weights": estimator.network.weights, "train_s": seconds, "pictures": len(found.records),
                 "prompts": len(set(found.prompt.tolist())),
@@ -223,6 +229,10 @@ class Bench:
         return out
 
     # -------------------- ceilings and cost
+
+    def limits(self) -> dict[str, Any]:
+        """What exact reading would reach, on some of the prompts that nothing was fitted to."""
+        return limits(self.model, self.train, self.choice, self.size.limits)
 
     def ceiling(self, share: float) -> dict[str, Any]:
         """Branches of the same states."""
@@ -316,12 +326,14 @@ def run(bench: Bench) -> dict[str, Any]:
     graded = bench.part("graded", bench.graded)
     cost = bench.part("overhead", bench.overhead)
     ceilings = {p: bench.part(f"ceiling-{p}", partial(bench.ceiling, p / 100)) for p in (25, 50)}
+    exact = bench.part("limits", bench.limits)
     first = bench.part("original", bench.original)
     ablation = {name: bench.part(f"ablation-{i}", partial(bench.ablated, name))
                 for i, name in enumerate(bench.size.ablation)}  # fmt: skip
     between = bench.part("wise", bench.wise)
     if trained is None or graded is None:
-        return {"ceiling_25": ceilings[25], "ceiling_50": ceilings[50], "original": first, "wise": between}
+        return {"ceiling_25": ceilings[25], "ceiling_50": ceilings[50], "limits": exact, "original": first,
+                "ablation": ablation, "wise": between}  # fmt: skip
     f, s = graded["figures"], graded["saved"]
     return {
         "machine": machine(), "pictures": graded["pictures"], "prompts": graded["prompts"],
@@ -338,8 +350,8 @@ def run(bench: Bench) -> dict[str, Any]:
         "overhead": cost and cost["overhead"], "overhead_per_look": cost and cost["per_look"],
         "overhead_per_look_half": cost and cost["per_look_half"],
         "baselines": graded["baselines"], "margins": graded["margins"],
-        "original": first, "rule": s["rule"], "rules": trained["rules"], "savings": s, "ablation": ablation,
-        "wise": between, "by_generator": graded["by_generator"], "curves": graded["curves"],
+        "limits": exact, "original": first, "rule": s["rule"], "rules": trained["rules"], "savings": s,
+        "ablation": ablation, "wise": between, "by_generator": graded["by_generator"], "curves": graded["curves"],
     }  # fmt: skip
 
 
@@ -349,7 +361,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in ("train", "test", "new"):
         parser.add_argument(f"--{name}", type=Path, action="append", default=[], help=f"{name} folder(s)")
     parser.add_argument("--only", nargs="*", default=[], help="parts to make now: trained graded overhead ceiling "
-                        "original ablation wise; the others are taken from --folder, or left out")  # fmt: skip
+                        "limits original ablation (or ablation-10 ...) wise; the others are taken from --folder, or "
+                        "left out")  # fmt: skip
     parser.add_argument("--folder", type=Path, default=Path("foresee-benchmark"))
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", action="store_true")

@@ -23,12 +23,19 @@ from dodgeburn.foresee.evaluate import (
     rounded,
     saved,
 )
+from dodgeburn.foresee.limits import limits
 from dodgeburn.foresee.network import Network, NetworkSettings
 from dodgeburn.foresee.policy import GRID
 from dodgeburn.foresee.savings import Funnel, Slots
-from dodgeburn.foresee.shards import Store
+from dodgeburn.foresee.shards import Shard, Space, Store, Trajectory, shard_name, write_shard
 from dodgeburn.foresee.train import FitSettings
+from dodgeburn.foresee.truth import find_artifacts
 from dodgeburn.foresee.wise import interpolate, wise
+from dodgeburn.models.latents import encode_pictures
+from dodgeburn.models.loading import load_model
+from dodgeburn.pocket.pictures import attributes_of
+from dodgeburn.pocket.reader import Reader
+from dodgeburn.pocket.world import render
 from dodgeburn.sampling.loop import GenerateSettings
 
 
@@ -225,3 +232,36 @@ def test_its_recipe_collapses_and_steps_alone_cure_it(tmp_path: Path) -> None:
     assert found["its recipe"][1] < 0.3 and abs(found["its recipe"][0] - 2.5) < 0.4, found
     assert found["1500 steps"][1] > 2 * found["its recipe"][1], found
     assert found["1500 steps"][1] > 0.35 and found["1500 steps"][2] > 0.4
+
+
+def test_exact_reading_is_exact_at_the_end_and_blind_at_the_beginning(tmp_path: Path) -> None:
+    """Portraits of two people, from sound to ruined, whose guesses come out of the mean of both."""
+    model = load_model("pocket", "cpu", "fp32")
+    clean = [render({**attributes_of(i, 77), "hand": "none", "fingers": 0}) for i in (0, 1)]
+    pictures = np.repeat(clean, 6, 0)
+    for i, picture in enumerate(pictures):  # a green patch on the cheek, larger and larger
+        side = (0, 3, 5, 8, 12, 18)[i % 6]
+        picture[30 : 30 + side, 24 : 24 + side] = (40, 200, 60)
+    finished = encode_pictures(model.vae, torch.from_numpy(pictures))
+    way = finished.mean(0) + torch.tensor([0.0, 0.3, 0.7, 1.0])[:, None, None, None, None] * (
+        finished - finished.mean(0)
+    )
+    n, k = len(pictures), 4
+    tensors = {name: torch.zeros(n * k, *shape) for name, shape in
+               (("x_t", (1,)), ("cond", (0,)), ("delta", (0,)), ("scalars", (1,)), ("log_snr", ()))}  # fmt: skip
+    tensors |= {
+        "trajectory": torch.arange(n, dtype=torch.int32).repeat_interleave(k),
+        "step": torch.arange(k, dtype=torch.int32).repeat(n), "progress": torch.linspace(0.25, 1, k).repeat(n),
+        "x0": way.transpose(0, 1).flatten(0, 1), "picture": torch.from_numpy(pictures),
+    }  # fmt: skip
+    found = find_artifacts(pictures, [""] * n, Reader.load("reader"))
+    records = [
+        Trajectory(str(i), "", f"person {i // 6}", i, "drawn", "ddim", k, 4.0, found[i].label("reader"))
+        for i in range(n)
+    ]
+    write_shard(tmp_path / shard_name(0), Shard(records, tensors, Space((), ("nothing",), 4, "made-up")))
+    said = limits(model, Store(tmp_path), lambda r: r.seed != 5, 11)
+    assert said["pictures"] == 11 and said["prompts"] == 1
+    assert said["oracle_100"]["srcc"] > 0.9 and said["oracle_100"]["auroc"] > 0.95 and said["noise"]["srcc"] > 0.9
+    assert said["oracle_25"]["srcc"] == 0  # all pictures are the same there
+    assert said["judge"]["auroc"] > 0.9
