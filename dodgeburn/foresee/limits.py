@@ -16,7 +16,7 @@ import torch
 from dodgeburn.foresee import scores
 from dodgeburn.foresee.feed import Where
 from dodgeburn.foresee.labels import BAD_FROM
-from dodgeburn.foresee.shards import Store, slot_of
+from dodgeburn.foresee.shards import Store, Trajectory, slot_of
 from dodgeburn.foresee.truth import find_artifacts
 from dodgeburn.models.latents import decode_pictures
 from dodgeburn.models.model import Model
@@ -31,7 +31,9 @@ def limits(model: Model, store: Store, where: Where, most: int) -> dict[str, Any
     lets through: `oracle_25` .. `oracle_100` by the share of the steps, `noise`, and `judge` (the labels are taken to
     be the reader's). The store must have kept pictures.
     """
-    records, guesses, pictures = [], [], []
+    records: list[Trajectory] = []
+    guesses: list[torch.Tensor] = []
+    pictures: list[np.ndarray] = []
     for shard in store.shards(("x0", "progress", "picture")):
         for i, record in enumerate(shard.records):
             if record.label is None or not where(record) or len(records) == most:
