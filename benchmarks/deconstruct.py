@@ -248,6 +248,7 @@ class Bench:
         if method == "cd-lerp":
             bucket["method"] = "lerp"
             bucket["scales"] = (0.1, 0.25, 0.5, 0.75)
+        taught = {"taught": 0.0} if method == "cd-pictures" else {}
         used = early * (3 if {"overtrain", "nightshade"} <= set(stages) else 1)
         again = max(1, total - used - late)
         spec = make_spec({
@@ -262,7 +263,7 @@ class Bench:
                            "success": None, "seed": seed},
             "bucket": bucket,
             "retrain": {"steps": again, "lr": s.lr, "batch": s.batch, "every": s.every, "plateau": 99,
-                        "adapt": s.adapt, "polish_steps": late, "polish_every": late, "seed": seed},
+                        **taught, "adapt": s.adapt, "polish_steps": late, "polish_every": late, "seed": seed},
         })  # fmt: skip
         found = deconstruct(model, spec, folder, bias_needed=False)
         return {"steps": found.steps, "samples": found.samples,

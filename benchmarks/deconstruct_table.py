@@ -12,12 +12,11 @@ from dodgeburn.measure.machine import machine
 from dodgeburn.rework.bias.before_after import Measured
 
 PLENTY, FEW, MERGE = "plenty", "few", "merge_only"
-TRAINED = ("balanced", "reweight", "self", "shrink-perturb", "dpo")
-ABLATIONS = ("cd-no-overtrain", "cd-no-nightshade", "cd-no-bucket", "cd-lerp")
+ABLATIONS = ("cd-no-overtrain", "cd-no-nightshade", "cd-no-bucket", "cd-lerp", "cd-pictures")
 REGIMES: dict[str, tuple[str, ...]] = {
     MERGE: ("uce", "random-prompt", "negation", "cd"),
-    PLENTY: ("balanced", "cd", "shrink-perturb", "self", "reweight", "dpo", *ABLATIONS),
-    FEW: ("balanced", "cd", "shrink-perturb", "dpo"),
+    PLENTY: ("balanced", "taught", "cd", "shrink-perturb", "self", "reweight", "dpo", *ABLATIONS),
+    FEW: ("balanced", "taught", "cd", "shrink-perturb", "dpo"),
 }
 SCAN = (
     "a doctor", "a firefighter", "a gardener", "a person, in a plain sweater", "a person, wearing a cap",

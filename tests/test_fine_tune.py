@@ -282,3 +282,22 @@ def test_a_teacher_that_is_asked_the_same_is_met_and_one_that_is_asked_more_is_f
     assert apart() < 0.6 * before
     assert {row for row, _ in asked} == set(range(len(own)))  # every example, with a caption of its own
     assert all(text in own.captions[row] for row, text in asked)
+
+
+def test_a_teachers_strength_by_hand() -> None:
+    model = tiny_model()
+    own = examples(model, text="a doctor")
+    held = make_prior(model, own, 3, seed=4)
+    ask = Predictor(model, *own.size).frozen
+
+    def says(strength: float) -> torch.Tensor:
+        teacher = make_teacher(model, own, lambda row, text: "a cat" if row else text, strength)
+        return teacher.says(held.x, held.timesteps, [0, 1, 2], ["a doctor", "a doctor", ""])
+
+    plain, cat = ask(held.x, held.timesteps, ["a doctor"] * 3), ask(held.x, held.timesteps, ["a cat"] * 3)
+    empty = ask(held.x, held.timesteps, [""] * 3)
+    for strength in (1.0, 2.0):
+        wanted = plain + strength * (cat - plain)
+        expected = torch.stack([plain[0], wanted[1], empty[2]])  # not asked for more; asked; its caption left out
+        assert torch.allclose(says(strength), expected, atol=1e-5)
+    assert not torch.allclose(says(1.0)[1], says(2.0)[1], atol=1e-4)

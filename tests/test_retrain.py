@@ -97,7 +97,7 @@ def test_the_teacher_is_the_untouched_model_whatever_the_stages_before_made() ->
     with torch.no_grad():
         for weight in model.unet.parameters():
             weight.add_(0.3)
-    teacher = _teacher(model, base, examples, ["dark", "bright"], concept)
+    teacher = _teacher(model, base, examples, ["dark", "bright"], concept, 2.0)
     assert torch.equal(teacher.predictor.frozen(x, times, ["a doctor"] * 2), said)
     with torch.no_grad():
         next(model.unet.parameters()).add_(1.0)  # training goes on; the teacher stays

@@ -30,9 +30,10 @@ class FixOptions:
     """Dissolve the tie between prompts and an attribute, and measure what it cost.
 
     Methods, from the cheapest: random-prompt (a rule for prompts, no weights), uce (closed form), reweight, balanced,
-    self (the model's own pictures), negation, shrink-perturb, dpo; auto tries them in this order and keeps the first
-    that meets the target with fidelity kept. The pocket's data are drawn by its world; any other model brings its own
-    (--data) or takes a method that needs none. Pictures are read by the reader, or by CLIP (--clip, --attributes).
+    taught (balanced, with the model's own answers as the aim), self (on its own pictures), negation, shrink-perturb,
+    dpo; auto tries them in this order and keeps the first that meets the target with fidelity kept. The pocket's data
+    are drawn by its world; any other model brings its own (--data) or takes a method that needs none. Pictures are read
+    by the reader, or by CLIP (--clip, --attributes).
     """
 
     model: Annotated[str, tyro.conf.Positional] = "pocket"

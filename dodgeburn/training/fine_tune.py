@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -100,12 +100,25 @@ class Teacher:
 
     predictor: Predictor
     asks: Callable[[int, str], str]  # number of the example and its drawn caption -> the text that the copy is asked
+    strength: float = 1.0  # times what the other text changes: f(x_t, c) + strength (f(x_t, asked) - f(x_t, c))
+
+    def says(self, x: Tensor, timesteps: Tensor, rows: Sequence[int], texts: Sequence[str]) -> Tensor:
+        """The targets [n, c, h, w] of these examples, drawn with these captions."""
+        asked = [self.asks(i, text) if text else "" for i, text in zip(rows, texts, strict=True)]
+        found = self.predictor.frozen(x, timesteps, asked)
+        others = [i for i, (a, text) in enumerate(zip(asked, texts, strict=True)) if a != text]
+        if self.strength != 1 and others:
+            plain = self.predictor.frozen(x[others], timesteps[others], [texts[i] for i in others])
+            found[others] = plain + self.strength * (found[others] - plain)
+        return found
 
 
-def make_teacher(model: Model, examples: Examples, asks: Callable[[int, str], str]) -> Teacher:
+def make_teacher(
+    model: Model, examples: Examples, asks: Callable[[int, str], str], strength: float = 1.0
+) -> Teacher:  # fmt: skip
     """The model as it is now; holds a second U-Net. A caption that is left out is left out for the teacher as well."""
     still = replace(model, unet=copy.deepcopy(model.unet).eval().requires_grad_(False))
-    return Teacher(Predictor(still, *examples.size, text_bytes=TEXT_BYTES), asks)
+    return Teacher(Predictor(still, *examples.size, text_bytes=TEXT_BYTES), asks, strength)
 
 
 @dataclass(frozen=True)
@@ -165,8 +178,7 @@ def fine_tune(
         n = len(drawn.weights)
         targets = drawn.targets.to(said.device)
         if teacher is not None:
-            asked = [teacher.asks(i, text) if text else "" for i, text in zip(drawn.rows, drawn.texts[:n], strict=True)]
-            taught = teacher.predictor.frozen(drawn.x[:n], drawn.timesteps[:n], asked)
+            taught = teacher.says(drawn.x[:n], drawn.timesteps[:n], drawn.rows, drawn.texts[:n])
             targets = torch.cat([taught.to(said.device), targets[n:]])
         error = (said - targets).square().mean(dim=(1, 2, 3))
         parts = {"loss": (drawn.weights.to(said.device) * error[:n]).mean()}

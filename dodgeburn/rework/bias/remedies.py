@@ -3,13 +3,12 @@
     random-prompt    a class is drawn for every picture and said in the prompt; no training, no weights
     uce              keys and values of cross-attention in closed form (uce.py); seconds, no data
     negation         theta_0 - s (theta_1 - theta_0), theta_1 trained on the model's own tied pictures (undo.py)
-    self             its own pictures of explicit prompts, under neutral captions: it is taught to say of them, unasked,
-                     what it said when asked; no data
     reweight         fine-tune on tied data with importance weights
     balanced         fine-tune on data in which every class is as frequent as the target says
     taught           the same data, but of each picture is learned, under a neutral caption, what the model as it was
-                     says of it when asked for its class: style and all else stay as this model has them
-    shrink-perturb   the same from weights that were shrunk and perturbed
+                     says of it, plus `taught` times what asking for its class changes: all else stays this model's
+    self             the same on its own pictures of explicit prompts; no data
+    shrink-perturb   balanced from weights that were shrunk and perturbed
     dpo              Diffusion-DPO (rework/dpo/train.py): a picture of another class preferred to one of the majority
 
 All training methods take the same number of steps. Half of every batch is pictures of other things by the model as it
@@ -71,6 +70,7 @@ class RemedySettings(BaseModel):
     look: int = Field(default=64, ge=8)  # neutral pictures a look, while strengths or weights are searched
     every: int = Field(default=25, ge=1)  # steps from look to look
     adapt: float = Field(default=0.25, ge=0, le=2)  # power by which weights follow what is read; 0: they do not
+    taught: float = Field(default=2.0, gt=0)  # taught, self: times what asking for a class changes
     strengths: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0)  # of task negation
     shrink: float = Field(default=0.95, gt=0, le=1)
     noise: float = Field(default=0.05, ge=0)
@@ -171,16 +171,17 @@ def _subject(prompt: str) -> str:
 
 
 def _train(
-    job: Job, name: str, pictures: Pictures, classes: Sequence[str] | None = None, taught: bool = False
+    job: Job, name: str, pictures: Pictures, classes: Sequence[str] | None = None, taught: float = 0.0
 ) -> int:  # fmt: skip
     """Fine-tune on these, other things held; the steps taken. classes: of the pictures, whose weights are to follow.
-    taught: what is learned of a picture is what the model as it is says of it when asked for the picture's class."""
+    taught: what is learned of a picture is what the model as it is says of it, plus so many times what asking for the
+    picture's class changes."""
     prior, c = job.prior(), job.concept
     examples = encode_examples(job.model, pictures)
     teacher = None
     if taught and classes is not None:
         shown = list(classes)
-        teacher = make_teacher(job.model, examples, lambda row, text: c.explicit(text, shown[row], row))
+        teacher = make_teacher(job.model, examples, lambda row, text: c.explicit(text, shown[row], row), taught)
     tuning = job.settings.tuning(prior is not None)
     looks = _Looks(job, name, tuning.steps) if classes is not None and job.settings.adapt else None
 
@@ -229,7 +230,7 @@ def _balanced(job: Job) -> Done:
 
 
 def _taught(job: Job) -> Done:
-    return Done("taught", _train(job, "taught", *_fair(job), taught=True))
+    return Done("taught", _train(job, "taught", *_fair(job), taught=job.settings.taught))
 
 
 def _reweight(job: Job) -> Done:
@@ -247,7 +248,7 @@ def _self(job: Job) -> Done:
     found, counts = self_pictures(job.concept, job.draw, job.classifier, job.settings.pictures,
                                   SELF_SEED + 10_000 * job.settings.seed)  # fmt: skip
     even = balanced(found, shown_classes(found, job.concept), job.concept, job.settings.pictures, job.settings.seed)
-    steps = _train(job, "self", even, shown_classes(even, job.concept), taught=True)
+    steps = _train(job, "self", even, shown_classes(even, job.concept), taught=job.settings.taught)
     return Done("self", steps, job.settings.pictures, notes={"right": counts})
 
 

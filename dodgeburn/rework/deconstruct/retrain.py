@@ -4,8 +4,8 @@
 a fixed share; every check moves the weights towards what is still lacking (weighing.py). Prior preservation towards the
 untouched model on the others' prompts, a quarter of them left out: guidance goes by what is said of no prompt, which
 pictures of one concept alone are not to move. Averaged weights. With `taught`, what is learned of a picture is not the
-picture but what the untouched model says of it when asked for its value: real pictures would bring their own style with
-them, which guidance then overstates. It ends when at two checks running
+picture but what the untouched model says of it, plus `taught` times what asking for the picture's value changes: real
+pictures would bring their own style with them, which guidance then overstates. It ends when at two checks running
 
     B <= tv  and  L <= loss  and  fid >= the untouched model's - fidelity_fall
 
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -127,7 +127,7 @@ def retrain(
         others = encode_examples(model, materials.pool.take(materials.rows(False)))
         prior = make_prior(model, others, s.prior_points, s.seed + 5, EMPTY)
     examples, values = _examples(model, pictures), _values(pictures, materials.attribute)
-    teacher = _teacher(model, base, examples, values, concept) if s.taught else None
+    teacher = _teacher(model, base, examples, values, concept, s.taught) if s.taught else None
     load_unet(model, start)
     settings = spec.tuning(
         steps=s.steps, batch=s.batch, lr=s.lr, empty=0.0 if s.prior > 0 else 0.1, ema=s.ema, prior=s.prior,
@@ -158,7 +158,7 @@ def retrain(
         best = pictures.take(typical(pictures, s.best))
         few, of_best = _examples(model, best), _values(best, materials.attribute)
         if teacher is not None:
-            teacher = Teacher(teacher.predictor, _asking(of_best, concept))
+            teacher = replace(teacher, asks=_asking(of_best, concept))
         fine_tune(
             model, few, settings, log.work / "b", "polish", prior, polish, told={"taught": s.taught},
             show_average=True, weights=lambda _step: weights(few, of_best, watch.readings), teacher=teacher,
@@ -177,10 +177,12 @@ def _asking(values: list[str], concept: Concept) -> Callable[[int, str], str]:
     return lambda row, text: concept.explicit(text, values[row], row) if values[row] else text
 
 
-def _teacher(model: Model, base: State, examples: Examples, values: list[str], concept: Concept) -> Teacher:
+def _teacher(
+    model: Model, base: State, examples: Examples, values: list[str], concept: Concept, strength: float
+) -> Teacher:  # fmt: skip
     """The untouched model, in memory beside the one that is trained; leaves `model` with the base's weights."""
     load_unet(model, base)
-    return make_teacher(model, examples, _asking(values, concept))
+    return make_teacher(model, examples, _asking(values, concept), strength)
 
 
 def _examples(model: Model, pictures: Pictures) -> Examples:

@@ -186,7 +186,7 @@ class Retrain(_Part):
     weight_high: float = Field(default=10.0, ge=1)  # importance weights are clipped here
     adapt: float = Field(default=0.25, ge=0, le=2)  # each check multiplies them by (target / share read) to this power
     concept_share: float = Field(default=0.5, gt=0, lt=1)  # of a batch
-    taught: bool = True  # learn what the untouched model says of a picture when asked for its value, not the picture
+    taught: float = Field(default=2.0, ge=0)  # times what asking the untouched model for a value changes; 0: pictures
     tv: float = Field(default=0.10, ge=0)  # enough
     loss: float = Field(default=1.02, gt=0)
     fidelity_fall: float = Field(default=0.01, ge=0)
