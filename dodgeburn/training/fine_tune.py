@@ -105,6 +105,7 @@ class Teacher:
     def says(self, x: Tensor, timesteps: Tensor, rows: Sequence[int], texts: Sequence[str]) -> Tensor:
         """The targets [n, c, h, w] of these examples, drawn with these captions."""
         asked = [self.asks(i, text) if text else "" for i, text in zip(rows, texts, strict=True)]
+        _encode_alone(self.predictor, [*asked, *texts])
         found = self.predictor.frozen(x, timesteps, asked)
         others = [i for i, (a, text) in enumerate(zip(asked, texts, strict=True)) if a != text]
         if self.strength != 1 and others:
@@ -245,9 +246,13 @@ class _Texts:
             predictor.encode(texts)
 
     def __call__(self, texts: list[str]) -> None:
-        with torch.autocast(self.predictor.model.device.type, enabled=False):
-            for text in texts:
-                self.predictor.encode([text])
+        _encode_alone(self.predictor, texts)
+
+
+def _encode_alone(predictor: Predictor, texts: Sequence[str]) -> None:
+    """Each text by itself (those that are known are not encoded again), in fp32."""
+    with torch.autocast(predictor.model.device.type, enabled=False):
+        predictor.encode(texts, alone=True)
 
 
 @dataclass(frozen=True)
