@@ -53,7 +53,7 @@ class Bench:
         folder.mkdir(parents=True, exist_ok=True)
         self.model: Model = load_model("pocket", device="cpu", dtype="fp32")
         self.reader = Reader.load("reader")
-        self.unedited = Unedited(self.model, GenerateSettings(steps=8, guidance=4.0))
+        self.unedited = Unedited(self.model, GenerateSettings(steps=8, guidance=4.0), quick=True)
         self.final: Unedited | None = None
 
     def trained(self, spec: SliderSpec) -> Path:
@@ -98,7 +98,7 @@ class Bench:
             settings = GenerateSettings(steps=QUICK.steps, guidance=QUICK.guidance)
             seeds = [10_000 * (draw + 1) + 5_000 + i for i in range(QUICK.pictures)]
             found = calibrate(
-                self.edit(spec, Unedited(self.model, settings)), reader_scorer(target, self.reader),
+                self.edit(spec, Unedited(self.model, settings, quick=True)), reader_scorer(target, self.reader),
                 calibration_prompts(target, QUICK.pictures), seeds, settings=QUICK.search,
                 sigma=known_sigma(self.model, target), paired=True,
             )  # fmt: skip
@@ -111,7 +111,7 @@ class Bench:
         target, path = str(spec.attribute), self.folder / f"{spec.name}-judged-{factor:.4f}.json"
         if not path.exists():
             if self.final is None:
-                self.final = Unedited(self.model)
+                self.final = Unedited(self.model, quick=True)
                 self.judge = Reader.load("judge")
             split = evaluation_split([target], 8, 4)
             asked = sorted([*REQUESTED, 0.0])

@@ -7,9 +7,12 @@ Sliders are trained and calibrated with the reader; the judge reads what is repo
 attribute open (gate list), seeds that nothing else uses. Finished parts stay in --folder, and the same command goes on
 there. Every mean has a 95 % interval over concepts (bootstrap).
 
-monotone, spearman, selectivity, range_sigma, symmetry, calibration_error: slide/measures.py. *_kept: of all pairs and
-triples of the first concepts. official: the published loop as is, with its defaults (1 000 steps; 10 in --quick).
-baselines: mean leakage onto the other attributes where the target has moved by one deviation; null where it never does.
+monotone, spearman, selectivity, range_sigma, symmetry, calibration_error: slide/measures.py, over scales from -3 to 3
+whatever a file's safe range is; within_safe_range: of the same pictures those at scales that the file calls safe.
+*_kept: of all pairs and triples of the first concepts. official: the published loop as is, with its defaults (1 000
+steps; 10 in --quick). baselines: mean leakage onto the other attributes where the target has moved by one deviation;
+null where it never does. Pictures are drawn with bf16 products where the processor is quick at them
+(models/quick.py); fp32 has the first judged slider again without.
 """
 
 from __future__ import annotations
@@ -29,16 +32,19 @@ import torch
 from PIL import Image
 from sizes import run_sized
 
+from dodgeburn.errors import UserError
 from dodgeburn.jobs import PartStore
 from dodgeburn.measure.machine import machine
 from dodgeburn.models.adapter_file import load_adapter
 from dodgeburn.models.adapters import Adapter
 from dodgeburn.models.loading import load_model
 from dodgeburn.models.model import Model
+from dodgeburn.models.quick import quick_products
 from dodgeburn.pocket.attributes import draw_attributes
 from dodgeburn.pocket.reader import Reader
 from dodgeburn.pocket.world import render
 from dodgeburn.sampling.predict import Predictor
+from dodgeburn.sampling.settings import GenerateSettings
 from dodgeburn.slide.attention_reuse import PromptToPrompt
 from dodgeburn.slide.baselines import EmbeddingInterpolation, PromptWeight, random_like, words_of
 from dodgeburn.slide.cache import make_points
@@ -46,11 +52,12 @@ from dodgeburn.slide.calibrate import CalibrationSettings, calibrate, reader_sco
 from dodgeburn.slide.closed_form import closed_form
 from dodgeburn.slide.composition import Member, kept, read_alone
 from dodgeburn.slide.edits import AdapterEdit, Edit, Unedited
-from dodgeburn.slide.evaluate import Evaluation, as_json, evaluate
+from dodgeburn.slide.evaluate import Evaluation, as_json, evaluate, judge_sweep
 from dodgeburn.slide.natural import known_sigma
 from dodgeburn.slide.official import OfficialSettings, train_official
 from dodgeburn.slide.pairs import PairSpec, train_pairs
 from dodgeburn.slide.score_edits import Composition, GuidanceDirection
+from dodgeburn.slide.slider_file import open_slider
 from dodgeburn.slide.spec import SliderSpec, load_specs
 from dodgeburn.slide.splits import calibration_prompts, calibration_split, evaluation_split
 from dodgeburn.slide.text import train_text
@@ -74,14 +81,16 @@ class Size:
     composed_prompts: int = 4
     composed_seeds: int = 4
     unmixed_seeds: int = 8
-    baselines: int = 3  # concepts
-    baseline_seeds: int = 8
+    baselines: int = 12  # concepts
+    baseline_seeds: int = 2
+    shuffled: int = 3  # concepts on which the shuffled control is trained
     official_steps: int = 1000
+    official_seeds: int = 8
     hand_pairs: int = 8
     hand_seeds: int = 64
 
 
-QUICK = Size(3, 1, 4, 4, 3, 2, 4, 2, 1, 4, 10, 8, 8)
+QUICK = Size(3, 1, 4, 4, 3, 2, 4, 2, 1, 4, 1, 10, 4, 8, 8)
 
 
 class Bench:
@@ -92,6 +101,7 @@ class Bench:
         self.model: Model = load_model("pocket", device="cpu", dtype="fp32")
         self.store = PartStore(folder, {"size": asdict(size), "model": self.model.sha256, "scales": list(SCALES)})
         self.unedited = Unedited(self.model)
+        self.draft = Unedited(self.model, GenerateSettings(steps=8))  # on which other edits find their unit
         self.judge, self.reader = Reader.load("judge"), Reader.load("reader")
         self.specs = load_specs(SPECS)[: size.concepts]
 
@@ -148,8 +158,23 @@ class Bench:
 
     def row(self, spec: SliderSpec, seed: int) -> dict[str, Any]:
         """Everything of one slider."""
+        path = self.file(spec, seed)
         found = self.judged(self.slider(spec, seed), spec, self.share(seed))
-        return as_json(found) | {"leak": mean_leak(found)}
+        card = open_slider(str(path), self.model).card
+        low, high = card.safe_range or (-1.0, 1.0)
+        safe = judge_sweep(
+            found.sweep.within(low, high), found.target, found.split, found.reader, found.name, resamples=50,
+            unit=known_sigma(self.model, found.target),
+        )  # fmt: skip
+        within = {key: safe.mean(key) for key in MEANS}
+        return as_json(found) | {"leak": mean_leak(found), "safe_range": [low, high], "within": within}
+
+    def exact(self, spec: SliderSpec, seed: int) -> dict[str, Any]:
+        """A slider judged on pictures drawn in fp32 throughout."""
+        with torch.autocast("cpu", enabled=False):
+            edit = self.slider(spec, seed)
+            edit.unedited = Unedited(self.model)
+            return as_json(self.judged(edit, spec, self.share(seed)))
 
     def unmix(self) -> dict[str, Any]:
         """Selectivity among the concepts, before and after unmixing (first training seed)."""
@@ -215,28 +240,38 @@ class Bench:
         began = time.perf_counter()
         adapter = closed_form(self.model, spec)
         seconds = time.perf_counter() - began
-        return {"seconds": seconds, **self.other(AdapterEdit(self.model, adapter, unedited=self.unedited), spec)}
+        return {"seconds": seconds, **self.other(lambda base: AdapterEdit(self.model, adapter, unedited=base), spec)}
 
     def official(self, spec: SliderSpec, repaired: bool) -> dict[str, Any]:
         """The published loop."""
         settings = OfficialSettings(repaired=repaired, steps=self.size.official_steps)
         run = train_official(self.model, spec, settings)
-        edit = AdapterEdit(self.model, run.adapter, 800, unedited=self.unedited)
-        return {"forwards": run.forwards, "train_s": run.seconds, **self.other(edit, spec)}
+        made = partial(AdapterEdit, self.model, run.adapter, 800)
+        full = self.judged(Scaled(made(unedited=self.unedited), 1.0), spec, slice(0, self.size.official_seeds))
+        return {
+            "forwards": run.forwards, "train_s": run.seconds, "as_made": {k: full.mean(k) for k in MEANS},
+            **self.other(lambda base: made(unedited=base), spec, self.size.official_seeds, SCALES),
+        }  # fmt: skip
 
-    def other(self, edit: Edit, spec: SliderSpec) -> dict[str, Any]:
-        """An edit with a strength of its own meaning: its unit is found as a slider's is, then it is judged."""
+    def other(
+        self, make: Callable[[Unedited], Edit], spec: SliderSpec, seeds: int | None = None,
+        scales: Sequence[float] = (-2.0, -1.0, 0.0, 1.0, 2.0), unit: float | None = None,
+    ) -> dict[str, Any]:  # fmt: skip
+        """An edit with a strength of its own meaning: its unit is found with the reader, then it is judged."""
         target = str(spec.attribute)
-        unit = 1.0
-        try:
-            found = calibrate(
-                edit, reader_scorer(target, self.reader), calibration_split([target], 2, 1).prompts, [7000, 7001, 7002],
-                settings=CalibrationSettings(step=4.0, furthest=4.0, rounds=4), sigma=known_sigma(self.model, target),
-            )  # fmt: skip
-            unit = found.factor
-        except Exception as error:  # an edit that moves nothing has no unit: said, and judged as it is
-            print(f"  {spec.name}: {error}", flush=True)
-        judged = self.judged(Scaled(edit, unit), spec, slice(0, self.size.baseline_seeds), (-2.0, -1.0, 0.0, 1.0, 2.0))
+        if unit is None:
+            try:
+                unit = calibrate(
+                    make(self.draft), reader_scorer(target, self.reader), calibration_split([target], 3, 1).prompts,
+                    [7000, 7001], settings=CalibrationSettings(step=1.0, furthest=1.0, rounds=5),
+                    sigma=known_sigma(self.model, target),
+                ).factor  # fmt: skip
+            except UserError as error:  # an edit that moves nothing has no unit: said, and judged as it is
+                print(f"  {spec.name}: {error}", flush=True)
+                unit = 1.0
+        judged = self.judged(
+            Scaled(make(self.unedited), unit), spec, slice(0, seeds or self.size.baseline_seeds), scales
+        )
         said = as_json(judged)
         return {"unit": unit, "leak": mean_leak(judged), **{key: said[key] for key in MEANS if key in said}}
 
@@ -244,20 +279,30 @@ class Bench:
         """Every baseline on one concept."""
         words = words_of(spec)
         ours = self.slider(spec, 0)
-        edits: dict[str, Edit] = {
-            "slider": ours,
-            "prompt weight": PromptWeight(self.unedited, words),
-            "composition": Composition(self.unedited, words),
-            "prompt-to-prompt": PromptToPrompt(self.unedited, words),
-            "embedding interpolation": EmbeddingInterpolation(self.unedited, words),
-            "guidance direction": GuidanceDirection(self.unedited, words, spec.start),
-            "random LoRA": AdapterEdit(self.model, random_like(ours.adapters[0]), spec.start, unedited=self.unedited),
-            "shuffled labels": AdapterEdit(self.model, self.shuffled(spec), spec.start, unedited=self.unedited),
+        adapter, control = ours.adapters[0], random_like(ours.adapters[0])
+        edits: dict[str, Callable[[Unedited], Edit]] = {
+            "slider": lambda base: AdapterEdit(self.model, adapter, spec.start, unedited=base),
+            "prompt weight": lambda base: PromptWeight(base, words),
+            "composition": lambda base: Composition(base, words),
+            "prompt-to-prompt": lambda base: PromptToPrompt(base, words),
+            "embedding interpolation": lambda base: EmbeddingInterpolation(base, words),
+            "guidance direction": lambda base: GuidanceDirection(base, words, spec.start),
+            "random LoRA": lambda base: AdapterEdit(self.model, control, spec.start, unedited=base),
         }
-        return {
-            name: self.part(f"baseline-{spec.name}-{name.replace(' ', '_')}", partial(self.other, edit, spec))
-            for name, edit in edits.items()
-        }
+        units = {"slider": 1.0}
+        out = {
+            name: self.part(f"baseline-{spec.name}-{name.replace(' ', '_')}",
+                            partial(self.other, make, spec, unit=units.get(name)))
+            for name, make in edits.items()
+        }  # fmt: skip
+        if spec in self.specs[: self.size.shuffled]:
+            out["shuffled labels"] = self.part(f"baseline-{spec.name}-shuffled_labels", partial(self.control, spec))
+        return out
+
+    def control(self, spec: SliderSpec) -> dict[str, Any]:
+        """A slider trained on shuffled labels."""
+        adapter = self.shuffled(spec)
+        return self.other(lambda base: AdapterEdit(self.model, adapter, spec.start, unedited=base), spec)
 
     def shuffled(self, spec: SliderSpec) -> Adapter:
         """A control: the same training with positive and negative changed about at half of the points."""
@@ -302,6 +347,17 @@ def mean_leak(found: Evaluation) -> float | None:
     return float(np.mean(values)) if values else None
 
 
+def less(ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """How much less the slider leaks than another edit, over the concepts on which both reach one deviation."""
+    apart = [
+        {"less": b["leak"] - a["leak"]}
+        for a, b in zip(ours, theirs, strict=False)
+        if a["leak"] is not None and b["leak"] is not None
+    ]
+    mean, ends = over(apart, "less")
+    return {"mean": mean, "interval": ends, "concepts": len(apart)}
+
+
 def over(rows: Sequence[dict[str, Any]], key: str) -> tuple[float | None, list[float] | None]:
     """Mean over rows and its 95 % interval, by resampling rows."""
     values = np.array([row[key] for row in rows if row.get(key) is not None], dtype=np.float64)
@@ -314,6 +370,12 @@ def over(rows: Sequence[dict[str, Any]], key: str) -> tuple[float | None, list[f
 def run(size: Size, folder: Path) -> dict[str, Any]:
     """All parts, and the table."""
     bench = Bench(size, folder)
+    with quick_products(bench.model):
+        return table(bench, size)
+
+
+def table(bench: Bench, size: Size) -> dict[str, Any]:
+    """What is printed."""
     trained = [bench.part(f"train-{seed}", partial(bench.train, seed)) for seed in range(size.training_seeds)]
     rows = [
         bench.part(f"judged-{spec.name}-{seed}", partial(bench.row, spec, seed))
@@ -324,6 +386,9 @@ def run(size: Size, folder: Path) -> dict[str, Any]:
     found["intervals"] = {}
     for key in MEANS:
         found[key], found["intervals"][key] = over(rows, key)
+    found["within_safe_range"] = {key: over([row["within"] for row in rows], key) for key in MEANS}
+    found["safe_ranges"] = {row["name"]: row["safe_range"] for row in rows}
+    found["fp32"] = {key: bench.part("fp32", lambda: bench.exact(bench.specs[0], 0))[key] for key in MEANS}
     found["by_concept"] = {row["name"]: {key: row[key] for key in MEANS} for row in rows}
     found["train_s"] = float(np.median([row["seconds"] for seed in trained for row in seed]))
     first, nexts = [seed[0] for seed in trained], [row for seed in trained for row in seed[1:]]
@@ -341,8 +406,11 @@ def run(size: Size, folder: Path) -> dict[str, Any]:
     closed = [bench.part(f"closed-{spec.name}", partial(bench.closed, spec)) for spec in compared]
     found["closed_form_s"] = float(np.max([row["seconds"] for row in closed]))
     parts = [bench.baselines(spec) for spec in compared]
-    found["baselines"] = {name: over([part[name] for part in parts], "leak")[0] for name in parts[0]}
-    found["baselines"]["closed form"] = over(closed, "leak")[0]
+    leaks = {name: [part[name] for part in parts if name in part] for name in parts[0]} | {"closed form": closed}
+    found["baselines"] = {name: over(rows, "leak")[0] for name, rows in leaks.items()}
+    found["baselines_intervals"] = {name: over(rows, "leak")[1] for name, rows in leaks.items()}
+    found["baselines_reached"] = {name: sum(row["leak"] is not None for row in rows) for name, rows in leaks.items()}
+    found["slider_less_than"] = {name: less(leaks["slider"], rows) for name, rows in leaks.items() if name != "slider"}
     spec = next(spec for spec in bench.specs if spec.name == "smile")
     found["official"] = bench.part("official", lambda: bench.official(spec, False))
     found["official_repaired"] = bench.part("official-repaired", lambda: bench.official(spec, True))

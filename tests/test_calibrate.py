@@ -101,13 +101,34 @@ def test_few_pictures_tell_the_shape_and_all_the_strength() -> None:
     settings = CalibrationSettings(step=0.5, furthest=1.0, few=2)
     edit = Uneven(None)
     found = calibrate(edit, READ, prompts, pairs, settings=settings, sigma=SIGMA, paired=True)
-    assert 1.6 * np.tanh(found.factor) == pytest.approx(1.0, abs=0.05)  # the mean of all six
-    assert edit.calls.count(1.0) == 6 and {edit.calls.count(s) for s in edit.calls if s not in (0, 1, -1)} <= {2}
+    assert 1.6 * np.tanh(found.factor) == pytest.approx(1.0, abs=0.03)  # the mean of all six
+    counts = [edit.calls.count(s) for s in dict.fromkeys(edit.calls)]
+    assert set(counts) == {2, 6} and counts.count(6) == 2  # all six at one pair of scales
     every = calibrate(Uneven(None), READ, prompts, pairs, settings=CalibrationSettings(step=0.5, furthest=1.0),
                       sigma=SIGMA, paired=True)  # fmt: skip
-    assert found.factor == pytest.approx(every.factor)
-    assert np.array(found.curve) == pytest.approx(np.array(every.curve), abs=1e-3)
+    for scale, move in found.curve:
+        assert move == pytest.approx(1.6 * np.tanh(scale * found.factor), abs=0.01)
     assert found.pictures < every.pictures
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.floats(0.02, 8), st.sampled_from([-1, 1]), st.floats(0.7, 1.4), st.floats(0.0, 0.5))
+def test_few_pictures_first_whatever_the_strength(slope, sign, apart, bend) -> None:
+    """The few respond `apart` times as strongly as the rest, the response bends: the unit is that of all."""
+    few = [1.0 + (apart - 1) * 0.5] * 4 + [1.0 - (apart - 1) * 0.5] * 4
+
+    class Bent(Known):
+        def pictures(self, prompts, seeds, strengths):
+            rows = [
+                0.5 + few[n] * sign * SIGMA * (np.tanh(bend * slope * s) / bend if bend > 0.05 else slope * s)
+                for n, s in zip(seeds, strengths, strict=True)
+            ]
+            return np.array(rows, np.float64)[:, None, None, None]
+
+    search = CalibrationSettings(step=1.5, furthest=3.0, rounds=4, first=0.7, few=4)
+    found = calibrate(Bent(None), READ, list("abcdefgh"), range(8), settings=search, sigma=SIGMA, paired=True)
+    raw = np.arctanh(bend) / bend / slope if bend > 0.05 else 1 / slope
+    assert found.factor == pytest.approx(sign * raw, rel=0.05)
 
 
 def test_more_seeds_for_sigma_alone() -> None:

@@ -233,17 +233,17 @@ class _Hook:
         )
 
     def _factors(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Down [ranks, in (, k, k)], as the layer's weight has it, and up [out, ranks]; files have a 1x1 convolution as
+        a matrix too, and the other way round.
+        """
         if self._kept is not None and self._kept[0].dtype == like.dtype and self._kept[0].device == like.device:
             return self._kept
         adapters = self.attachment.adapters
-        # As the layer's own: a 1x1 convolution may stand in a file as a matrix, and the other way round.
         downs = [adapters[i].down(m).reshape(-1, *self.inputs) for i, m, _ in self.users]
-        ups = [
-            adapters[i].up(m).reshape(-1, len(d), *[1] * (d.ndim - 2))
-            for (i, m, _), d in zip(self.users, downs, strict=True)
-        ]
-        down = torch.cat(downs).to(like.device, like.dtype)
-        up = torch.cat(ups, 1).to(like.device, like.dtype)
+        ups = [adapters[i].up(m).flatten(1) for i, m, _ in self.users]
+        one = len(downs) == 1
+        down = (downs[0] if one else torch.cat(downs)).to(like.device, like.dtype)
+        up = (ups[0] if one else torch.cat(ups, 1)).to(like.device, like.dtype)
         if not self.trains:
             self._kept = down, up
         return down, up
@@ -254,11 +254,14 @@ class _Hook:
         x = inputs[0]
         down, up = self._factors(x)
         scale = (self.attachment.scales[self.owner] * self.factor[:, None]).T.to(x.device, x.dtype)  # [rows, ranks]
+        # Product and sum in one call: for so few ranks a sum by itself would take as long as the product.
         if isinstance(layer, nn.Conv2d):
             z = F.conv2d(x, down, None, layer.stride, layer.padding, layer.dilation)
-            return output + F.conv2d(z * scale[:, :, None, None], up)
+            z = (z * scale[:, :, None, None]).flatten(2)
+            return torch.baddbmm(output.flatten(2), up.expand(len(z), -1, -1), z).view(output.shape)
         z = F.linear(x, down)
-        return output + F.linear(z * scale.view(len(scale), *[1] * (x.ndim - 2), -1), up)
+        z = (z * scale.view(len(scale), *[1] * (x.ndim - 2), -1)).flatten(0, -2)
+        return torch.addmm(output.flatten(0, -2), z, up.T).view(output.shape)
 
 
 @contextmanager

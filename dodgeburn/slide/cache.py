@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dodgeburn.models.model import Model
+from dodgeburn.models.quick import quick_products
 from dodgeburn.sampling.loop import GenerateSettings, Step, generate
 from dodgeburn.sampling.predict import Predictor, add_noise, alphas_cumprod
 from dodgeburn.slide.spec import SliderSpec
@@ -41,7 +42,8 @@ def clean_latents(model: Model, texts: list[str], seeds: list[int], settings: Ge
             found[index] = step.denoised[row].clone().cpu()
         return [False] * len(step.indices)  # nothing is decoded
 
-    generate(model, texts, seeds, settings, keep)
+    with quick_products(model):
+        generate(model, texts, seeds, settings, keep)
     return torch.stack([found[i] for i in range(len(texts))])
 
 
@@ -64,7 +66,7 @@ def make_points(model: Model, predictor: Predictor, spec: SliderSpec) -> Points:
     point_contexts = [of_latents[int(i)] for i in which]
     empty = torch.rand(n, generator=generator) < spec.unconditional
     asked = ["" if bare else spec.prompts(context)[0] for context, bare in zip(point_contexts, empty, strict=True)]
-    return Points(x, timesteps, point_contexts, asked, predictor.frozen(x, timesteps, asked))
+    return Points(x, timesteps, point_contexts, asked, predictor.frozen(x, timesteps, asked, quick=True))
 
 
 def directions(predictor: Predictor, points: Points, spec: SliderSpec) -> Tensor:
@@ -80,6 +82,6 @@ def directions(predictor: Predictor, points: Points, spec: SliderSpec) -> Tensor
         contexts = [order[(order.index(c) + shift) % len(order)] for c in points.contexts]
         plus = [spec.prompts(c)[1] for c in contexts]
         minus = [spec.prompts(c)[2] for c in contexts]
-        both = predictor.frozen(points.x.repeat(2, 1, 1, 1), points.timesteps.repeat(2), plus + minus)
+        both = predictor.frozen(points.x.repeat(2, 1, 1, 1), points.timesteps.repeat(2), plus + minus, quick=True)
         total += both[: len(total)] - both[len(total) :]
     return total / count

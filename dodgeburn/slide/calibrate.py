@@ -49,8 +49,9 @@ class CalibrationSettings:
     parse_loss: float = 0.02  # share of pictures that may become unreadable
     least_gain: float = 0.15  # a step is safe if it moves the attribute by this share of what a unit slope would
     rounds: int = 8  # tries to find the unit
-    few: int | None = None  # pictures at scales beyond the first pair, whose mean tells how strong the edit is: how its
-    # response bends differs less from picture to picture than its strength does. None: all
+    first: float = 1.0  # raw scale that is tried first
+    few: int | None = None  # pictures that find about where the unit is, and how the response bends, which differs less
+    # from picture to picture than its strength does; all are drawn at one pair of scales alone. None: at every scale
     largest: float = 64.0  # raw scale: a slider that needs more does nothing
 
 
@@ -95,11 +96,14 @@ def calibrate(
     """
     settings = settings or CalibrationSettings()
     probe = _Probe(edit, scorer, _rows(prompts, seeds, paired), list(spread_seeds), sigma, settings.few)
-    unit = _find_unit(probe, settings)
+    unit = _find_unit(probe, settings) if settings.few is None else _find_unit_by_few(probe, settings)
+    if settings.few is not None:  # few pictures are drawn in one batch, however far the response turns out to be safe
+        steps = range(1, round(settings.furthest / settings.step) + 1)
+        probe.measure([sign * unit * i * settings.step for i in steps for sign in (-1, 1)])
     low, high = (sign * _safe_end(probe, unit, sign, settings) for sign in (-1, 1))
     if not low < high:
         raise UserError(f"the slider is not safe at any scale: the first step of {settings.step:g} sigma goes wrong")
-    rows = sorted((round(raw / unit, 4), found.move, found.rate) for raw, found in probe.seen.items())
+    rows = sorted((round(raw / unit, 4), probe.move(raw), found.rate) for raw, found in probe.seen.items())
     return Calibration(
         attribute=scorer.attribute, by=scorer.by, factor=unit, sigma=probe.sigma, safe_range=(low, high),
         curve=[(scale, round(move, 4)) for scale, move, _ in rows if not math.isnan(move)],
@@ -132,27 +136,27 @@ class _Seen:
 
 
 class _Probe:
-    """Mean moves and parse rates at raw scales, each measured once.
+    """Mean moves and parse rates at raw scales, each measured once, on the first `few` pictures.
 
-    The first pair of scales is measured on all pictures, the others on the first `few`. Their moves are multiplied by
-    how much further all pictures moved there than the few (a ratio estimate).
+    Moves are multiplied by how much further all pictures move than the few, once `of_all` has found that.
     """
 
     def __init__(
         self, edit: Edit, scorer: Scorer, rows: Rows, more: list[int], sigma: float | None, few: int | None
     ) -> None:
         self.edit, self.scorer, self.rows = edit, scorer, rows
-        self.few, self.ratio = few or len(rows), 1.0
+        self.few, self.ratio = min(few or len(rows), len(rows)), 1.0
         prompts = list(dict.fromkeys(prompt for prompt, _ in rows))
         both = list(dict.fromkeys([*rows, *((prompt, seed) for prompt in prompts for seed in more)]))
-        score = self._scores(both, [0.0])[:, 0]
+        # Where sigma is known, the other unedited pictures tell nothing: a distance from +s to -s needs none.
+        score = self._scores(both if sigma is None else rows[: self.few], [0.0])[:, 0]
         known = score[~np.isnan(score)]
         if len(known) < 2:
             raise UserError(f"{len(known)} of {score.size} unedited pictures can be read: calibration needs 2 at least")
         self.sigma = float(np.std(known, ddof=1)) if sigma is None else sigma
         if self.sigma < 1e-6:
             raise UserError(f"{scorer.attribute} is the same in all {len(known)} unedited pictures: it has no unit")
-        self.plain = score[: len(rows)]
+        self.plain = score[: self.few]
         self.seen: dict[float, _Seen] = {0.0: _Seen(0.0, 1 - float(np.isnan(self.plain).mean()), 0.0)}
         self.made = 0
 
@@ -164,29 +168,38 @@ class _Probe:
     def measure(self, raw: Sequence[float]) -> None:
         """Measure what is not known yet, in one call."""
         new = [scale for scale in dict.fromkeys(raw) if scale not in self.seen]
-        if not new:
-            return
-        first = len(self.seen) == 1
-        n = len(self.rows) if first else self.few
-        found = self._scores(self.rows[:n], new)
+        if new:
+            self._keep(new, self._scores(self.rows[: self.few], new))
+
+    def _keep(self, scales: list[float], found: np.ndarray) -> None:
+        """Scores [rows, scales], of which the first rows are the few."""
         self.made += found.size
-        moves = (found - self.plain[:n, None]) / self.sigma
+        moves = (found[: self.few] - self.plain[:, None]) / self.sigma
         rates = 1 - np.isnan(found).mean(0)
-        lost = 1 - float(np.isnan(self.plain[:n]).mean()) - rates
-        for scale, move, rate, less in zip(new, _means(moves), rates, lost, strict=True):
-            self.seen[scale] = _Seen(float(move) * self.ratio, float(rate), float(less))
-        if first and self.few < n and len(new) == 2:
-            whole, part = (moves[:, 0] - moves[:, 1], (moves[:, 0] - moves[:, 1])[: self.few])
-            size, of_few = (float(_means(one[:, None])[0]) for one in (whole, part))
-            if abs(of_few) > 0.1 and 0.25 < size / of_few < 4:
-                self.ratio = size / of_few
+        lost = np.isnan(found[: self.few]).mean(0) - float(np.isnan(self.plain).mean())
+        for scale, move, rate, less in zip(scales, _means(moves), rates, lost, strict=True):
+            self.seen[scale] = _Seen(float(move), float(rate), float(less))
+
+    def move(self, raw: float) -> float:
+        """Mean move of all pictures in sigma, as far as it is known."""
+        return self.seen[raw].move * self.ratio
 
     def half(self, raw: float) -> float:
         """Half the distance between the mean moves at +raw and -raw, in sigma; one side's where the other is lost."""
         self.measure([raw, -raw])
-        up, down = self.seen[raw].move, -self.seen[-raw].move
-        sides = [move for move in (up, down) if not math.isnan(move)]
+        sides = [move for move in (self.move(raw), -self.move(-raw)) if not math.isnan(move)]
         return sum(sides) / len(sides) if sides else math.nan
+
+    def of_all(self, raw: float) -> float:
+        """`half` by all pictures, which must not have been measured there before; NaN where none can be read."""
+        scales = [raw, -raw]
+        found = self._scores(self.rows, scales)
+        self._keep(scales, found)
+        apart = (found[:, 0] - found[:, 1]) / (2 * self.sigma)
+        every, few = (float(_means(one[:, None])[0]) for one in (apart, apart[: self.few]))
+        if few and not math.isnan(every / few):
+            self.ratio = every / few
+        return every
 
 
 def _means(moves: np.ndarray) -> np.ndarray:
@@ -198,7 +211,8 @@ def _means(moves: np.ndarray) -> np.ndarray:
 
 def _find_unit(probe: _Probe, settings: CalibrationSettings) -> float:
     """The raw scale whose half distance is one sigma, signed: by secants, halving where they make no headway."""
-    raw, low, high = 1.0, (0.0, 0.0), (math.inf, math.inf)  # (raw scale, size) known to be too small, too large
+    raw = settings.first
+    low, high = (0.0, 0.0), (math.inf, math.inf)  # (raw scale, size) known to be too small, too large
     best = (math.inf, raw)  # (error, unit)
     last_side = 0
     for _ in range(settings.rounds):
@@ -225,8 +239,52 @@ def _find_unit(probe: _Probe, settings: CalibrationSettings) -> float:
         return math.copysign(between, best[1]) if best[0] < math.inf else between
     if best[0] <= 0.25:
         return best[1]
-    reached = max((abs(one.move) for one in probe.seen.values() if not math.isnan(one.move)), default=0.0)
-    raise UserError(
+    raise _no_unit(probe)
+
+
+def _find_unit_by_few(probe: _Probe, settings: CalibrationSettings) -> float:
+    """The same where few pictures find about where it is, all measure there, and the rest is a step along the curve."""
+    raw = settings.first
+    for _ in range(settings.rounds):
+        moved = probe.half(raw)
+        if abs(moved) >= NOTICED or raw >= settings.largest:
+            break
+        raw = raw / 2 if math.isnan(moved) else min(4 * raw, settings.largest)
+    size, tried = abs(moved), raw
+    if math.isnan(moved) or size < NOTICED:
+        raise _no_unit(probe)
+    raw = tried * min(4.0, 1 / size)
+    for _ in range(2):
+        if raw in probe.seen:
+            raw *= 1.01  # a scale is drawn once
+        moved = probe.of_all(raw)
+        if math.isnan(moved):
+            raise _no_unit(probe)
+        if abs(abs(moved) - 1) <= NEAR:
+            break
+        if abs(moved) < NOTICED:
+            raise _no_unit(probe)
+        raw /= abs(moved)
+    else:
+        raise _no_unit(probe)
+    # On from there along a s + b s^3 through both pairs: a response that flattens needs a longer step.
+    steep, before = abs(moved) / raw, abs(probe.half(tried)) / tried
+    bend = (before - steep) / (tried**2 - raw**2) if abs(tried - raw) > 0.15 * raw else 0.0
+    unit = raw
+    for _ in range(4):  # Newton's
+        slope = steep + bend * (3 * unit**2 - raw**2)
+        value = unit * (steep + bend * (unit**2 - raw**2))
+        unit += (1 - value) / min(max(slope, 0.4 * steep), 2 * steep)
+    return math.copysign(unit, moved)
+
+
+NOTICED = 0.15  # sigma: a smaller move tells nothing of the scale
+NEAR = 0.4  # sigma by which all pictures may miss the few's unit for one step along the curve to mend it
+
+
+def _no_unit(probe: _Probe) -> UserError:
+    reached = max((abs(probe.move(raw)) for raw, one in probe.seen.items() if not math.isnan(one.move)), default=0.0)
+    return UserError(
         f"the slider moves {probe.scorer.attribute} by {reached:.2f} natural standard deviations at most (scales up to "
         f"{max(probe.seen):g}): there is no scale to call 1.0"
     )
@@ -239,7 +297,7 @@ def _safe_end(probe: _Probe, unit: float, sign: int, settings: CalibrationSettin
         raw = sign * unit * i * settings.step
         probe.measure([raw])
         found = probe.seen[raw]
-        gain = sign * (found.move - probe.seen[sign * unit * safe].move)
+        gain = sign * (probe.move(raw) - probe.move(sign * unit * safe))
         lost = found.lost > settings.parse_loss + 1e-9
         if math.isnan(found.move) or lost or gain < settings.least_gain * settings.step:
             break

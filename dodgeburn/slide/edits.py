@@ -14,6 +14,7 @@ import numpy as np
 from dodgeburn.errors import UserError
 from dodgeburn.models.adapters import Adapter
 from dodgeburn.models.model import Model
+from dodgeburn.models.quick import quick_products
 from dodgeburn.sampling.adapted import ALWAYS, Applied
 from dodgeburn.sampling.loop import GenerateSettings, stream
 from dodgeburn.sampling.prompts import EncodedPrompt
@@ -33,17 +34,18 @@ class Edit(Protocol):
 def draw(
     model: Model, prompts: Sequence[str], seeds: Sequence[int], settings: GenerateSettings | None = None,
     adapters: Sequence[Applied] = (), batch_size: int | None = None, progress: Progress | None = None,
-    encoded: Mapping[str, EncodedPrompt] | None = None,
+    encoded: Mapping[str, EncodedPrompt] | None = None, quick: bool = False,
 ) -> np.ndarray:  # fmt: skip
     """Pictures uint8 [n, h, w, 3] of n prompts and seeds, by a model with adapters; `encoded` as for `generate`.
 
-    Raises what `generate` raises.
+    quick: in bf16 where that is quicker. Raises what `generate` raises.
     """
     found: list[np.ndarray | None] = [None] * len(prompts)
-    for made in stream(model, prompts, seeds, settings, None, batch_size, encoded, adapters):
-        found[made.index] = np.asarray(made.image)
-        if progress is not None:
-            progress(1)
+    with quick_products(model, quick):
+        for made in stream(model, prompts, seeds, settings, None, batch_size, encoded, adapters):
+            found[made.index] = np.asarray(made.image)
+            if progress is not None:
+                progress(1)
     pictures = [picture for picture in found if picture is not None]
     if not pictures:
         raise UserError("no pictures asked for: give at least one prompt and seed")
@@ -51,14 +53,16 @@ def draw(
 
 
 class Unedited:
-    """The model's own pictures, each made once: every edit of the same prompts and seeds shares them."""
+    """The model's own pictures, each made once: every edit of the same prompts and seeds shares them, and how they are
+    drawn. quick: in bf16 where that is quicker.
+    """
 
     def __init__(
         self, model: Model, settings: GenerateSettings | None = None, batch_size: int | None = None,
-        progress: Progress | None = None,
+        progress: Progress | None = None, quick: bool = False,
     ) -> None:  # fmt: skip
         self.model, self.settings = model, settings or GenerateSettings()
-        self.batch_size, self.progress = batch_size, progress
+        self.batch_size, self.progress, self.quick = batch_size, progress, quick
         self._made: dict[tuple[str, int], np.ndarray] = {}
 
     def pictures(self, prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
@@ -67,7 +71,7 @@ class Unedited:
         new = [pair for pair in dict.fromkeys(pairs) if pair not in self._made]
         if new:
             drawn = draw(self.model, [p for p, _ in new], [s for _, s in new], self.settings,
-                         batch_size=self.batch_size, progress=self.progress)  # fmt: skip
+                         batch_size=self.batch_size, progress=self.progress, quick=self.quick)  # fmt: skip
             self._made.update(zip(new, drawn, strict=True))
         if not pairs:
             raise UserError("no pictures asked for: give at least one prompt and seed")
@@ -126,6 +130,6 @@ class AdapterEdit:
             ]
             base = self.unedited
             return draw(self.model, [prompts[i] for i in rows], [seeds[i] for i in rows], base.settings, applied,
-                        base.batch_size, base.progress)  # fmt: skip
+                        base.batch_size, base.progress, quick=base.quick)  # fmt: skip
 
         return with_unedited(self.unedited, prompts, seeds, strengths, edited)

@@ -44,11 +44,11 @@ class QuickCalibration:
     `dodgeburn slider calibrate` measures again with as many pictures as wanted.
     """
 
-    pictures: int = 18  # at the first pair of scales; each of a prompt and a seed of its own
+    pictures: int = 24  # at one pair of scales; each of a prompt and a seed of its own
     steps: int = 5  # denoising steps
     guidance: float = 4.0
     search: CalibrationSettings = field(
-        default_factory=lambda: CalibrationSettings(step=1.5, furthest=3.0, rounds=2, few=4)
+        default_factory=lambda: CalibrationSettings(step=1.5, furthest=3.0, rounds=4, first=0.7, few=4)
     )
 
 
@@ -159,7 +159,9 @@ class SliderMaker:
         if self._unedited is None:
             calls = self.quick.steps * (1 if self.quick.guidance == 1 else 2)
             settings = GenerateSettings(steps=self.quick.steps, guidance=self.quick.guidance)
-            self._unedited = Unedited(self.model, settings, progress=lambda made: self._drawn.append(made * calls))
+            self._unedited = Unedited(
+                self.model, settings, progress=lambda made: self._drawn.append(made * calls), quick=True
+            )
         return AdapterEdit(self.model, adapter, look.start, unedited=self._unedited)
 
     def _scores(self, spec: Spec) -> Scorer | None:
