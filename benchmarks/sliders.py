@@ -18,7 +18,6 @@ null where it never does. Pictures are drawn with bf16 products where the proces
 from __future__ import annotations
 
 import json
-import math
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -31,6 +30,7 @@ import numpy as np
 import torch
 from PIL import Image
 from sizes import run_sized
+from slider_table import less, mean_leak, over
 
 from dodgeburn.errors import UserError
 from dodgeburn.jobs import PartStore
@@ -339,32 +339,6 @@ class Scaled:
     def pictures(self, prompts: Sequence[str], seeds: Sequence[int], strengths: Sequence[float]) -> np.ndarray:
         """As `Edit.pictures`."""
         return self.edit.pictures(prompts, seeds, [strength * self.unit for strength in strengths])
-
-
-def mean_leak(found: Evaluation) -> float | None:
-    """Mean leakage onto the other attributes at one deviation."""
-    values = [leak.absolute for leak in found.leaks.values() if not math.isnan(leak.absolute)]
-    return float(np.mean(values)) if values else None
-
-
-def less(ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """How much less the slider leaks than another edit, over the concepts on which both reach one deviation."""
-    apart = [
-        {"less": b["leak"] - a["leak"]}
-        for a, b in zip(ours, theirs, strict=False)
-        if a["leak"] is not None and b["leak"] is not None
-    ]
-    mean, ends = over(apart, "less")
-    return {"mean": mean, "interval": ends, "concepts": len(apart)}
-
-
-def over(rows: Sequence[dict[str, Any]], key: str) -> tuple[float | None, list[float] | None]:
-    """Mean over rows and its 95 % interval, by resampling rows."""
-    values = np.array([row[key] for row in rows if row.get(key) is not None], dtype=np.float64)
-    if not len(values):
-        return None, None
-    drawn = np.random.default_rng(0).choice(values, (2000, len(values))).mean(1)
-    return float(values.mean()), [float(v) for v in np.quantile(drawn, [0.025, 0.975])]
 
 
 def run(size: Size, folder: Path) -> dict[str, Any]:

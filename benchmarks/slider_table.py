@@ -1,0 +1,37 @@
+"""The table of benchmarks/sliders.py: means over concepts with their intervals, and edits against the slider."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from dodgeburn.slide.evaluate import Evaluation
+
+
+def mean_leak(found: Evaluation) -> float | None:
+    """Mean leakage onto the other attributes at one deviation."""
+    values = [leak.absolute for leak in found.leaks.values() if not math.isnan(leak.absolute)]
+    return float(np.mean(values)) if values else None
+
+
+def less(ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """How much less the slider leaks than another edit, over the concepts on which both reach one deviation."""
+    apart = [
+        {"less": b["leak"] - a["leak"]}
+        for a, b in zip(ours, theirs, strict=False)
+        if a["leak"] is not None and b["leak"] is not None
+    ]
+    mean, ends = over(apart, "less")
+    return {"mean": mean, "interval": ends, "concepts": len(apart)}
+
+
+def over(rows: Sequence[dict[str, Any]], key: str) -> tuple[float | None, list[float] | None]:
+    """Mean over rows and its 95 % interval, by resampling rows."""
+    values = np.array([row[key] for row in rows if row.get(key) is not None], dtype=np.float64)
+    if not len(values):
+        return None, None
+    drawn = np.random.default_rng(0).choice(values, (2000, len(values))).mean(1)
+    return float(values.mean()), [float(v) for v in np.quantile(drawn, [0.025, 0.975])]
