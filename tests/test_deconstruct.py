@@ -210,7 +210,7 @@ def test_the_example_reads_and_bad_specs_are_one_line(tmp_path: Path) -> None:
     assert spec.concept.shares == (0.5, 0.5) and spec.stages == ("overtrain", "nightshade", "bucket", "retrain")
     concept = SHORT["concept"]
     for said, message in (
-        ({}, "concept is missing"), ({"concept": concept, "stagse": 1}, "stagse is not known, did you mean stages"),
+        ({}, "concept is missing"), ({"concept": concept, "stagse": 1}, "stagse is not known: did you mean stages"),
         ({"concept": {**concept, "values": {"dark": "dark"}}}, "concept.values"),
         ({"concept": {**concept, "target": {"dark": 1}}}, "a share for each"),
         ({"concept": {**concept, "target": {"dark": 0.9, "light": 0.9}}}, "sums to 1.8"),
