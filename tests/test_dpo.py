@@ -356,7 +356,8 @@ def test_safeguard_keeps_the_winners_error_lower(tmp_path: Path) -> None:
         ({"rank": None, "reference": "off"}, "cannot be switched off"),
         ({"reference": "copy", "reference_decay": 0.9}, "cannot follow"),
         ({"reference": "bank", "reference_decay": 0.9}, "cannot follow"), ({"beta": 0.0}, "greater than 0"),
-        ({"loss": "sft", "one_by_one": True}, "winners alone"), ({"rank": 0}, "greater than or equal to 1"), ({"steps": 0}, "greater than"), ({"loss": "none"}, "sigmoid"),
+        ({"loss": "sft", "one_by_one": True}, "winners alone"),
+        ({"rank": 0}, "greater than or equal to 1"), ({"steps": 0}, "greater than"), ({"loss": "none"}, "sigmoid"),
     ],
 )  # fmt: skip
 def test_settings_that_cannot_be(changes: dict[str, Any], said: str) -> None:

@@ -6,8 +6,8 @@ reference (`reference.py`) for the noise, and minimises a loss of the four error
 
 The log says every few steps whether this goes well: `accuracy`, the share of pairs whose margin has the right sign;
 `winner` and `loser`, by how much their errors differ from the reference's, as shares of the winners' reference error
-(without a reference, the errors themselves); `margin`, the median size of z. `sft` has the winners' alone. DPO widens a margin also by making both
-worse, the loser more: where the winners' error rises by a tenth, a warning says so.
+(without a reference, the errors themselves); `margin`, the median size of z. `sft` has the winners' alone. DPO widens a
+margin also by making both worse, the loser more: where the winners' error rises by a tenth, a warning says so.
 """
 
 from __future__ import annotations
