@@ -131,6 +131,27 @@ def test_few_pictures_first_whatever_the_strength(slope, sign, apart, bend) -> N
     assert found.factor == pytest.approx(sign * raw, rel=0.05)
 
 
+def test_few_that_say_nothing_of_the_shape_cost_the_range_and_not_the_slider() -> None:
+    """The few stay where they are beyond a unit: safe as far as all were seen, unless they could not be read there."""
+    search = CalibrationSettings(step=1.5, furthest=3.0, rounds=4, first=0.7, few=2)
+
+    class Stuck(Known):
+        def pictures(self, prompts, seeds, strengths):
+            rows = [
+                0.5 + SIGMA * (np.clip(s, -0.2, 0.2) if n < 2 else s) for n, s in zip(seeds, strengths, strict=True)
+            ]
+            lost = [self.lost(s) and n == 5 for n, s in zip(seeds, strengths, strict=True)]
+            return np.where(lost, np.nan, rows)[:, None, None, None]
+
+    def found(lost=lambda strength: False) -> Calibration:
+        return calibrate(Stuck(None, lost), READ, list("abcdef"), range(6), settings=search, sigma=SIGMA, paired=True)
+
+    assert found().factor == pytest.approx(1.4, abs=0.05)  # (2 x 0.2 + 4 x 1.4) / 6 is one
+    assert found().safe_range == (-1.0, 1.0)
+    with pytest.raises(UserError, match="not safe at any scale"):
+        found(lambda strength: strength != 0)
+
+
 def test_more_seeds_for_sigma_alone() -> None:
     edit = Known(lambda s: s * 0.1)
     found = calibrate(edit, READ, ["a"], [2, 3], spread_seeds=[1, 2, 3, 4])

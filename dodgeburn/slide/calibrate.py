@@ -100,7 +100,11 @@ def calibrate(
     if settings.few is not None:  # few pictures are drawn in one batch, however far the response turns out to be safe
         steps = range(1, round(settings.furthest / settings.step) + 1)
         probe.measure([sign * unit * i * settings.step for i in steps for sign in (-1, 1)])
-    low, high = (sign * _safe_end(probe, unit, sign, settings) for sign in (-1, 1))
+    # All pictures were seen to move by one unit, so that far it is safe if they can be read there; the few have the say
+    # of what is beyond.
+    read = all(probe.seen[raw].lost <= settings.parse_loss for raw in probe.by_all)
+    least = 1.0 if probe.by_all and read and settings.step > 1 else 0.0
+    low, high = (sign * max(least, _safe_end(probe, unit, sign, settings)) for sign in (-1, 1))
     if not low < high:
         raise UserError(f"the slider is not safe at any scale: the first step of {settings.step:g} sigma goes wrong")
     rows = sorted((round(raw / unit, 4), probe.move(raw), found.rate) for raw, found in probe.seen.items())
@@ -159,6 +163,7 @@ class _Probe:
         self.plain = score[: self.few]
         self.seen: dict[float, _Seen] = {0.0: _Seen(0.0, 1 - float(np.isnan(self.plain).mean()), 0.0)}
         self.made = 0
+        self.by_all: list[float] = []  # the pair of scales at which all were measured last
 
     def _scores(self, rows: Rows, scales: list[float]) -> np.ndarray:
         every = [(prompt, seed, scale) for prompt, seed in rows for scale in scales]
@@ -176,7 +181,7 @@ class _Probe:
         self.made += found.size
         moves = (found[: self.few] - self.plain[:, None]) / self.sigma
         rates = 1 - np.isnan(found).mean(0)
-        lost = np.isnan(found[: self.few]).mean(0) - float(np.isnan(self.plain).mean())
+        lost = 1 - float(np.isnan(self.plain).mean()) - rates
         for scale, move, rate, less in zip(scales, _means(moves), rates, lost, strict=True):
             self.seen[scale] = _Seen(float(move), float(rate), float(less))
 
@@ -195,10 +200,11 @@ class _Probe:
         scales = [raw, -raw]
         found = self._scores(self.rows, scales)
         self._keep(scales, found)
+        self.by_all = scales
         apart = (found[:, 0] - found[:, 1]) / (2 * self.sigma)
         every, few = (float(_means(one[:, None])[0]) for one in (apart, apart[: self.few]))
-        if few and not math.isnan(every / few):
-            self.ratio = every / few
+        # Few that hardly move, or the other way, say nothing of the shape either: then they are taken as they are.
+        self.ratio = every / few if few and 1 / MOST_APART <= every / few <= MOST_APART else 1.0
         return every
 
 
@@ -278,6 +284,7 @@ def _find_unit_by_few(probe: _Probe, settings: CalibrationSettings) -> float:
     return math.copysign(unit, moved)
 
 
+MOST_APART = 3.0  # times that all pictures may move as far as the few
 NOTICED = 0.15  # sigma: a smaller move tells nothing of the scale
 NEAR = 0.4  # sigma by which all pictures may miss the few's unit for one step along the curve to mend it
 

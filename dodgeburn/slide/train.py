@@ -44,11 +44,11 @@ class QuickCalibration:
     `dodgeburn slider calibrate` measures again with as many pictures as wanted.
     """
 
-    pictures: int = 24  # at one pair of scales; each of a prompt and a seed of its own
+    pictures: int = 17  # at one pair of scales; each of a prompt and a seed of its own
     steps: int = 5  # denoising steps
     guidance: float = 4.0
     search: CalibrationSettings = field(
-        default_factory=lambda: CalibrationSettings(step=1.5, furthest=3.0, rounds=4, first=0.7, few=4)
+        default_factory=lambda: CalibrationSettings(step=1.5, furthest=3.0, rounds=4, first=0.7, few=6)
     )
 
 
