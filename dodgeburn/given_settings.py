@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
 _BOUNDS = ("gt", "ge", "lt", "le")
+_NAMED = 8  # known names that are listed where none is near
 _LONGEST = 80  # characters of a value that are shown
 _WORDS = {
     "int": "a whole number", "float": "a number", "finite_number": "a finite number", "bool": "true or false",
@@ -42,6 +43,15 @@ def read_yaml(path: Path, what: str, wanted: str) -> dict[str, Any]:
     return said
 
 
+def nearest(given: str, known: Sequence[str]) -> str:
+    """What to say behind "X is not known": the name that was meant, or else what there is, not more than a few."""
+    near = difflib.get_close_matches(given, known, n=1, cutoff=0.6)
+    if near:
+        return f": did you mean {near[0]}?"
+    more = f" and {len(known) - _NAMED} more" if len(known) > _NAMED else ""
+    return f": expected one of {', '.join(known[:_NAMED])}{more}" if known else ""
+
+
 def first_problem(
     error: ValidationError, schema: type[BaseModel] | None = None, spelled: Callable[[str], str] = str
 ) -> str:
@@ -58,9 +68,7 @@ def first_problem(
     if kind == "missing":
         return f"{name} is missing"
     if kind == "extra_forbidden":
-        near = difflib.get_close_matches(str(where[-1]), fields, n=1, cutoff=0.6)
-        known = f": expected one of {', '.join(fields)}" if fields else ""
-        return f"{name} is not known{f', did you mean {near[0]}?' if near else ''}{known}"
+        return f"{name} is not known{nearest(str(where[-1]), fields)}"
     if kind in ("value_error", "assertion_error"):  # one of our own checks has said it already
         said = str(first["msg"]).removeprefix("Value error, ").removeprefix("Assertion failed, ")
         return f"{name}: {said}" if name else said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from dodgeburn.rework.deconstruct.bucketing import (
     merge_states,
     order_difference,
 )
+from dodgeburn.rework.deconstruct.merge_map import merge_map, spoken
 from dodgeburn.rework.deconstruct.meters import Reading
 from dodgeburn.rework.deconstruct.report import deconstruct_report
 from dodgeburn.rework.deconstruct.stage_log import unet_state
@@ -106,6 +108,23 @@ def test_four_corners_with_perturbed_pictures(tmp_path: Path) -> None:
     assert 0 < found.stages[2].detail["order_difference"] < 1
     assert len(list((tmp_path / "poison").glob("*.png"))) == found.stages[1].detail["poisoned"] == 4
     assert "other order" in deconstruct_report(found, "tiny").html()
+
+
+def test_the_map_of_merges_names_every_point() -> None:
+    rows = [
+        {"name": "a", "v": 0.0, "s": 1.0, "of": {}, "loss": 2.0, "tv": 0.4},
+        {"name": "b", "v": 0.0, "s": 0.5, "of": {}, "loss": 1.0, "tv": 0.2},
+        {"name": "c", "v": 1.0, "s": 0.5, "of": {}, "loss": 9.0, "tv": None},  # too far gone to be drawn
+        {"name": "d", "v": 0.0, "s": 0.5, "of": {"M00": 0.25, "IN<1>": 0.75}, "loss": 1.5, "tv": 0.1},
+    ]
+    found = merge_map(rows, "d")
+    assert found.count("<title>") == 3 and "<title>0: v 0, s 1; L 2.000, B 0.400</title>" in found
+    assert "<title>3: v 0, s 0.5, but IN&lt;1&gt; s 0.75 (2 buckets apart); L 1.500, B 0.100</title>" in found
+    (line,) = re.findall(r'<polyline points="(\S+) (\S+)"', found)  # b, then a: s grows
+    (x, y), (x2, y2) = (tuple(map(float, point.split(","))) for point in line)
+    assert x < x2 and y > y2  # more loss to the right, more variation up
+    assert found.count('r="9"') == 1 and merge_map(rows[2:3], "c") == ""
+    assert spoken(rows[1]) == "v 0, s 0.5"
 
 
 def test_opposite_changes_are_counted() -> None:

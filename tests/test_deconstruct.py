@@ -111,13 +111,7 @@ def test_file_card_and_report_say_how_it_was_made(finished, tmp_path: Path) -> N
     card = path.with_suffix(".md").read_text()
     assert "CLIP skip" in card and "negative" in card and "own" in card and "overtrain" in card
     page = deconstruct_report(found, "tiny").html()
-    for text in (
-        "Curves",
-        "1 overtrained",
-        "Merges that no other beats",
-        "nightshaded",
-        "not an evaluation" if False else "confirm",
-    ):
+    for text in ("Curves", "1 overtrained", "<svg", "unbeaten", "nightshaded", "confirm"):
         assert text in page, text
     assert page.count("<img") > 40
 
@@ -210,7 +204,7 @@ def test_the_example_reads_and_bad_specs_are_one_line(tmp_path: Path) -> None:
     assert spec.concept.shares == (0.5, 0.5) and spec.stages == ("overtrain", "nightshade", "bucket", "retrain")
     concept = SHORT["concept"]
     for said, message in (
-        ({}, "concept is missing"), ({"concept": concept, "stagse": 1}, "stagse is not known, did you mean stages"),
+        ({}, "concept is missing"), ({"concept": concept, "stagse": 1}, "stagse is not known: did you mean stages"),
         ({"concept": {**concept, "values": {"dark": "dark"}}}, "concept.values"),
         ({"concept": {**concept, "target": {"dark": 1}}}, "a share for each"),
         ({"concept": {**concept, "target": {"dark": 0.9, "light": 0.9}}}, "sums to 1.8"),

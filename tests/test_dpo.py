@@ -1,6 +1,7 @@
 """Alignment: references that agree, runs that resume to the same bytes, what a step does, bad settings."""
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -268,6 +269,27 @@ def test_every_loss_learns_which_pictures_win(tmp_path: Path, loss: str, rank: i
         assert after < before
 
 
+def test_plain_fine_tuning_asks_for_the_winners_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half the samples; what comes out is what came out where losers passed as well, and no loser changes a byte."""
+
+    def tuned(name: str, losers: int = 1) -> tuple[Aligned, int]:
+        model, seen = tiny_model(), []
+        model.unet.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+        pairs = checked(Preference(f"a {i}", picture(2 * i), picture(2 * i + losers)) for i in range(5))
+        return align(model, pairs, quick(loss="sft"), tmp_path / name, log_every=2), sum(seen)
+
+    (alone, samples), (other, _) = tuned("alone"), tuned("other", 101)
+    monkeypatch.setitem(LOSSES, "sft", replace(LOSSES["sft"], loser=True))  # type: ignore[arg-type]
+    both, twice = tuned("both")
+    assert (samples, twice) == (alone.forwards, both.forwards) == (4 * 2, 2 * 4 * 2)
+    assert set(alone.last) == {"step", "loss", "winner"} < set(both.last)
+    weights = [made.adapter.state_dict() for made in (alone, other, both) if made.adapter is not None]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    moved = max(float(w.abs().max()) for name, w in weights[0].items() if "up" in name)
+    apart = max(float((w - weights[2][name]).abs().max()) for name, w in weights[0].items())
+    assert apart < 1e-4 * moved  # a product of fewer rows may round otherwise
+
+
 def test_weights_count(tmp_path: Path) -> None:
     """Twice the weight is twice the loss; AdamW's step is the same, so the gradient clipping is what would differ."""
     single = align(tiny_model(), some_pairs(), quick(steps=1), tmp_path / "1")
@@ -334,6 +356,7 @@ def test_safeguard_keeps_the_winners_error_lower(tmp_path: Path) -> None:
         ({"rank": None, "reference": "off"}, "cannot be switched off"),
         ({"reference": "copy", "reference_decay": 0.9}, "cannot follow"),
         ({"reference": "bank", "reference_decay": 0.9}, "cannot follow"), ({"beta": 0.0}, "greater than 0"),
+        ({"loss": "sft", "one_by_one": True}, "winners alone"),
         ({"rank": 0}, "greater than or equal to 1"), ({"steps": 0}, "greater than"), ({"loss": "none"}, "sigmoid"),
     ],
 )  # fmt: skip

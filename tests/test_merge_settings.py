@@ -23,7 +23,7 @@ def test_names_are_brought_to_one_spelling() -> None:
 @pytest.mark.parametrize(
     ("options", "what"),
     [
-        ({"presets": "GradV"}, "presets is not known, did you mean preset"),
+        ({"presets": "GradV"}, "presets is not known: did you mean preset"),
         ({"xl_presets": "stretch"}, "xl_presets is 'stretch': expected one of 'curve', 'cut'"),
         ({"seed": "one"}, "seed is 'one': expected a whole number"),
         ({"blocks": ["IN00"]}, "blocks is .*: expected a mapping"),
@@ -45,6 +45,6 @@ def test_settings_and_keywords_say_the_same(tmp_path: Path) -> None:
     assert one[1] == dry_run("pocket-style", "pocket-bold", preset="Cosine", base=0.4, keep="vae")[1]
     other = dry_run("pocket-style", "pocket-bold", None, settings, base=0.6)[0]
     assert (other.settings.preset, other.blocks["BASE"], one[0].blocks["BASE"]) == ("Cosine", 0.6, 0.4)
-    with pytest.raises(UserError, match="presett is not known, did you mean preset"):
+    with pytest.raises(UserError, match="presett is not known: did you mean preset"):
         db.merge("pocket-style", "pocket-bold", tmp_path / "m.safetensors", presett="Cosine")
     assert not list(tmp_path.iterdir())

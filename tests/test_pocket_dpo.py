@@ -16,9 +16,9 @@ from dodgeburn.errors import UserError
 from dodgeburn.models.loading import load_model
 from dodgeburn.pocket.model import weights_path
 from dodgeburn.rework.dpo import pocket_dpo
-from dodgeburn.rework.dpo.make_pairs import pocket_prompts
+from dodgeburn.rework.dpo.make_pairs import FIRST_PROMPT, pocket_prompts
 from dodgeburn.rework.dpo.train import DpoSettings
-from dodgeburn.training.pocket import gate_prompts
+from dodgeburn.training.pocket import development_prompts, gate_prompts
 
 
 def test_from_pairs_to_the_file_that_ships(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,7 +46,12 @@ def test_from_pairs_to_the_file_that_ships(tmp_path: Path, monkeypatch: pytest.M
 
 def test_no_pair_comes_from_a_held_out_prompt() -> None:
     held_out = {row["prompt"] for row in gate_prompts()}
-    assert not held_out & set(pocket_prompts(pocket_dpo.PROMPTS))
+    shipped = pocket_dpo.draw_settings().prompts
+    assert len(shipped) == pocket_dpo.PROMPTS and not held_out & set(shipped)
+    chosen_on = {row["prompt"] for row in development_prompts(FIRST_PROMPT)}
+    shared = [p for p in shipped if p in chosen_on]
+    assert shared == ["a face, waving", "someone", "a person, mid shot", "a face, waving"]
+    assert not (held_out | chosen_on) & set(pocket_prompts(400)), "pairs made from now on share none"
 
 
 # -------------------- the benchmark's sums

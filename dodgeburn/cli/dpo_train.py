@@ -180,10 +180,10 @@ def _run(settings: Train, source: Path, out: Path) -> tuple[Aligned, PreferenceP
     )
     if last:
         against = "" if chosen.kind_of_reference == "none" else " against the reference"
-        _say(
-            f"  at the end: accuracy {last['accuracy']:.2f}, winner's error {last['winner']:+.3f}, loser's "
-            f"{last['loser']:+.3f}{against}, median margin {last['margin']:.2f}"
-        )
+        paired = "loser" in last  # sft sees winners alone
+        before = f"accuracy {last['accuracy']:.2f}, " if paired else ""
+        behind = f", loser's {last['loser']:+.3f}{against}, median margin {last['margin']:.2f}" if paired else ""
+        _say(f"  at the end: {before}winner's error {last['winner']:+.3f}{behind}")
     print_warnings(caught)
     return aligned, pairs
 

@@ -11,14 +11,14 @@ import tyro
 
 from dodgeburn.cli.options import parse
 
-HELP = "see it all in a minute or two: pictures, sliders, every merge of two models, one HTML page"
+HELP = "see it all: pictures, sliders, every merge of two models, one HTML page (1 to 2 minutes on two cores)"
 EXAMPLE = "dodgeburn tour -o tour"
 
 
 @dataclass
 class Tour:
     """Draw with the shipped model, train two sliders on it, compare all merges of its two fine-tunes, write the best
-    one, and show it all in one HTML page. Needs no network; takes some minutes on two cores.
+    one, and show it all in one HTML page. Needs no network; takes one to two minutes on two cores.
     """
 
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], metavar="DIR")] = None

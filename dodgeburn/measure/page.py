@@ -1,5 +1,5 @@
 """The look of a report: its style sheet for light and dark, wide and narrow,
-and the few lines that sort a table."""
+and the few lines that sort a table and say that it goes on to the right."""
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #fbfaf7; --card: #ffffff; --ink: #1d2126; --muted: #5d6672;
@@ -29,6 +29,11 @@ figure { margin: 1.2em 0; }
 figure img.plot { width: 100%; height: auto; display: block; border: 1px solid var(--line);
   border-radius: 8px; }
 .scroll { overflow-x: auto; background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
+.frame { position: relative; }
+.frame.more::after { content: ""; position: absolute; inset: 1px 1px 1px auto; width: 40px; z-index: 3;
+  pointer-events: none; background: linear-gradient(to right, transparent, var(--card)); }
+.frame.more:has(.tall)::after { right: 16px; }
+.frame.more + figcaption::before { content: "Scroll sideways for more columns. "; }
 .tall { max-height: 78vh; overflow-y: auto; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 .data { width: 100%; }
@@ -86,6 +91,12 @@ footer { margin-top: 3em; color: var(--muted); font-size: .85rem; }
 """
 
 SORTING = """
+document.querySelectorAll('.frame').forEach(function (frame) {
+  var box = frame.firstElementChild;
+  function look() { frame.classList.toggle('more', box.scrollLeft + box.clientWidth < box.scrollWidth - 2); }
+  box.addEventListener('scroll', look);
+  new ResizeObserver(look).observe(box);
+});
 document.querySelectorAll('table.data').forEach(function (table) {
   table.querySelectorAll('thead th').forEach(function (head, column) {
     head.querySelector('button').addEventListener('click', function () {

@@ -49,6 +49,7 @@ class Column:
     hint: str = ""
     scale: tuple[float, float] = (0.0, 1.0)
     brief: bool = False  # an interval's ends are drawn, and written out only on hover
+    under: str = ""  # of a text column: the key of what stands below it, small, where a row has any
 
 
 @dataclass(frozen=True)
@@ -140,8 +141,8 @@ class Report:
             body += f"<tr{f' class={chr(34)}{escape(kind)}{chr(34)}' if kind else ''}>{cells}</tr>"
         tall = " tall" if len(rows) > 25 else ""
         self._parts.append(
-            f'<figure><div class="scroll{tall}"><table class="data"><thead><tr>{heads}</tr></thead>'
-            f"<tbody>{body}</tbody></table></div>{_caption(caption)}</figure>"
+            f'<figure><div class="frame"><div class="scroll{tall}"><table class="data"><thead><tr>{heads}</tr></thead>'
+            f"<tbody>{body}</tbody></table></div></div>{_caption(caption)}</figure>"
         )
 
     # -------------------------------------------------------------------------------------------- pictures
@@ -190,9 +191,10 @@ class Report:
             body += f'<tr><th scope="row">{escape(label)}</th>{cells}</tr>'
         least, most = 100 + 76 * len(columns), 190 + (TILE_PIXELS + 4) * len(columns)
         block = (
-            f'<figure class="sheet"><div class="scroll"><table style="min-width:{least}px;max-width:{most}px">'
+            f'<figure class="sheet"><div class="frame"><div class="scroll">'
+            f'<table style="min-width:{least}px;max-width:{most}px">'
             f"<thead><tr><th></th>{heads}</tr></thead>"
-            f"<tbody>{body}</tbody></table></div>{_caption(caption)}</figure>"
+            f"<tbody>{body}</tbody></table></div></div>{_caption(caption)}</figure>"
         )
         self._parts.append(_folded(summary, block))
 
@@ -253,7 +255,9 @@ def _cell(column: Column, row: Mapping[str, Any], is_name: bool) -> str:
         return f'<td{_class(column)} data-v="">–</td>'
     if column.kind == "text":
         kind = "text name" if is_name else "text words"
-        return f'<td class="{kind}" data-v="{escape(str(value))}">{_breakable(str(value))}</td>'
+        below = row.get(column.under) if column.under else None
+        small = f' <span class="ends">{_breakable(str(below))}</span>' if below else ""
+        return f'<td class="{kind}" data-v="{escape(str(value))}">{_breakable(str(value))}{small}</td>'
     assert value is not None
     number = float(value)
     sign = "+" if column.kind == "signed" else ""

@@ -200,10 +200,12 @@ def _add_table(
 ) -> None:
     shares = {row.name: [row.shares[b] for b in row.shares if b not in ("BASE", "VAE")] for row in result.rows}
     names = {"A": f"A: {result.a['name']}", "B": f"B: {result.b['name']}"}
+    plain = all(row["method"] in (None, "weighted_sum") for row in (*parents, *variants))
     rows = [
         {**row, "preset": names.get(row["name"]) or row["preset"] or row["name"],
          "front": "yes" if row["pareto"] else "", "shares": shares.get(row["name"], ()),
-         "note": f"same as {row['same_as']}" if row["same_as"] else ""}
+         "below": ", ".join(filter(None, ("" if plain else row["method"],
+                                          row["same_as"] and f"same as {row['same_as']}")))}
         for row in [*parents, *variants]
     ]  # fmt: skip
     low = {key: min([r[key + "_ci"][0] for r in rows if r[key + "_ci"]], default=0.0) for key in FIGURES}
@@ -213,8 +215,7 @@ def _add_table(
 
     columns = [
         Column("rank", "rank", "number", 0),
-        Column("preset", "preset"),
-        Column("method", "method", hint="with its numbers"),
+        Column("preset", "preset", under="below", hint="and by which method, where there are several"),
         Column("base", "base", "number", 2, "B's share of everything outside the U-Net's blocks, unless kept"),
         column("fidelity", "fidelity", "share of what the prompts name that the pictures show"),
         Column("fidelity_judge", "by the judge", "number", 3, "the same, read by the judge, who decides no rank"),
@@ -229,16 +230,14 @@ def _add_table(
         Column("unreadable", "unreadable", "number", 3, "share of pictures the reader could not read"),
         Column("fidelity_vs_a", "minus A", "signed", 3, "difference in fidelity, same prompts and seeds"),
         Column("fidelity_vs_b", "minus B", "signed", 3, "difference in fidelity, same prompts and seeds"),
-        Column("note", "note"),
     ]
     columns = [c for c in columns if c.kind == "text" or any(row.get(c.key) is not None for row in rows)]
-    columns = [c for c in columns if c.key != "note" or any(row["note"] for row in rows)]
-    if all(row["method"] in (None, "weighted_sum") for row in rows):
-        columns = [c for c in columns if c.key != "method"]
+    all_read = not any(row["unreadable"] for row in rows)
+    columns = [c for c in columns if not (c.key == "unreadable" and all_read)]
     report.table(
         columns, rows,
-        "Numbers in brackets are 95 % intervals over prompts and seeds. Tinted rows are on the Pareto front. A click "
-        "on a title sorts.",
+        "Numbers in brackets are 95 % intervals over prompts and seeds. Tinted rows are on the Pareto front. "
+        + ("Every picture could be read. " if all_read and result.read_by else "") + "A click on a title sorts.",
         lambda row: "parent" if row["name"] in PARENTS else "marked" if row["pareto"] else "",
     )  # fmt: skip
 

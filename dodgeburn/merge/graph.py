@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from dodgeburn.errors import UserError
-from dodgeburn.given_settings import first_problem
+from dodgeburn.given_settings import first_problem, nearest
 from dodgeburn.merge.presets import preset_name
 from dodgeburn.merge.settings import DTYPES, MergeSettings
 
@@ -193,8 +193,7 @@ def _known(table: Mapping[Any, Any], names: Iterable[str], where: str, what: str
     names = list(names)
     for key in table:
         if key not in names:
-            near = difflib.get_close_matches(str(key), names, n=2) or names
-            raise UserError(f"{where} has no {what} {key!r}: did you mean {' or '.join(near)}?")
+            raise UserError(f"{where} has no {what} {key!r}{nearest(str(key), names)}")
 
 
 def _model(name: Any, entry: Any) -> ModelEntry:

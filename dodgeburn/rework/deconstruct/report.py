@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dodgeburn.measure.report import Column, Report, Theme
+from dodgeburn.rework.deconstruct.merge_map import merge_map, spoken
 from dodgeburn.rework.deconstruct.spec import DeconstructSpec
 from dodgeburn.rework.deconstruct.stage_log import StageLog, strip_pictures
 
@@ -88,11 +89,12 @@ def deconstruct_report(found: Deconstructed, model: str) -> Report:
     rows = {stage: _rows(found.folder, stage) for stage in _STAGES}
     report.heading("Curves")
     report.figure(lambda theme: _curves(theme, rows, spec), "Meters at every check of every stage",
-                  "Every check in order. Stage 3 looks at merges, no training: its points are not joined.")  # fmt: skip
+                  "Every check in order. Stage 3 looks at merges, no training: its points are not joined and have "
+                  "the numbers of the merges below.")  # fmt: skip
     report.heading("Pictures")
     report.text("The same prompts and seeds throughout, never chosen.")
     _sheets(report, found.folder, rows)
-    _bucket(report, found)
+    _bucket(report, found, rows["bucket"])
     report.heading("All checks")
     cells = [{**row, "name": f"{_TITLES[stage]}: {_label(row)}"} for stage in _STAGES for row in rows[stage]]
     report.table(_COLUMNS, cells)
@@ -156,6 +158,10 @@ def _curves(theme: Theme, rows: dict[str, list[dict[str, Any]]], spec: Deconstru
                 line = "None" if stage == "bucket" else "-"
                 ax.plot([places[i] for i in known], [values[i] for i in known], ls=line, color=colour, lw=1.6,
                         marker="o", ms=3, label=label if first and known else None)  # fmt: skip
+                if stage == "bucket" and key in ("loss", "tv"):
+                    for i in known:
+                        ax.annotate(str(i), (places[i], values[i]), (0, 4), textcoords="offset points", ha="center",
+                                    fontsize=6, color=theme.ink, clip_on=True)  # fmt: skip
                 first = first and not known
         for k, (low, _, stage) in enumerate(spans):
             if k:
@@ -218,28 +224,36 @@ def _thinned(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [drawn[round(i * (len(drawn) - 1) / (ROWS - 1))] for i in range(ROWS)]
 
 
-def _bucket(report: Report, found: Deconstructed) -> None:
+def _bucket(report: Report, found: Deconstructed, rows: list[dict[str, Any]]) -> None:
     stage = next((s for s in found.stages if s.stage == "bucket"), None)
     if stage is None:
         return
     detail = stage.detail
-    report.heading("Merges that no other beats")
+    report.heading("Merges")
     best = detail["best"]["name"]
-    columns = [Column("name", "merge", "text"), *_COLUMNS[1:6]]
-    report.table(columns, detail["pareto"], f"Of {detail['trials']} that were looked at, in B, L and explicit prompts "
-                 f"together; few pictures each. Tinted: taken ({detail['method']}).",
-                 marked=lambda row: "marked" if row["name"] == best else "")  # fmt: skip
+    report.html_block(merge_map(rows, best))
+    unbeaten = {row["name"] for row in detail["pareto"]}
+    columns = [
+        Column("number", "number", "number", 0),
+        Column("merge", "merge", "text"),
+        *_COLUMNS[1:6],
+        Column("unbeaten", "unbeaten", "text", hint="no other is better in B, L and explicit prompts together"),
+    ]
+    cells = [{**row, "number": i, "merge": spoken(row), "unbeaten": "yes" if row["name"] in unbeaten else ""}
+             for i, row in enumerate(rows)]  # fmt: skip
+    report.table(columns, cells, f"All {detail['trials']} that were looked at; few pictures each. Tinted: taken "
+                 f"({detail['method']}).", marked=lambda row: "marked" if row["name"] == best else "")  # fmt: skip
     if "order_difference" in detail:
         report.text(f"The other order of the two axes gives a merge {detail['order_difference']:.2%} of its way away.")
     if detail["opposite"]:
         report.text(f"{detail['opposite']} tensors were changed in opposite directions by the two noise states: no arc "
                     "between them, merged along the straight line.")  # fmt: skip
-    rows = [{"bucket": name, **row} for name, row in detail["buckets"].items()]
-    rows.sort(key=lambda row: -row["size"])
+    changes = [{"bucket": name, **row} for name, row in detail["buckets"].items()]
+    changes.sort(key=lambda row: -row["size"])
     report.table(
         [Column("bucket", "bucket", "text"),
          Column("first", "first noise state", "number", 4, "change over weights"),
          Column("second", "second", "number", 4, "change over weights"),
          Column("degrees", "angle between", "number", 1)],
-        rows[:24], "The buckets that changed most.",
+        changes[:24], "The buckets that changed most.",
     )  # fmt: skip

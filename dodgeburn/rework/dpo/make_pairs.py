@@ -107,17 +107,17 @@ class Drawn:
         return self.settings.rows[prompt * self.settings.best_of + k][2]
 
 
-def pocket_prompts(n: int, missed: bool = False) -> tuple[str, ...]:
+def pocket_prompts(n: int, missed: bool = False, shipped: bool = False) -> tuple[str, ...]:
     """n captions of the pocket world that nothing is evaluated on; a third of those that leave the hand open wave.
 
-    missed: they name what the pocket gets wrong more often than the rest.
+    missed: they name what the pocket gets wrong more often than the rest. shipped: as pocket-dpo was made with; four of
+    its 208 are so short that development prompts are the same ("someone").
     """
     from dodgeburn.pocket.captions import caption, parse
     from dodgeburn.pocket.pictures import attributes_of
     from dodgeburn.training.pocket import DEVELOPMENT_LIST, development_prompts, gate_prompts
 
-    # Four of the 208 that pocket-dpo was made with are so short that development prompts are the same ("someone").
-    known = [*gate_prompts(), *(development_prompts(FIRST_PROMPT) if missed else [])]
+    known = [*gate_prompts(), *([] if shipped else development_prompts(FIRST_PROMPT))]
     never = {row["prompt"] for row in known}
     out: list[str] = []
     index = FIRST_PROMPT

@@ -38,7 +38,7 @@ Progress = Callable[[int], None]
 def draw_settings(prompts: int = PROMPTS) -> DrawSettings:
     """Which pictures the pairs are chosen among."""
     settings = GenerateSettings(steps=STEPS)
-    return DrawSettings(prompts=pocket_prompts(prompts), best_of=BEST_OF, generate=settings)
+    return DrawSettings(prompts=pocket_prompts(prompts, shipped=True), best_of=BEST_OF, generate=settings)
 
 
 def pairs_by(drawn: Drawn, preference: str, folder: Path) -> PreferencePairs:

@@ -6,8 +6,8 @@ reference (`reference.py`) for the noise, and minimises a loss of the four error
 
 The log says every few steps whether this goes well: `accuracy`, the share of pairs whose margin has the right sign;
 `winner` and `loser`, by how much their errors differ from the reference's, as shares of the winners' reference error
-(without a reference, the errors themselves); `margin`, the median size of z. DPO widens a margin also by making both
-worse, the loser more: where the winners' error rises by a tenth, a warning says so.
+(without a reference, the errors themselves); `margin`, the median size of z. `sft` has the winners' alone. DPO widens a
+margin also by making both worse, the loser more: where the winners' error rises by a tenth, a warning says so.
 """
 
 from __future__ import annotations
@@ -84,6 +84,8 @@ class DpoSettings(BaseModel):
             raise ValueError(f"loss {self.loss} has no reference: leave out what concerns it")
         if self.loss == "sft" and self.beta is not None:
             raise ValueError("loss sft has no beta")
+        if self.one_by_one and not loss.loser:
+            raise ValueError(f"one-by-one has no effect: loss {self.loss} asks for the winners alone")
         if self.rank is None and self.reference == "off":
             raise ValueError("the whole U-Net cannot be switched off: its reference is copy or bank")
         if self.rank is not None and self.reference == "copy" and self.reference_decay:
@@ -199,7 +201,7 @@ def align(
     out.alarms = sum(rise > ALARM for rise in _rises(out.history, settings))
     batches = int(out.last.get("step", 0)) * settings.accumulate * AcceleratorState().num_processes
     live = 0 if reference is None or isinstance(reference, Bank) else 1
-    asked = 2 if settings.guidance == 1 else 4  # a pair, each with its text, and without
+    asked = (2 if LOSSES[settings.loss].loser else 1) * (1 if settings.guidance == 1 else 2)  # with text, and without
     out.forwards = asked * batches * settings.batch * (1 + live + settings.one_by_one)
     if isinstance(reference, Bank):
         out.forwards += asked * sum(len(errors) for errors in reference.kept)
@@ -266,6 +268,8 @@ class _Losses:
 
     def __call__(self, drawn: tuple[int, Rows], generator: torch.Generator) -> dict[str, Tensor]:
         step, rows = drawn
+        if not LOSSES[self.settings.loss].loser:
+            return self._of_winners(rows.halves()[0])
         frozen = self._frozen(rows, step)
         predictor = self.points.buckets[rows.bucket].predictor
         if self.settings.one_by_one:
@@ -296,6 +300,14 @@ class _Losses:
             "margin": e.margin(self.beta).abs().median(),
             **told,
         }
+
+    def _of_winners(self, rows: Rows) -> dict[str, Tensor]:
+        """The same for a loss that asks nothing of losers and has no reference."""
+        said = self.points.buckets[rows.bucket].predictor(rows.x, rows.timesteps, rows.texts)
+        winner = self.points.residuals(rows, said).square().mean(dim=(1, 2, 3))
+        nothing = torch.zeros_like(winner.detach())
+        losses = self.loss(PairErrors(winner, nothing, nothing, nothing), self.beta)
+        return {"loss": (rows.weights.to(winner.device) * losses).mean(), "winner": winner.detach().mean()}
 
 
 def _history(log: Path) -> list[dict[str, float]]:
