@@ -131,6 +131,30 @@ def test_few_pictures_first_whatever_the_strength(slope, sign, apart, bend) -> N
     assert found.factor == pytest.approx(sign * raw, rel=0.05)
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.floats(0.3, 4), st.floats(0.9, 3), st.floats(0.5, 2))
+def test_a_response_that_flattens_about_one_unit_gets_a_scale_near_those_measured(slope, ceiling, apart) -> None:
+    """Whatever the few say of the bend, the unit is no further than nature's slope can tell."""
+
+    class Flat(Known):
+        def pictures(self, prompts, seeds, strengths):
+            self.calls += list(strengths)
+            rows = [
+                0.5 + SIGMA * ceiling * np.tanh((apart if n < 3 else 1.0) * slope * s / ceiling)
+                for n, s in zip(seeds, strengths, strict=True)
+            ]
+            return np.array(rows, np.float64)[:, None, None, None]
+
+    search = CalibrationSettings(step=1.5, furthest=3.0, rounds=4, first=0.7, few=3)
+    edit = Flat(None)
+    try:
+        found = calibrate(edit, READ, list("abcdefgh"), range(8), settings=search, sigma=SIGMA, paired=True)
+    except UserError as error:
+        assert ceiling < 1.2 and "no scale to call 1.0" in str(error)
+    else:
+        assert 0.5 / slope < found.factor < 5 / slope and max(np.abs(edit.calls)) < 40 / slope
+
+
 def test_few_that_say_nothing_of_the_shape_cost_the_range_and_not_the_slider() -> None:
     """The few stay where they are beyond a unit: safe as far as all were seen, unless they could not be read there."""
     search = CalibrationSettings(step=1.5, furthest=3.0, rounds=4, first=0.7, few=2)

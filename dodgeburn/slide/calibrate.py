@@ -273,17 +273,16 @@ def _find_unit_by_few(probe: _Probe, settings: CalibrationSettings) -> float:
         raw /= abs(moved)
     else:
         raise _no_unit(probe)
-    # On from there along a s + b s^3 through both pairs: a response that flattens needs a longer step.
+    # On from there along a s + b s^3 through both pairs, because a response that flattens needs a longer step; not far:
+    # where it flattens below one deviation the cubic never gets there.
     steep, before = abs(moved) / raw, abs(probe.half(tried)) / tried
     bend = (before - steep) / (tried**2 - raw**2) if abs(tried - raw) > 0.15 * raw else 0.0
-    unit = raw
-    for _ in range(4):  # Newton's
-        slope = steep + bend * (3 * unit**2 - raw**2)
-        value = unit * (steep + bend * (unit**2 - raw**2))
-        unit += (1 - value) / min(max(slope, 0.4 * steep), 2 * steep)
-    return math.copysign(unit, moved)
+    ways = raw * np.linspace(1 / FURTHER, FURTHER, 301)
+    reached = ways * (steep + bend * (ways**2 - raw**2))
+    return math.copysign(float(ways[np.argmin(np.abs(reached - 1))]), moved)
 
 
+FURTHER = 1.7  # times the scale at which all were measured: beyond (or below its inverse) nothing is guessed
 MOST_APART = 3.0  # times that all pictures may move as far as the few
 NOTICED = 0.15  # sigma: a smaller move tells nothing of the scale
 NEAR = 0.4  # sigma by which all pictures may miss the few's unit for one step along the curve to mend it
