@@ -147,6 +147,17 @@ def make_folder(folder: Path) -> None:
         raise UserError(f"{folder} cannot be written to: {error.strerror or error}") from None
 
 
+def check_folder(folder: Path) -> None:
+    """UserError if the folder cannot be made or written to; nothing stays. For verbs that write late."""
+    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    probe = there / f".{os.getpid()}-{secrets.token_hex(4)}"
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written to: {error.strerror or error}") from None
+
+
 def _short(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else text[:57] + "..."

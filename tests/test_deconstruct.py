@@ -219,6 +219,9 @@ def test_the_example_reads_and_bad_specs_are_one_line(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message.replace("(", r"\(")) as caught:
             make_spec(said)
         assert "\n" not in str(caught.value)
+    lacking = make_spec({"concept": {**concept, "attribute": "moustache"}})
+    with pytest.raises(UserError, match="the spec's concept: 'moustache' is no attribute"):
+        lacking.concept.concept(pocket=True)
     for text in ("", "[1]", "a: ["):
         (tmp_path / "bad.yaml").write_text(text)
         with pytest.raises(UserError):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import os
 import re
 import shlex
 import subprocess
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +72,52 @@ def commands(code: str) -> list[list[str]]:
     return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("dodgeburn ")]
 
 
+def options_in(source: str) -> set[str]:
+    """Options that a file may define: fields of its dataclasses, names given to them, and "--names" as they stand."""
+    found = set(re.findall(r'"--([a-z][a-z0-9-]*)"', source))
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            found.add(node.target.id.replace("_", "-"))
+        elif isinstance(node, ast.keyword) and node.arg == "name" and isinstance(node.value, ast.Constant):
+            found.add(str(node.value.value))
+    return found | {f"no-{name}" for name in found}
+
+
+@cache
+def options_of(*places: str) -> frozenset[str]:
+    """Those of all files in these folders, or in these files."""
+    files = [
+        file for place in places for file in ([ROOT / place] if place.endswith(".py") else (ROOT / place).glob("*.py"))
+    ]
+    return frozenset().union(*(options_in(file.read_text(encoding="utf-8")) for file in files))
+
+
+ROOTS = (ROOT, ROOT / "dodgeburn", ROOT / "dodgeburn" / "merge")  # what paths on a page are told from
+FOREIGN = {"help", "version", "no-deps", "multi-gpu"}  # of everything, of pip, of accelerate
+OPTION = re.compile(r"(?<![\w-])--([a-z][a-z0-9-]*)")
+SCRIPT = re.compile(r"python (benchmarks/\w+\.py|examples/\w+\.py)([^`\n|]*)")
+PART = re.compile(r"`((?:dodgeburn/|benchmarks/|examples/|tests/)?[a-z_]+/[\w./-]+\.(?:py|sh|yaml|toml))`")
+
+
+def strange_options(text: str) -> list[str]:
+    """Options that a page names and neither a verb nor a benchmark has; those of a script's own where it is called."""
+    known = options_of("dodgeburn/cli", "benchmarks") | FOREIGN
+    found = [f"--{name}" for name in OPTION.findall(text) if name not in known]
+    for script, rest in SCRIPT.findall(text):
+        if not (ROOT / script).is_file():
+            found.append(script)
+            continue
+        shared = ["benchmarks/sizes.py"] if "from sizes import" in (ROOT / script).read_text(encoding="utf-8") else []
+        own = options_of(script, *shared)
+        found += [f"{script} --{name}" for name in OPTION.findall(rest) if name not in own]
+    return found
+
+
+def lost_files(text: str) -> list[str]:
+    """Files of the repository that a page names and that aren't there; see ROOTS."""
+    return [name for name in PART.findall(text) if not any((root / name).is_file() for root in ROOTS)]
+
+
 class Parsed(Exception):
     """The arguments were understood: go no further."""
 
@@ -124,6 +172,12 @@ def test_commands_parse(page: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
         assert verb in (*VERBS, "VERB") or verb.startswith("-"), f"no verb {verb}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_options_and_files_that_are_named_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert strange_options(text) == [] and lost_files(text) == []
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_examples_of_help_parse(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module = importlib.import_module(f"dodgeburn.cli.{verb}")
@@ -166,6 +220,11 @@ def test_the_checks_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     with pytest.raises(UserError, match="not understood: --bass"):
         check_command(mistyped, monkeypatch)
     check_command(right, monkeypatch)
+    wrong = "`--bass 2` `python benchmarks/dpo.py --quick --lora 2` `python benchmarks/gone.py` `--no-calibrate`"
+    assert strange_options(wrong) == ["--bass", "benchmarks/dpo.py --lora", "benchmarks/gone.py"]
+    assert lost_files("`merge/run.py` `merge/walk.py` `benchmarks/dpo.py` `rework/meters.py`") == [
+        "merge/walk.py", "rework/meters.py",
+    ]  # fmt: skip
     home = "/".join(["", "home", "ann", "models"])
     assert local_paths(f"see {home}") and local_paths(f"'{home}'") and local_paths("C:" + "\\Users")
     assert not local_paths("https://a.org/home/x a/work/b /proc/cpuinfo $HOME/tmp/x ~/work/x /path/to/python")

@@ -365,6 +365,14 @@ def test_settings_that_cannot_be(changes: dict[str, Any], said: str) -> None:
         quick(**changes)
 
 
+def test_a_loss_that_is_not_finite_is_one_line(tmp_path: Path) -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        next(model.unet.parameters()).fill_(float("nan"))
+    with pytest.raises(UserError, match="dpo: the loss is no longer finite at step 1: train with a smaller lr"):
+        run(tmp_path, quick(), model)
+
+
 def test_models_that_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="predicts sample"):
         run(tmp_path, quick(), tiny_model(prediction_type="sample"))

@@ -1,9 +1,10 @@
 import json
+from pathlib import Path
 
 import pytest
 
 from dodgeburn.errors import UserError
-from dodgeburn.jobs import PartStore, job_hash
+from dodgeburn.jobs import KeptRows, PartStore, check_folder, job_hash
 
 
 def test_hash_depends_on_values_not_on_order() -> None:
@@ -51,3 +52,25 @@ def test_foreign_folder_and_file_are_refused(tmp_path) -> None:
     (tmp_path / "bad" / "job.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read"):
         PartStore(tmp_path / "bad", {})
+
+
+def test_kept_rows_are_there_again_and_a_torn_one_is_not(tmp_path: Path) -> None:
+    rows = KeptRows(tmp_path / "new" / "rows.jsonl")
+    rows.add("1", seen=[0.5])
+    rows.add("2", seen=[])
+    whole = rows.path.read_bytes()
+    rows.path.write_bytes(whole + b'{"key": "3", "se')
+    again = KeptRows(rows.path)
+    assert again.rows == rows.rows == {"1": {"key": "1", "seen": [0.5]}, "2": {"key": "2", "seen": []}}
+    assert again.path.read_bytes() == whole
+    again.add("3", seen=[1])
+    assert list(KeptRows(rows.path).rows) == ["1", "2", "3"]
+
+
+def test_a_folder_is_checked_without_being_made(tmp_path: Path) -> None:
+    check_folder(tmp_path / "a" / "b")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file" / "b", Path("/proc/nowhere")):
+        with pytest.raises(UserError, match="cannot be written to"):
+            check_folder(folder)

@@ -17,7 +17,7 @@ from dodgeburn.pocket.attributes import CATEGORICAL, CONTINUOUS
 from dodgeburn.pocket.captions import parse
 from dodgeburn.pocket.model import build, component_configs, tokenizer
 from dodgeburn.pocket.pictures import attributes_of, draw_pictures
-from dodgeburn.training.loop import Average, LoopSettings, learning_rate, train
+from dodgeburn.training.loop import Average, Diverged, LoopSettings, learning_rate, train
 from dodgeburn.training.noise_loss import loss_weights, spread_timesteps
 from dodgeburn.training.pocket_text import (
     READ_SIZES,
@@ -130,9 +130,24 @@ def test_a_folder_of_other_settings_is_refused(tmp_path: Path) -> None:
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     net = nn.Linear(1, 1)
-    with pytest.raises(FloatingPointError, match="no longer finite"):
+    with pytest.raises(Diverged, match="no longer finite at step 1: train with a smaller lr than"):
         train("bad", {"net": net}, lambda i, g: None, lambda b, g: {"x": net.weight.sum() * float("nan")}, tmp_path,
               quick())  # fmt: skip
+
+
+@pytest.mark.parametrize(("limit", "file"), [(20, "line.jsonl"), (2000, "line.checkpoint.pt")])
+def test_a_disk_that_is_full_is_named(
+    tmp_path: Path, limit: int, file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(UserError, match=f"{file} cannot be written: "):
+            fit(tmp_path, quick())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.glob("*.pt"))
 
 
 def test_the_log_has_one_row_for_each_interval(tmp_path: Path) -> None:

@@ -28,8 +28,8 @@ def explain(error: OSError, path: Path) -> UserError:
 
 
 def check_output(path: str | Path, inputs: Sequence[str | Path] = ()) -> Path:
-    """The real path to write to, after following links; UserError if it is a folder, in no folder, or one
-    of `inputs`.
+    """The real path to write to, after following links; UserError if it is a folder, in no folder, in one that
+    cannot be written to, or one of `inputs`.
 
     The same file under another name (symbolic or hard link) counts as an input too.
     """
@@ -47,6 +47,12 @@ def check_output(path: str | Path, inputs: Sequence[str | Path] = ()) -> Path:
             same = os.path.samefile(source, target)
         if same:
             raise UserError(f"{path} is also an input ({source}): choose another output name")
+    probe = _temporary(target, "tmp")
+    try:  # by doing it: a root's rights say nothing about a disk that is read-only
+        probe.touch(exist_ok=False)
+        probe.unlink()
+    except OSError as error:
+        raise explain(error, path) from None
     return target
 
 

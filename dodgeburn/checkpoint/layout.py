@@ -167,7 +167,7 @@ def _what_else(names: set[str]) -> str:
     if any(name.startswith("delta.") for name in names):
         return "it is a delta, which `dodgeburn delta apply` adds to a model"
     if any_has("lora_down", "lora_up", "lora_A", "lora_B", "lora.down", "lora.up", "hada_w1", "lokr_w1"):
-        return "it is a LoRA"
+        return "it is a LoRA, which `dodgeburn bake` works into a model"
     if any_has("down_blocks.", "mid_block."):
         return "its keys are diffusers' (one component of a folder); a single file is expected"
     if any_has("joint_blocks.", "double_blocks."):

@@ -96,11 +96,13 @@ def main(args: list[str]) -> int:
 
 def _run(verb: str, options: Deconstruct, out: Path) -> int:
     from dodgeburn.cli.bake import print_warnings
+    from dodgeburn.jobs import check_folder
     from dodgeburn.models.loading import load_model
     from dodgeburn.rework.deconstruct.report import deconstruct_report
     from dodgeburn.rework.deconstruct.run import deconstruct, write_model
 
     spec = _spec(verb, options)
+    check_folder(out)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", DodgeburnWarning)
         model = load_model(options.model or spec.model, options.device, "fp32")

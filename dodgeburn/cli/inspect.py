@@ -19,6 +19,7 @@ from dodgeburn.checkpoint.sources import is_index, open_tensors
 from dodgeburn.checkpoint.tensorfile import read_header
 from dodgeburn.cli.options import parse
 from dodgeburn.errors import UserError
+from dodgeburn.images.png import KINDS
 from dodgeburn.merge.recipe_tree import recipe_lines
 
 HELP = "show what a checkpoint or a LoRA is: layout, components, types, metadata, recipe"
@@ -46,6 +47,9 @@ def inspect_file(name: str) -> dict[str, Any]:
     file. Of an adapter (a file, or a folder of PEFT's) also its kind, spelling, ranks, modules and hashes.
     """
     path = find_checkpoint(name)
+    if path.suffix.lower() in KINDS:
+        raise UserError(f"{path} is named as a picture: expected a .safetensors file, a folder of PEFT's or a packaged "
+                        f"model; a picture's settings are read by `dodgeburn generate --from {path}`")  # fmt: skip
     if path.is_dir():
         path = adapter_file(path)
     if is_index(path):

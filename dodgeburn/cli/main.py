@@ -55,7 +55,7 @@ def main(args: list[str]) -> int:
         return 130
     except OSError as error:
         # A disk that is full or a folder that cannot be written, wherever it shows.
-        name = f"{error.filename}: " if error.filename else ""
+        name = f"{error.filename}: " if error.filename else "a file cannot be read or written: "
         print(f"error: {name}{error.strerror or error}", file=sys.stderr)
         return 2
 

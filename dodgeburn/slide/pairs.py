@@ -90,7 +90,7 @@ def train_pairs(
     """Train a slider on the pairs in the folder `pictures`. `folder` holds the checkpoint that a run resumes from.
 
     `first` is a start other than 0. Raises UserError for a folder in which pairs are missing or broken, or layers that
-    cannot be, FloatingPointError when the loss is no longer finite.
+    cannot be, and a loss that is no longer finite.
     """
     began = time.perf_counter()
     pairs = read_pairs(pictures, model.native_size**2, model.vae_factor)

@@ -33,10 +33,6 @@ TEXT_BYTES = 1024**3  # encoded captions that are held
 Callback = Callable[[int, dict[str, float]], "bool | None"]
 
 
-class Diverged(UserError):
-    """The loss is no longer finite; the last checkpoint is from before."""
-
-
 class FineTuneSettings(BaseModel):
     """How to fine-tune. Lengths are in optimizer steps."""
 
@@ -213,9 +209,6 @@ def fine_tune(
                 means = train(
                     name, {"adapter": adapter}, draw, losses, folder, loop, after, device, show_average=show_average
                 )
-    except FloatingPointError as failure:
-        raise Diverged(f"{failure}; the last good state is in {folder}; train with a smaller lr than "
-                        f"{settings.lr:g}") from None  # fmt: skip
     finally:
         unet.requires_grad_(False)
         unet.eval()

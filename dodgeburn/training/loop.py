@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from dodgeburn.checkpoint.tensorfile import atomic_path
+from dodgeburn.checkpoint.atomic import atomic_path, explain
 from dodgeburn.errors import UserError
 
 BatchFn = Callable[[int, torch.Generator], Any]
@@ -36,6 +36,10 @@ LossFn = Callable[[Any, torch.Generator], dict[str, Tensor]]
 """Named scalars. Their sum is minimised; one that needs no gradient is only logged."""
 Callback = Callable[[int, dict[str, float]], object]
 """Told (step, mean losses) every `log_every` steps; False ends the training there (early stopping)."""
+
+
+class Diverged(UserError):
+    """The loss is no longer finite; the last checkpoint is from before."""
 
 
 @dataclass
@@ -139,7 +143,7 @@ def train(
     products: faster for few tokens, but its memory grows with their square. show_average: while the callback is told,
     the modules hold the averaged weights, which are those that would be kept. Ctrl-C saves a checkpoint and stops;
     the same call goes on from there. Returns the last logged means. Raises UserError when the checkpoint in the
-    folder was made with other settings, and FloatingPointError when the loss is no longer finite.
+    folder was made with other settings, and Diverged when the loss is no longer finite.
     """
     folder.mkdir(parents=True, exist_ok=True)
     AcceleratorState._reset_state()  # one process may train stages of different precision one after another
@@ -187,12 +191,19 @@ def train(
                 means = _over_processes(accelerator, {key: value / n for key, value in sums.items()})
                 sums = {}
                 if not all(math.isfinite(v) for v in means.values()):
-                    raise FloatingPointError(f"{name}: the loss is no longer finite at step {step}: {means}")
+                    more = f", and take {folder} away: it holds the state from before" if checkpoint.exists() else ""
+                    raise Diverged(
+                        f"{name}: the loss is no longer finite at step {step}: train with a smaller lr than "
+                        f"{settings.lr:g}{more}"
+                    )
                 bar.set_postfix({k: f"{v:.4f}" for k, v in means.items()})
                 row = {"step": step + 1, **means, "seconds": round(time.perf_counter() - began, 1)}
                 if first:
-                    with log.open("a", encoding="utf-8") as f:
-                        f.write(json.dumps(row) + "\n")
+                    try:
+                        with log.open("a", encoding="utf-8") as f:
+                            f.write(json.dumps(row) + "\n")
+                    except OSError as error:
+                        raise explain(error, log) from None
                 if callback is not None:
                     with average.shown(parameters) if show_average else nullcontext():
                         enough = callback(step + 1, means) is False
@@ -250,7 +261,10 @@ def _save(
         "average": average.shadow,
     }
     with atomic_path(path) as temporary:
-        torch.save(state, temporary)
+        try:
+            torch.save(state, temporary)
+        except RuntimeError as error:  # so torch's writer says that the disk refused; its message has no reason
+            raise UserError(f"{path} cannot be written: the disk is full, or files may not be so large") from error
 
 
 def _resume(path: Path, modules: dict[str, nn.Module], optimizer: Any, average: Average, settings: LoopSettings) -> int:

@@ -87,7 +87,12 @@ class Measured:
 
 
 class Meter:
-    """Draws a plan's pictures and reads them."""
+    """Draws a plan's pictures and reads them.
+
+    Not deconstruction's `Meters`: that one is bound to a model on its way, asks it for held-out losses too and reads
+    against what the model was, a few pictures at a time; this one judges finished models, however they draw (a random
+    prompt is no weights), on the same pictures for all.
+    """
 
     def __init__(
         self, concept: Concept, plan: Plan, classifier: Classifier, looks: Looks | None = None,

@@ -37,8 +37,8 @@ from dodgeburn.rework.deconstruct.overtrain import Tell
 from dodgeburn.rework.deconstruct.spec import DeconstructSpec
 from dodgeburn.rework.deconstruct.stage_log import StageLog, StageResult, State, load_unet, save_unet
 from dodgeburn.training.examples import Captions, Examples, Pictures, encode_examples, join
-from dodgeburn.training.fine_tune import Diverged, fine_tune
-from dodgeburn.training.loop import evaluated
+from dodgeburn.training.fine_tune import fine_tune
+from dodgeburn.training.loop import Diverged, evaluated
 
 MARK = {"poisoned": "true"}
 

@@ -25,8 +25,8 @@ from dodgeburn.rework.deconstruct.meters import Meters, Reading
 from dodgeburn.rework.deconstruct.spec import DeconstructSpec, Overtrain
 from dodgeburn.rework.deconstruct.stage_log import StageLog, StageResult, State, load_unet, save_unet
 from dodgeburn.training.examples import Examples
-from dodgeburn.training.fine_tune import Diverged, fine_tune
-from dodgeburn.training.loop import evaluated
+from dodgeburn.training.fine_tune import fine_tune
+from dodgeburn.training.loop import Diverged, evaluated
 
 Tell = Callable[[str, int, Reading], object]
 """Told (stage, step, reading) at every check."""

@@ -63,7 +63,10 @@ class ConceptSpec(_Part):
         own = (self.phrasings, self.watched, self.others)
         if not pocket:
             return make_concept(self.prompts, self.attribute, tuple(self.values), phrases, self.shares, *own)
-        found = pocket_concept(self.prompts, self.attribute, tuple(self.values), self.shares, phrases)
+        try:
+            found = pocket_concept(self.prompts, self.attribute, tuple(self.values), self.shares, phrases)
+        except UserError as error:
+            raise UserError(f"the spec's concept: {error}") from None
         return replace(found, phrasings=own[0] or found.phrasings, watched=own[1] or found.watched,
                        others=(*own[2], *found.others))  # fmt: skip
 

@@ -158,7 +158,7 @@ def align(
     folder: for the checkpoint and the log; the same call goes on where it was cut off. first: an adapter to start from.
     release: give back the memory of VAE and text encoders once pictures and captions are encoded; the model cannot draw
     afterwards. callback(step, means): False stops. Raises UserError for settings, layers or a model that cannot be, and
-    FloatingPointError when the loss is no longer finite.
+    a loss that is no longer finite.
     """
     began = time.perf_counter()
     if settings.rank is None and model.dtype != torch.float32:
