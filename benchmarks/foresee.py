@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -76,6 +77,9 @@ ABLATION: dict[str, NetworkSettings] = {
     "the same, 3 experts": NetworkSettings(ALL, experts=3),
     "the same, memory": NetworkSettings(ALL, memory=True),
     "the same, histogram": NetworkSettings(ALL, head="histogram"),
+    "features + scalars, 3 experts": NetworkSettings(("features", "scalars"), 16, experts=3, dropout=0.5),
+    "features + scalars, memory": NetworkSettings(("features", "scalars"), 16, memory=True, dropout=0.5),
+    "features + scalars, histogram": NetworkSettings(("features", "scalars"), 16, head="histogram", dropout=0.5),
 }
 
 
@@ -94,9 +98,12 @@ class Size:
     copies: int = 3
     limits: int = 256  # pictures that the oracles read on their way
     resamples: int = 300
+    prompts: int = 8  # of a training batch, eight pictures each
+    drawn: int = 64  # drawings of a batch
+    pretrain: int = 400  # steps of WiSE-FT's encoder without labels
 
 
-QUICK = Size(8, 3, 1, 256, 1500, 1500, ("scalars", "maps"), (3, 4), 2, 32, 50)
+QUICK = Size(6, 2, 1, 256, 1500, 1500, ("scalars", "maps"), (3, 4), 2, 32, 50, 2, 16, 100)
 
 
 class Bench:
@@ -111,7 +118,7 @@ class Bench:
         self.train = Store(*(train or [self._collect("train", size.train, "reader", 0)]))
         self.test = Store(*(test or [self._collect("test", size.test, "judge", 1)]))
         self.new = Store(*(new or [self._collect("new", size.new, "judge", 2)]))
-        self.settings = FitSettings(steps=size.steps)
+        self.settings = FitSettings(steps=size.steps, prompts=size.prompts, drawn=size.drawn)
         self.place = parts_of(self.train, self.settings)
 
     def _collect(self, name: str, shards: int, reader: str, seed: int) -> Path:
@@ -183,7 +190,7 @@ class Bench:
     def ablated(self, name: str) -> dict[str, Any]:
         """One choice of inputs or architecture, on the prompts of the training list that nothing was fitted to: what is
         built is chosen there, so the test prompts stay unseen."""
-        settings = replace(self.settings, network=ABLATION[name], steps=self.size.ablation_steps, prompts=8)
+        settings = replace(self.settings, network=ABLATION[name], steps=self.size.ablation_steps)
         slug = "".join(c if c.isalnum() else "-" for c in name)
         began = time.process_time()
         estimator = fit(self.train, self.parts.folder / f"fit-{slug}", settings)
@@ -196,11 +203,13 @@ class Bench:
 
     def wise(self) -> dict[str, Any]:
         """WiSE-FT, alpha chosen on one of the training generators, checked on the one that is new to all."""
-        settings = replace(self.settings, steps=self.size.ablation_steps, prompts=8)
-        made = wise(self.train, self.parts.folder / "wise", settings, "strong-guidance", 400)
+        settings = replace(self.settings, steps=self.size.ablation_steps)
+        there = Counter(r.generator for r in self.train.records if usable(r, settings))
+        held_out = "strong-guidance" if "strong-guidance" in there else there.most_common(1)[0][0]
+        made = wise(self.train, self.parts.folder / "wise", settings, held_out, self.size.pretrain)
         fresh = judge(made.estimator, self.new, lambda r: True)
         g = column(0.5)
-        return {"alpha": made.alpha, "held_out": "strong-guidance", "auroc_held_out": made.auroc,
+        return {"alpha": made.alpha, "held_out": held_out, "auroc_held_out": made.auroc,
                 "auroc_new_generator_50": scores.auroc(fresh.bad[:, g], fresh.is_bad)}  # fmt: skip
 
     # -------------------- the first attempt
