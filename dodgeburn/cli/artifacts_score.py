@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from dodgeburn.cli.bake import print_warnings
 from dodgeburn.cli.options import parse
+from dodgeburn.cli.warned import print_warnings
 from dodgeburn.errors import DodgeburnWarning, UserError
 
 HELP = "say of each collected trajectory how likely its picture is bad, moment by moment"

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from dodgeburn.cli.bake import print_warnings
 from dodgeburn.cli.options import parse
+from dodgeburn.cli.warned import print_warnings
 from dodgeburn.errors import DodgeburnWarning, UserError
 
 if TYPE_CHECKING:

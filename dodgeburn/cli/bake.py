@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from dodgeburn.cli.options import parse
+from dodgeburn.cli.warned import print_warnings
+from dodgeburn.cli.written import said_of
 from dodgeburn.errors import DodgeburnWarning, UserError
 
 if TYPE_CHECKING:
@@ -76,13 +77,6 @@ def main(args: list[str]) -> int:
     return 0
 
 
-def print_warnings(caught: list[warnings.WarningMessage]) -> None:
-    """Our own warnings, a line each, on stderr."""
-    lines = [str(warning.message) for warning in caught if issubclass(warning.category, DodgeburnWarning)]
-    for line in dict.fromkeys(lines):
-        print(f"warning: {line}", file=sys.stderr)
-
-
 def report(result: BakeResult, as_json: bool) -> None:
     """What was added and written, in words, and as a JSON line if asked for."""
     for one in result.recipe.added:
@@ -96,13 +90,4 @@ def report(result: BakeResult, as_json: bool) -> None:
         f"in {result.seconds:.1f} s"
     )
     if as_json:
-        found = {
-            "out": str(result.path),
-            "sha256_tensors": result.sha256_tensors,
-            "seconds": round(result.seconds, 3),
-            "bytes": size,
-            "tensors": result.tensors,
-            "changed": result.changed,
-            "recipe": result.recipe.as_dict(),
-        }
-        print(json.dumps(found))
+        print(json.dumps(said_of(result, result.tensors, changed=result.changed, recipe=result.recipe.as_dict())))

@@ -54,7 +54,7 @@ def main(args: list[str]) -> int:
     if options.out is None:
         raise UserError("no output: say where to write with -o OUT.safetensors or -o FOLDER")
     from dodgeburn.checkpoint.lora_file import names_adapter
-    from dodgeburn.cli.bake import print_warnings
+    from dodgeburn.cli.warned import print_warnings
 
     began = time.perf_counter()
     with warnings.catch_warnings(record=True) as caught:

@@ -95,7 +95,7 @@ def main(args: list[str]) -> int:
 
 
 def _run(verb: str, options: Deconstruct, out: Path) -> int:
-    from dodgeburn.cli.bake import print_warnings
+    from dodgeburn.cli.warned import print_warnings
     from dodgeburn.jobs import check_folder
     from dodgeburn.models.loading import load_model
     from dodgeburn.rework.deconstruct.report import deconstruct_report

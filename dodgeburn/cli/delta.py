@@ -80,7 +80,7 @@ def _extract(args: list[str]) -> int:
     settings = parse(Extract, args, "delta extract", EXAMPLE)
     if settings.out is None:
         raise UserError("no output file: say where to write with -o OUT.safetensors")
-    from dodgeburn.cli.bake import print_warnings
+    from dodgeburn.cli.warned import print_warnings
     from dodgeburn.merge.delta import extract, table
 
     with warnings.catch_warnings(record=True) as caught:
@@ -115,7 +115,8 @@ def _apply(args: list[str]) -> int:
     settings = parse(Apply, args, "delta apply", EXAMPLE_APPLY)
     if settings.out is None:
         raise UserError("no output file: say where to write with -o OUT.safetensors")
-    from dodgeburn.cli.bake import print_warnings, report
+    from dodgeburn.cli.bake import report
+    from dodgeburn.cli.warned import print_warnings
     from dodgeburn.merge.bake import bake
 
     with warnings.catch_warnings(record=True) as caught:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from dodgeburn.cli.bake import print_warnings
 from dodgeburn.cli.options import Grouped, as_option, parse
+from dodgeburn.cli.warned import print_warnings
 from dodgeburn.errors import DodgeburnWarning, UserError
 from dodgeburn.given_settings import first_problem
 

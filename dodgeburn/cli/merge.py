@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from dodgeburn.cli.options import Grouped, given, parse
+from dodgeburn.cli.warned import print_warnings
+from dodgeburn.cli.written import said_of
 from dodgeburn.errors import DodgeburnWarning, UserError
 
 if TYPE_CHECKING:
@@ -161,8 +162,7 @@ def main(args: list[str]) -> int:
             settings.a, settings.b, settings.out, _settings(settings), more=settings.also,
             base_model=settings.base_model, threads=settings.threads, rehash=settings.rehash,
         )  # fmt: skip
-    for warning in caught:
-        print(f"warning: {warning.message}", file=sys.stderr)
+    print_warnings(caught)
     merged = sum(w.action == "merge" for w in result.plan.work)
     copied = len(result.plan.work) - merged
     size = result.path.stat().st_size
@@ -171,17 +171,11 @@ def main(args: list[str]) -> int:
     print("\n".join(formula_text(result.plan, result.recipe.files)))
     print(f"in {result.seconds:.1f} s")
     if settings.json:
-        found = {
-            "out": str(result.path),
-            "sha256_tensors": result.sha256_tensors,
-            "seconds": round(result.seconds, 3),
-            "bytes": size,
-            "tensors": len(result.plan.work),
-            "merged": merged,
-            "counts": result.plan.counts,
-            "formula": [line.as_dict() for line in formula_lines(result.plan, len(result.recipe.models))],
-            "recipe": result.recipe.as_dict(),
-        }
+        lines = [line.as_dict() for line in formula_lines(result.plan, len(result.recipe.models))]
+        found = said_of(
+            result, len(result.plan.work), merged=merged, counts=result.plan.counts, formula=lines,
+            recipe=result.recipe.as_dict(),
+        )  # fmt: skip
         print(json.dumps(found))
     return 0
 
@@ -210,7 +204,6 @@ def _recipe(options: Merge) -> int:
         raise UserError(f"{options.a} alone: name a second checkpoint B, or a recipe ({', '.join(ENDINGS)})")
     if asked := _asked(options, _RECIPES):
         raise UserError(f"--{asked} has no effect: the recipe says how its models are merged")
-    from dodgeburn.cli.bake import print_warnings
     from dodgeburn.merge.run_recipe import describe_recipe, run_recipe
 
     if options.dry_run:
@@ -226,15 +219,7 @@ def _recipe(options: Merge) -> int:
     steps, models = len(result.recipe.steps), len(result.recipe.models)
     print(f"{steps} {'step' if steps == 1 else 'steps'} of {models} models, in {result.seconds:.1f} s")
     if options.json:
-        found = {
-            "out": str(result.path),
-            "sha256_tensors": result.sha256_tensors,
-            "seconds": round(result.seconds, 3),
-            "bytes": size,
-            "tensors": result.tensors,
-            "recipe": result.recipe.as_dict(),
-        }
-        print(json.dumps(found))
+        print(json.dumps(said_of(result, result.tensors, recipe=result.recipe.as_dict())))
     return 0
 
 

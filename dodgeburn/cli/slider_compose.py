@@ -10,8 +10,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-from dodgeburn.cli.bake import parse_strength, print_warnings
+from dodgeburn.cli.bake import parse_strength
 from dodgeburn.cli.options import parse
+from dodgeburn.cli.warned import print_warnings
 from dodgeburn.errors import DodgeburnWarning, UserError
 
 HELP = "put sliders or LoRAs together as one file, each at its scale"

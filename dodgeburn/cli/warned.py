@@ -25,3 +25,10 @@ def said_at_once() -> Iterator[None]:
         warnings.simplefilter("always", DodgeburnWarning)
         warnings.showwarning = say
         yield
+
+
+def print_warnings(caught: list[warnings.WarningMessage]) -> None:
+    """Our own warnings, a line each, on stderr."""
+    lines = [str(warning.message) for warning in caught if issubclass(warning.category, DodgeburnWarning)]
+    for line in dict.fromkeys(lines):
+        print(f"warning: {line}", file=sys.stderr)

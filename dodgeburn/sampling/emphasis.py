@@ -60,7 +60,8 @@ def unread(prompt: str, syntax: str) -> list[str]:
     return [] if syntax == "plain" else [found[0] for rule in _UNREAD for found in rule.finditer(prompt)]
 
 
-def _number(text: str) -> float | None:
+def finite_number(text: str) -> float | None:
+    """The number that a text says; None for none, and for NaN and infinity."""
     try:
         value = float(text)
     except ValueError:
@@ -90,7 +91,7 @@ def _a1111(prompt: str) -> list[Piece]:
     while at < len(prompt):
         letter, step = prompt[at], 1
         number = _NUMBER_AND_END.match(prompt, at) if letter == ":" else None
-        weight = _number(number[1]) if number else None
+        weight = finite_number(number[1]) if number else None
         if letter == "\\":  # what it protects is text; alone it vanishes
             protected = prompt[at + 1 : at + 2]
             if protected and protected in "()[]\\":
@@ -142,7 +143,7 @@ def _comfy(prompt: str) -> list[tuple[str, float]]:
                 inside.append((part, weight))
                 continue
             head, colon, tail = part[1:-1].rpartition(":")
-            said = _number(tail) if colon and head else None
+            said = finite_number(tail) if colon and head else None
             inside.append((part[1:-1], weight * STEP) if said is None else (head, said))
         waiting += reversed(inside)  # the order of the text: what lies deeper comes before what stands after it
     return [(t.replace(open_mark, "(").replace(close_mark, ")"), weight) for t, weight in found]

@@ -15,6 +15,7 @@ from typing import Any
 
 from dodgeburn.checkpoint.lora_file import names_adapter
 from dodgeburn.errors import UserError
+from dodgeburn.sampling.emphasis import finite_number
 
 TAG = re.compile(r"<(?:lora|lyco):([^:<>]+)(?::\s*([^:<>]*))?>")
 _ENDINGS = (".safetensors", ".pt", ".bin", "")
@@ -53,7 +54,7 @@ def parse_option(text: str) -> LoraUse:
     numbers: list[float] = []
     while len(numbers) < 2 and not Path(rest).expanduser().exists():
         head, colon, tail = rest.rpartition(":")
-        number = _number(tail)
+        number = finite_number(tail)
         if not (head and colon) or number is None:
             break
         rest, numbers = head, [number, *numbers]
@@ -71,7 +72,7 @@ def take_tags(prompt: str) -> tuple[str, list[tuple[str, LoraUse]]]:
     """
     found = []
     for match in TAG.finditer(prompt):
-        number = 1.0 if match[2] is None else _number(match[2])
+        number = 1.0 if match[2] is None else finite_number(match[2])
         if number is not None:
             found.append((match[0], LoraUse(match[1].strip(), number)))
     return without(prompt, (text for text, _ in found)), found
@@ -138,14 +139,6 @@ def named_values(text: str) -> dict[str, str]:
     """What an infotext says by LoRA, such as A1111's "Lora hashes": `name: value, name: value`."""
     pairs = (item.rpartition(":") for item in text.split(","))
     return {name.strip(): found.strip() for name, _, found in pairs if name.strip()}
-
-
-def _number(text: str) -> float | None:
-    try:
-        value = float(text)
-    except ValueError:
-        return None
-    return value if math.isfinite(value) else None
 
 
 def _check(name: str, scale: float, start: float | None) -> None:
