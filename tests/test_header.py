@@ -170,3 +170,11 @@ def test_headers_need_no_torch() -> None:
     )
     root = Path(__file__).parents[1]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, timeout=120).returncode == 0
+
+
+def test_a_picture_is_no_checkpoint_and_the_line_says_what_reads_it(tmp_path: Path) -> None:
+    from dodgeburn.cli.inspect import inspect_file
+
+    (tmp_path / "face.PNG").write_bytes(b"no picture either")
+    with pytest.raises(UserError, match="named as a picture: .*`dodgeburn generate --from .*face.PNG`"):
+        inspect_file(str(tmp_path / "face.PNG"))

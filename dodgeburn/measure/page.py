@@ -33,7 +33,7 @@ figure img.plot { width: 100%; height: auto; display: block; border: 1px solid v
 .frame.more::after { content: ""; position: absolute; inset: 1px 1px 1px auto; width: 40px; z-index: 3;
   pointer-events: none; background: linear-gradient(to right, transparent, var(--card)); }
 .frame.more:has(.tall)::after { right: 16px; }
-.frame.more + figcaption::before { content: "Scroll sideways for more columns. "; }
+.frame.more + figcaption::before { content: "Scroll sideways for more. "; }
 .tall { max-height: 78vh; overflow-y: auto; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 .data { width: 100%; }
