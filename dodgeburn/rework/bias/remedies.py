@@ -189,8 +189,9 @@ def _train(
         assert looks is not None and classes is not None
         return followed(examples.weights, classes, c.classes, c.target, looks.before(step), job.settings.adapt)
 
-    fine_tune(job.model, examples, tuning, job.folder / name, name, prior, looks, told={"method": name},
-              show_average=True, weights=weights if looks else None, teacher=teacher)  # fmt: skip
+    told = {"method": name, "taught": taught, "adapt": job.settings.adapt}
+    fine_tune(job.model, examples, tuning, job.folder / name, name, prior, looks, told=told, show_average=True,
+              weights=weights if looks else None, teacher=teacher)  # fmt: skip
     return tuning.steps
 
 
