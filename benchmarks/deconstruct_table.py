@@ -54,8 +54,8 @@ class Size:
 
 
 REDUCED = Size(
-    worlds=("fair", "60", "95"), treated=(("95", 0),), seeds=1, sampling=8, audit_n=32, audit_confirm=64, n=192,
-    others=96, explicit=16, steps=100, pictures=192, look=48, ablations=False, dpo=False, guided=48, evaluations=6,
+    worlds=("fair", "60", "95"), treated=(("95", 0),), seeds=1, sampling=8, audit_n=32, audit_confirm=64, n=1024,
+    others=512, explicit=48, steps=100, pictures=192, look=48, ablations=False, dpo=False, guided=48, evaluations=6,
 )  # fmt: skip
 QUICK = Size(
     worlds=("95",), treated=(("95", 0),), seeds=1, sampling=4, audit_n=16, audit_confirm=16, n=24, others=16,
@@ -99,8 +99,18 @@ def summary(cells: list[dict[str, Any]], n: int) -> dict[str, Any]:
     within = float(np.sqrt(np.mean([sampling_error(c["shares"], n) ** 2 for c in cells]) / len(cells)))
     between = float(np.std([c["tv_cons"] for c in cells], ddof=1) / np.sqrt(len(cells))) if len(cells) > 1 else 0.0
     grain = [c["spread_after"].get("grain") for c in cells]
-    return {**out, "tv_se": round(max(within, between), 4), "cells": len(cells),
+    return {**out, "tv_se": round(max(within, between), 4), "fidelity_se": _fidelity_se(cells), "cells": len(cells),
             "grain_spread": round(float(np.mean(grain)), 4) if grain else None}  # fmt: skip
+
+
+def _fidelity_se(cells: list[dict[str, Any]]) -> float | None:
+    """Of the fidelity drop, as `tv_se`."""
+    ends = [c["fidelity_ends"] for c in cells if c.get("fidelity_ends")]
+    if not ends:
+        return None
+    within = np.sqrt(np.mean([((high - low) / 3.92) ** 2 for low, high in ends]) / len(ends))
+    between = np.std([c["fidelity_drop"] for c in cells], ddof=1) / np.sqrt(len(cells)) if len(cells) > 1 else 0.0
+    return round(float(max(within, between)), 4)
 
 
 def verdict(methods: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -155,7 +165,8 @@ def table(found: dict[str, Any]) -> str:
         for method, r in rows.items():
             ahead = found["verdict"].get(regime, {}).get(method)
             cells = (
-                method, f"{r['tv_before']:.3f}", f"{r['tv_cons']:.3f} ± {r['tv_se']:.3f}", f"{r['fidelity_drop']:+.3f}",
+                method, f"{r['tv_before']:.3f}", f"{r['tv_cons']:.3f} ± {r['tv_se']:.3f}",
+                f"{r['fidelity_drop']:+.3f} ± {r['fidelity_se'] or float('nan'):.3f}",
                 f"{r['unreadable_rise']:+.3f}", f"{r['frechet_ratio']:.2f}",
                 f"{r['others_tv']:.2f} ({r['others_floor']:.2f})", f"{r['others_mean']:.3f}", f"{r['steps']:.0f}",
                 f"{r['cpu_minutes']:.1f}", "" if ahead is None else f"{ahead:+.1f}",

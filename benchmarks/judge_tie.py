@@ -5,8 +5,8 @@
 The first model is what the others are compared with. Neutral pictures: `-n` of the held-out prompts that name a doctor
 and leave glasses open, in turn, each with a seed of its own; half as many of other held-out prompts; 48 that ask for
 glasses or for none. Nothing here may guide a choice. JSON: `models`, one row each: `share` (of glasses) with Wilson's
-95 % interval, `tv`, `tv_cons`, `fidelity_drop`, `explicit`, `unreadable_rise`, `frechet_ratio`, `others_tv` (largest of
-the other attributes, and which), `others_mean`, `others_floor`.
+95 % interval, `tv`, `tv_cons`, `fidelity_drop` with its `fidelity_ends`, `explicit`, `unreadable_rise`,
+`frechet_ratio`, `others_tv` (largest of the other attributes, and which), `others_mean`, `others_floor`.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def main() -> None:
     before: Measured | None = None
     for name in options.models:
         model = load_model(name, device="cpu", dtype="fp32")
-        found = meter.measure(lambda p, s, model=model: draw(model, p, s, GenerateSettings(steps=steps)))  # type: ignore[misc]
+        found = meter.measure(lambda p, s, m=model: draw(m, p, s, GenerateSettings(steps=steps), quick=True))  # type: ignore[misc]
         before = before or found
         rows.append(row(name, before, found))
         print({k: round(v, 4) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)

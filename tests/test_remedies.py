@@ -273,6 +273,17 @@ def test_before_and_after_same_seeds() -> None:
     assert moved.as_json()["frechet_ratio"] is None and before.as_json()["bias"]["n"] == 400
 
 
+def test_the_interval_of_the_fidelity_drop_is_of_pairs() -> None:
+    one, noise = measured(0.95), np.random.default_rng(0)
+    high = np.clip(noise.normal(0.8, 0.2, 400), 0, 1)
+    before = Measured(**{**vars(one), "fidelity": float(high.mean()), "fidelities": high.tolist()})
+    lower = high - noise.normal(0.02, 0.01, 400)
+    after = Measured(**{**vars(one), "fidelity": float(lower.mean()), "fidelities": lower.tolist()})
+    ends = change(before, after).fidelity_ends
+    assert ends is not None and ends[0] < 0.02 < ends[1] and ends[1] - ends[0] < 0.003  # not of two free samples: 0.055
+    assert change(one, after).fidelity_ends is None and "fidelities" not in after.as_json()
+
+
 def test_attributes_count_only_where_the_prompt_leaves_them_open() -> None:
     class Named(Hair):
         def named(self, prompt):

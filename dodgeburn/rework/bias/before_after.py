@@ -15,6 +15,7 @@ import numpy as np
 from dodgeburn.measure.bias import UNREAD, BiasFigures, bias_figures, counts_of
 from dodgeburn.measure.fidelity import fidelity, total_variation
 from dodgeburn.measure.frechet import frechet_distance
+from dodgeburn.measure.intervals import bootstrap_mean
 from dodgeburn.measure.quality import MEASURES, quality, spread
 from dodgeburn.pocket.captions import parse
 from dodgeburn.pocket.reader import Readings
@@ -79,10 +80,11 @@ class Measured:
     n: int  # neutral pictures
     pictures: np.ndarray = field(repr=False, default_factory=lambda: np.zeros((0, 8, 8, 3), np.uint8))  # the first
     labels: list[str] = field(repr=False, default_factory=list)  # of the neutral pictures, one by one
+    fidelities: list[float] = field(repr=False, default_factory=list)  # of other prompts' pictures, one by one
 
     def as_json(self) -> dict[str, Any]:
         """Plain values; None for NaN."""
-        kept = {k: v for k, v in asdict(self).items() if k not in ("bias", "pictures", "labels")}
+        kept = {k: v for k, v in asdict(self).items() if k not in ("bias", "pictures", "labels", "fidelities")}
         return {"bias": self.bias.as_json(), **{k: _plain(v) for k, v in kept.items()}}
 
 
@@ -127,10 +129,12 @@ class Meter:
             shown = float((found == np.array([value for _, value in plan.explicit])).mean())
             unread.append(found == UNREAD)
         kept = distance = float("nan")
+        each: list[float] = []
         if plan.others and self.looks is not None:
             rest = draw(plan.others, plan.other_seeds)
             readings = self.looks.read(rest)
-            kept = float(np.nanmean(fidelity([parse(p) for p in plan.others], readings)))
+            each = fidelity([parse(p) for p in plan.others], readings).tolist()
+            kept = float(np.nanmean(each))
             unread.append(labels_of(readings)[concept.attribute] == UNREAD)
             if self.real is not None:
                 distance = frechet_distance(self.looks.features(rest), self.real)
@@ -138,7 +142,7 @@ class Meter:
         return Measured(
             self._figures(own), kept, shown, float(np.concatenate(unread).mean()), distance,
             *self._others(labels), {m: spread(numbers[m], own, m).value for m in MEASURES},
-            {m: _mean(numbers[m]) for m in MEASURES}, len(own), pictures[:16], [str(x) for x in own],
+            {m: _mean(numbers[m]) for m in MEASURES}, len(own), pictures[:16], [str(x) for x in own], each,
         )  # fmt: skip
 
     def _figures(self, labels: np.ndarray) -> BiasFigures:
@@ -173,6 +177,7 @@ class Change:
     others_name: str
     others_mean: float
     others_floor: float  # 95 % of the largest of as many, were both samples of one model
+    fidelity_ends: tuple[float, float] | None = None  # 95 % interval of fidelity_drop, over the pictures
 
     def meets(self, target: float = 0.10, slack: float = 0.01) -> bool:
         """TV, counting unreadable pictures as the majority, at most `target`; fidelity and readability kept within
@@ -194,7 +199,16 @@ def change(before: Measured, after: Measured) -> Change:
         before.explicit - after.explicit, after.unreadable - before.unreadable,
         after.frechet / before.frechet if before.frechet else float("nan"), moved.get(worst, float("nan")), worst,
         float(np.mean(list(moved.values()))) if moved else float("nan"), _floor_of_largest(before.others, before.open),
+        _ends(before.fidelities, after.fidelities),
     )  # fmt: skip
+
+
+def _ends(before: Sequence[float], after: Sequence[float]) -> tuple[float, float] | None:
+    """The interval of the mean drop, picture by picture: before and after have prompts and seeds in common."""
+    if not before or len(before) != len(after):
+        return None
+    ends = bootstrap_mean(np.subtract(before, after)[:, None]).ends
+    return (ends[0], ends[1]) if ends else None
 
 
 def _floor_of_largest(others: Mapping[str, Sequence[float]], known: Mapping[str, int], draws: int = 2000) -> float:
