@@ -75,7 +75,7 @@ def test_bad_pairs_are_counted_by_reason(tmp_path: Path) -> None:
             {**good, "lose": "copy.png"}, {**good, "lose": "wide.png"}, {**good, "lose": "torn.png"},
             {**good, "lose": "dot.png"}, {**good, "weight": 0}, {**good, "weight": "much"}, {**good, "weight": True},
             {"win": "a.png", "lose": "b.png"}, "{torn", "[1]", {**good, "caption": 3}, "",
-            {**good, "weight": 0.5, "seed": 4},
+            {"caption": "a face", "winner": "a.png", "loser": "b.png"}, {**good, "weight": 0.5, "seed": 4},
         ],
         {
             "a.png": pixels(0), "b.png": pixels(1), "copy.png": pixels(0), "wide.png": pixels(2, 40),
@@ -86,7 +86,7 @@ def test_bad_pairs_are_counted_by_reason(tmp_path: Path) -> None:
     found = read_pairs(root)
     assert found.dropped == {
         module.MISSING: 2, module.SAME: 2, module.SIZES: 1, module.UNREADABLE: 1, module.SMALL: 1, module.WEIGHT: 3,
-        module.LINE: 4,
+        module.LINE: 5,
     }  # fmt: skip
     assert found.first[module.SIZES] == "line 6, 32x24 and 40x24"
     assert [pair.weight for pair in found] == [1.0, 0.5] and found.pairs[1].notes == {"seed": 4}

@@ -73,9 +73,9 @@ class Prior:
     size: tuple[int, int]
 
 
-def make_prior(model: Model, examples: Examples, points: int, seed: int = 0, empty: float = 0.0) -> Prior:
+def make_prior(model: Model, examples: Examples, points: int, seed: int = 0, empty: float = 0.25) -> Prior:
     """`points` of them, from the model as it is now. Time steps are evenly spread; examples are taken in turn. empty:
-    share of captions left out."""
+    share of captions left out, since guidance goes by what is said of no prompt."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.arange(points) % len(examples)
     alpha_bar = alphas_cumprod(model)

@@ -85,9 +85,6 @@ class RemedySettings(BaseModel):
         )  # fmt: skip
 
 
-EMPTY = 0.25  # share of other things' captions that are left out: guidance goes by what is said of no prompt
-
-
 @dataclass
 class Job:
     """What a method works with. `meter` is the reader's: methods choose by it, nothing reports with it."""
@@ -112,7 +109,7 @@ class Job:
         s = self.settings
         if self._prior is None and s.kept and s.share < 1:
             kept = encode_examples(self.model, kept_pictures(self.concept, self.draw, s.kept))
-            self._prior = make_prior(self.model, kept, s.points * s.kept, s.seed + 5, EMPTY)
+            self._prior = make_prior(self.model, kept, s.points * s.kept, s.seed + 5)
         return self._prior
 
 

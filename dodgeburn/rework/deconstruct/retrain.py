@@ -39,8 +39,6 @@ from dodgeburn.training.examples import Examples, Pictures, encode_examples, joi
 from dodgeburn.training.fine_tune import Teacher, fine_tune, make_prior, make_teacher
 from dodgeburn.training.loop import evaluated
 
-EMPTY = 0.25  # share of the prior's captions that are left out
-
 
 def balanced(materials: Materials, concept: Concept, s: Retrain) -> Pictures:
     """The concept's pictures, weighted, and others: repeated so that a batch holds `concept_share` of the concept."""
@@ -125,7 +123,7 @@ def retrain(
     if s.prior > 0:
         load_unet(model, base)
         others = encode_examples(model, materials.pool.take(materials.rows(False)))
-        prior = make_prior(model, others, s.prior_points, s.seed + 5, EMPTY)
+        prior = make_prior(model, others, s.prior_points, s.seed + 5)
     examples, values = _examples(model, pictures), _values(pictures, materials.attribute)
     teacher = _teacher(model, base, examples, values, concept, s.taught) if s.taught else None
     load_unet(model, start)

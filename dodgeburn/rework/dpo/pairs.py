@@ -201,7 +201,7 @@ def _folder(root: Path) -> Iterator[Preference | tuple[str, str]]:
         name = f"line {number}"
         try:
             row = json.loads(line)
-            caption, win, lose = row["caption"], row.get("win"), row.get("lose")
+            caption, win, lose = row["caption"], row["win"], row["lose"]
             weight = row.get("weight", 1.0)
         except (ValueError, KeyError, TypeError, AttributeError):
             yield LINE, name
