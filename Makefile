@@ -4,10 +4,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DEV := $(VENV)/.ready-dev
 
-.PHONY: setup tour test lint clean
+.PHONY: setup dev tour test lint clean
 
 setup: $(READY)
+
+# What the checks need besides. Not part of `setup`: diffusers imports peft wherever it is there, a second a command.
+dev: $(DEV)
 
 # The environment is made once; it is made again when the pins change.
 $(READY): pyproject.toml constraints.txt
@@ -18,13 +22,17 @@ $(READY): pyproject.toml constraints.txt
 	    apt-get install -q -y python3-venv && $(PYTHON) -m venv $(VENV); } || \
 	  { rm -rf $(VENV); echo "error: this python has no venv module; on Debian: apt-get install python3-venv"; exit 2; }; }
 	$(BIN)/pip install -q --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e .
 	@touch $(READY)
+
+$(DEV): $(READY)
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $(DEV)
 
 tour: setup
 	$(BIN)/dodgeburn tour
 
-lint: setup
+lint: dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 

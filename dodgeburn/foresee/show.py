@@ -56,12 +56,14 @@ def show_rejection(
     kept = found.pictures[0]
     index, fate = max(out, key=lambda item: item[1].risk[-1])
     become = generate(model, [prompt], [fate.seed], settings)[0]
+    risk = next(fate.risk[-1] for fate in found.fates if fate.seed == kept.seed)
+    own = f", and its own risk is {risk:.2f}: one has to be shown, however bad all look" if risk > 0.5 else ""
     end = "was rejected" if fate.fate == REJECTED else fate.fate
     report.text(
         f"{prompt!r}: {len(found.fates)} seeds were begun, and {len(out)} left the batch on the way. Seed {fate.seed} "
         f"{end} after step {fate.step} of {settings.steps}; the strip shows it until then. "
         f"{found.evaluations} U-Net evaluations were made instead of {found.full} for the best of {best_of} in full. "
-        f"Guidance is {settings.guidance:g} here; the one kept is the last that was left."
+        f"Guidance is {settings.guidance:g} here; the one kept is the last that was left{own}."
     )
     pictures = [*looks[index], np.asarray(become.image), np.asarray(kept.image)]
     columns = [f"step {i}" for i in fate.looks] + ["would have become", f"kept: seed {kept.seed}"]
