@@ -29,11 +29,19 @@ EXAMPLE_UCE = 'dodgeburn bias uce pocket --prompt "a firefighter" --attribute ha
 class FixOptions:
     """Dissolve the tie between prompts and an attribute, and measure what it cost.
 
-    Methods, from the cheapest: random-prompt (a rule for prompts, no weights), uce (closed form), reweight, balanced,
-    taught (balanced, with the model's own answers as the aim), self (on its own pictures), negation, shrink-perturb,
-    dpo; auto tries them in this order and keeps the first that meets the target with fidelity kept. The pocket's data
-    are drawn by its world; any other model brings its own (--data) or takes a method that needs none. Pictures are read
-    by the reader, or by CLIP (--clip, --attributes).
+    Methods, from the cheapest; `auto` keeps the first that meets the target with fidelity kept:
+    - random-prompt: a rule that says a class in the prompt; no weights
+    - uce: cross-attention solved for, no training
+    - reweight: trained on pictures as tied as the model, rare classes counted more
+    - balanced: trained on pictures of all classes alike
+    - taught: as balanced, on what the model itself answers to a prompt with the class in it (style stays)
+    - self: as taught, on the model's own pictures
+    - negation: the tie trained in further, then subtracted
+    - shrink-perturb: weights shrunk and given noise, then as balanced
+    - dpo: pictures of other classes as winners over the majority's
+
+    The pocket's data are drawn by its world; any other model brings its own (--data) or takes a method that needs none.
+    Pictures are read by the reader, or by CLIP (--clip, --attributes).
     """
 
     model: Annotated[str, tyro.conf.Positional] = "pocket"
