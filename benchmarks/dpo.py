@@ -145,6 +145,8 @@ class Bench:
         changes: dict[str, Any] = {"seed": seed, "loss": loss}
         if loss in ("mapo", "sft"):
             changes |= {"beta": None}
+        if not LOSSES[loss].loser:
+            changes |= {"safeguard": False, "slack": 0.0}
         if self.size.steps:
             changes |= {"steps": self.size.steps}
         folder = self.store.path(f"training-{preference}-{loss}-{seed}")
