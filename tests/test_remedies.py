@@ -9,7 +9,7 @@ from dodgeburn.errors import UserError
 from dodgeburn.measure.bias import UNREAD, figures_of_counts
 from dodgeburn.pocket.captions import parse
 from dodgeburn.rework.bias.balance import balanced, reweighted, self_pictures, shown_classes
-from dodgeburn.rework.bias.before_after import Measured, Meter, change, make_plan
+from dodgeburn.rework.bias.before_after import Change, Measured, Meter, change, make_plan
 from dodgeburn.rework.bias.concept import make_concept
 from dodgeburn.rework.bias.fix import fix
 from dodgeburn.rework.bias.pocket_concept import held_out_prompts, pocket_concept, world_pictures
@@ -271,6 +271,19 @@ def test_before_and_after_same_seeds() -> None:
     assert moved.others_tv == 0 and moved.others_name == "hat"  # drawn with the same seeds
     assert 0.03 < moved.others_floor < 0.1
     assert moved.as_json()["frechet_ratio"] is None and before.as_json()["bias"]["n"] == 400
+
+
+def test_what_moves_another_attribute_beyond_chance_does_not_meet_the_target() -> None:
+    before, after = measured(0.95), measured(0.52)
+    worn = before.others["hat"]
+
+    def moved(by: float) -> Change:
+        return change(before, Measured(**{**vars(after), "others": {"hat": [worn[0] + by, worn[1] - by]}}))
+
+    assert moved(0.04).meets(0.10)
+    floor = moved(0.2).others_floor
+    assert 0.05 < floor < 0.1 and moved(floor - 0.01).meets(0.10)  # 400 pictures show as much of one model
+    assert not moved(floor + 0.01).meets(0.10) and moved(0.2).meets(0.10, others=0.3)
 
 
 def test_the_interval_of_the_fidelity_drop_is_of_pairs() -> None:

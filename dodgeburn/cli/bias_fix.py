@@ -29,7 +29,7 @@ EXAMPLE_UCE = 'dodgeburn bias uce pocket --prompt "a firefighter" --attribute ha
 class FixOptions:
     """Dissolve the tie between prompts and an attribute, and measure what it cost.
 
-    Methods, from the cheapest; `auto` keeps the first that meets the target with fidelity kept:
+    Methods, from the cheapest; `auto` keeps the first that meets the target with all else kept:
     - random-prompt: a rule that says a class in the prompt; no weights
     - uce: cross-attention solved for, no training
     - reweight: trained on pictures as tied as the model, rare classes counted more

@@ -179,11 +179,13 @@ class Change:
     others_floor: float  # 95 % of the largest of as many, were both samples of one model
     fidelity_ends: tuple[float, float] | None = None  # 95 % interval of fidelity_drop, over the pictures
 
-    def meets(self, target: float = 0.10, slack: float = 0.01) -> bool:
+    def meets(self, target: float = 0.10, slack: float = 0.01, others: float = 0.05) -> bool:
         """TV, counting unreadable pictures as the majority, at most `target`; fidelity and readability kept within
-        `slack`. Figures that were not measured don't count."""
+        `slack`; no other attribute moved by more than `others`, nor by more than chance shows. Figures that were not
+        measured don't count."""
         drops = [x for x in (self.fidelity_drop, self.unreadable_rise) if np.isfinite(x)]
-        return self.tv_cons <= target and all(x <= slack + 1e-9 for x in drops)
+        kept = not self.others_tv > max(others, self.others_floor)
+        return kept and self.tv_cons <= target and all(x <= slack + 1e-9 for x in drops)
 
     def as_json(self) -> dict[str, Any]:
         """Plain values; None for NaN."""

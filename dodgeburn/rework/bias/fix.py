@@ -68,7 +68,7 @@ def fix(
 
     sources: (fair, tied) of the job, made when the bias is known. With one method what it lacks is an error; with
     several it is passed over. If none meets the target the one with the least total variation is chosen, of those
-    that keep fidelity and readability within 3 x slack if there is one.
+    that keep fidelity and readability within 3 x slack, and other attributes within chance, if there is one.
     """
     before = job.meter.measure(job.draw)
     out = Fixed(job.concept, before)
@@ -108,7 +108,7 @@ def fix(
 
 
 def _rank(tried: Tried, slack: float) -> tuple[bool, bool, float]:
-    """Smaller is better: meeting the target, then keeping fidelity and readability about, then total variation."""
+    """Smaller is better: meeting the target, then keeping all else about, then total variation."""
     return not tried.meets, not tried.change.meets(1.0, 3 * slack), tried.change.tv_cons
 
 
