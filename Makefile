@@ -10,7 +10,7 @@ DEV := $(VENV)/.ready-dev
 
 setup: $(READY)
 
-# What the checks need besides. Not part of `setup`: diffusers imports peft wherever it is there, a second a command.
+# What the checks need besides: users of the tour need not wait for it.
 dev: $(DEV)
 
 # The environment is made once; it is made again when the pins change.
