@@ -178,9 +178,10 @@ def _before_row(before: Measured) -> dict[str, Any]:
 
 def _row(t: Tried) -> dict[str, Any]:
     m = t.change
+    ends = None if m.fidelity_ends is None else [-m.fidelity_ends[1], -m.fidelity_ends[0]]
     return {
         "method": t.done.method, "tv": m.tv_after, "tv_ci": list(t.after.bias.tv_interval), "cons": m.tv_cons,
-        "fidelity": -m.fidelity_drop, "explicit": -m.explicit_drop, "unread": m.unreadable_rise,
+        "fidelity": -m.fidelity_drop, "fidelity_ci": ends, "explicit": -m.explicit_drop, "unread": m.unreadable_rise,
         "frechet": m.frechet_ratio, "others": m.others_tv, "floor": m.others_floor,
         "spread": t.after.spreads.get("grain"), "steps": t.done.steps, "seconds": t.done.seconds,
     }  # fmt: skip
