@@ -166,7 +166,7 @@ def table(found: dict[str, Any]) -> str:
             ahead = found["verdict"].get(regime, {}).get(method)
             cells = (
                 method, f"{r['tv_before']:.3f}", f"{r['tv_cons']:.3f} ± {r['tv_se']:.3f}",
-                f"{r['fidelity_drop']:+.3f} ± {r['fidelity_se'] or float('nan'):.3f}",
+                f"{r['fidelity_drop']:+.3f}" + (f" ± {r['fidelity_se']:.3f}" if r["fidelity_se"] else ""),
                 f"{r['unreadable_rise']:+.3f}", f"{r['frechet_ratio']:.2f}",
                 f"{r['others_tv']:.2f} ({r['others_floor']:.2f})", f"{r['others_mean']:.3f}", f"{r['steps']:.0f}",
                 f"{r['cpu_minutes']:.1f}", "" if ahead is None else f"{ahead:+.1f}",
