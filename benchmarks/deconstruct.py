@@ -26,7 +26,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,8 @@ class Bench:
 
     def __init__(self, size: Size, folder: Path, minutes: float | None) -> None:
         self.size = size
-        self.store = PartStore(folder, {"size": asdict(size)})
+        parts = {key: value for key, value in asdict(size).items() if key != "seeds"}  # how many, not what is in them
+        self.store = PartStore(folder, {"size": parts})
         self.reader, self.judge = Reader.load("reader"), Reader.load("judge")
         self.sampling = GenerateSettings(steps=size.sampling)
         self.end = None if minutes is None else time.monotonic() + 60 * minutes
@@ -319,11 +320,13 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a few minutes: does it run")
     parser.add_argument("--reduced", action="store_true", help="one tie, one seed, few pictures: what the docs show")
     parser.add_argument("--folder", type=Path, help="where parts lie (the same command goes on there)")
+    parser.add_argument("--seeds", type=int, help="training seeds of every method")
     parser.add_argument("--minutes", type=float, help="stop between parts after so long")
     parser.add_argument("--cells", nargs="*", help="only these, as in audit plenty/cd merge_only/uce")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     options = parser.parse_args()
     name, size = ("quick", QUICK) if options.quick else ("reduced", REDUCED) if options.reduced else ("full", Size())
+    size = replace(size, seeds=options.seeds or size.seeds)
     folder = options.folder or Path(f"deconstruct-{name}")
     found = run(Bench(size, folder, options.minutes), options.cells)
     print(table(found))
