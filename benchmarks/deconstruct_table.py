@@ -96,21 +96,19 @@ def summary(cells: list[dict[str, Any]], n: int) -> dict[str, Any]:
     for key in keys:
         known = [c[key] for c in cells if c.get(key) is not None]
         out[key] = round(float(np.mean(known)), 4) if known else None
-    within = float(np.sqrt(np.mean([sampling_error(c["shares"], n) ** 2 for c in cells]) / len(cells)))
-    between = float(np.std([c["tv_cons"] for c in cells], ddof=1) / np.sqrt(len(cells))) if len(cells) > 1 else 0.0
+    tv = standard_error([sampling_error(c["shares"], n) for c in cells], [c["tv_cons"] for c in cells])
+    told = [(c["fidelity_drop"], *c["fidelity_ends"]) for c in cells if c.get("fidelity_ends")]
+    fidelity = standard_error([(high - low) / 3.92 for _, low, high in told], [x for x, _, _ in told]) if told else None
     grain = [c["spread_after"].get("grain") for c in cells]
-    return {**out, "tv_se": round(max(within, between), 4), "fidelity_se": _fidelity_se(cells), "cells": len(cells),
+    return {**out, "tv_se": tv, "fidelity_se": fidelity, "cells": len(cells),
             "grain_spread": round(float(np.mean(grain)), 4) if grain else None}  # fmt: skip
 
 
-def _fidelity_se(cells: list[dict[str, Any]]) -> float | None:
-    """Of the fidelity drop, as `tv_se`."""
-    ends = [c["fidelity_ends"] for c in cells if c.get("fidelity_ends")]
-    if not ends:
-        return None
-    within = np.sqrt(np.mean([((high - low) / 3.92) ** 2 for low, high in ends]) / len(ends))
-    between = np.std([c["fidelity_drop"] for c in cells], ddof=1) / np.sqrt(len(cells)) if len(cells) > 1 else 0.0
-    return round(float(max(within, between)), 4)
+def standard_error(within: Sequence[float], values: Sequence[float]) -> float:
+    """Of the mean over cells: what they differ by, and never below what the pictures of each leave uncertain."""
+    n = len(values)
+    drawn = float(np.sqrt(np.mean(np.square(within)) / n))
+    return round(max(drawn, float(np.std(values, ddof=1) / np.sqrt(n)) if n > 1 else 0.0), 4)
 
 
 def verdict(methods: dict[str, dict[str, Any]]) -> dict[str, Any]:
