@@ -67,13 +67,15 @@ from dodgeburn.slide.edits import draw
 from dodgeburn.training.examples import Pictures
 from dodgeburn.training.pocket import gate_prompts
 
+WHICH = ("seeds", "ablations", "dpo")  # which cells are made, not what is in them
+
 
 class Bench:
     """One run in one folder."""
 
     def __init__(self, size: Size, folder: Path, minutes: float | None) -> None:
         self.size = size
-        parts = {key: value for key, value in asdict(size).items() if key != "seeds"}  # how many, not what is in them
+        parts = {key: value for key, value in asdict(size).items() if key not in WHICH}
         self.store = PartStore(folder, {"size": parts})
         self.reader, self.judge = Reader.load("reader"), Reader.load("judge")
         self.sampling = GenerateSettings(steps=size.sampling)
@@ -301,7 +303,8 @@ def run(bench: Bench, cells: Sequence[str] | None) -> dict[str, Any]:
         for seed in range(s.seeds)
         for regime, names in REGIMES.items()
         for method in names
-        if (s.ablations or method not in ABLATIONS) and (s.dpo or method != "dpo")
+        if f"{regime}/{method}" in (cells or ())
+        or not (method in ABLATIONS and not s.ablations or method == "dpo" and not s.dpo)
     ]
     for seed, regime, method in jobs:
         for (w, at), before in befores.items():

@@ -6,13 +6,12 @@ command line, YAML and TOML files, metadata of files.
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_origin
 
-from dodgeburn.errors import UserError
+from dodgeburn.errors import UserError, near_names
 
 if TYPE_CHECKING:
     from pydantic import BaseModel, ValidationError
@@ -45,7 +44,7 @@ def read_yaml(path: Path, what: str, wanted: str) -> dict[str, Any]:
 
 def nearest(given: str, known: Sequence[str]) -> str:
     """What to say behind "X is not known": the name that was meant, or else what there is, not more than a few."""
-    near = difflib.get_close_matches(given, known, n=1, cutoff=0.6)
+    near = near_names(given, known, n=1, cutoff=0.6)
     if near:
         return f": did you mean {near[0]}?"
     more = f" and {len(known) - _NAMED} more" if len(known) > _NAMED else ""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from dodgeburn.cli.options import parse
-from dodgeburn.errors import UserError
+from dodgeburn.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from dodgeburn.models.model import Model
@@ -191,7 +191,10 @@ def _concept(options: FixOptions, model: Model) -> tuple[Concept, Classifier, An
 
         texts = read_attributes(options.attributes)
         if options.attribute not in texts:
-            raise UserError(f"{options.attributes} has no attribute {options.attribute!r}: it has {', '.join(texts)}")
+            raise UserError(
+                f"{options.attributes} has no attribute {options.attribute!r}: "
+                f"{did_you_mean(options.attribute, texts)}it has {', '.join(texts)}"
+            )
         known = texts[options.attribute]
         for name in options.classes:
             if name not in known:

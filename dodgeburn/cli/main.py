@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import os
 import sys
 from importlib import import_module
@@ -11,7 +10,7 @@ from pathlib import Path
 
 from dodgeburn import __version__
 from dodgeburn.cli.spared import spare_imports
-from dodgeburn.errors import UserError
+from dodgeburn.errors import UserError, did_you_mean
 
 # Verbs in the order in which a newcomer meets them; each is a module of this package.
 VERBS = (
@@ -39,8 +38,7 @@ def main(args: list[str]) -> int:
     verb = args[0]
     try:
         if verb not in VERBS:
-            near = difflib.get_close_matches(verb, VERBS, n=3, cutoff=0.4)
-            hint = f"did you mean {' or '.join(near)}? " if near else ""
+            hint = did_you_mean(verb, VERBS, cutoff=0.4)
             raise UserError(f"no verb '{verb}': {hint}known verbs: {', '.join(VERBS)}")
         os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
         return int(import_module(f"dodgeburn.cli.{verb}").main(args[1:]))

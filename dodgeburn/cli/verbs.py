@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 
-from dodgeburn.errors import UserError
+from dodgeburn.errors import UserError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -26,8 +25,7 @@ def run_verb(name: str, verbs: Mapping[str, ModuleType | Part], args: list[str])
         return 0
     verb = args[0]
     if verb not in verbs:
-        near = difflib.get_close_matches(verb, verbs, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]}? " if near else ""
+        hint = did_you_mean(verb, verbs, n=1, cutoff=0.4)
         raise UserError(f"no verb '{name} {verb}': {hint}known: {', '.join(verbs)}")
     return int(verbs[verb].main(args[1:]))
 

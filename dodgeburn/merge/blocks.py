@@ -5,13 +5,12 @@ Which key is in which block is the layout's knowledge (`Layout.block`), by the r
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 
 from dodgeburn.checkpoint.layout import Layout
 from dodgeburn.checkpoint.outside import NOT_MERGED
-from dodgeburn.errors import UserError
+from dodgeburn.errors import UserError, near_names
 from dodgeburn.merge.presets import Convention, preset_alphas
 
 
@@ -58,7 +57,7 @@ def _find_block(layout: Layout, name: str) -> str:
     wanted = name.strip().upper()
     if wanted in layout.all_blocks:
         return wanted
-    near = difflib.get_close_matches(wanted, layout.all_blocks, n=3) or [
+    near = near_names(wanted, layout.all_blocks, cutoff=0.6) or [
         layout.blocks[0],
         "…",
         layout.blocks[-1],

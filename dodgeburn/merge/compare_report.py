@@ -121,12 +121,13 @@ def summary(result: Comparison, variants: Sequence[Mapping[str, Any]], parents: 
         )
     a, b = parents
     text = (
-        f"{called(best)} follows its prompts best: it shows {best['fidelity']:.1%} of what "
-        f"they ask for{_ends(best['fidelity_ci'])}; A shows {a['fidelity']:.1%}, B {b['fidelity']:.1%}. "
+        f"Of the merges, {called(best)} shows most of what the prompts ask for: {best['fidelity']:.1%}"
+        f"{_ends(best['fidelity_ci'])}; A shows {a['fidelity']:.1%}, B {b['fidelity']:.1%}. "
     )
     if result.held_out:
         text += (
-            "Choosing the best merge on all prompts but one, and looking at the one left out, gives "
+            "The best of many looks better on the pictures it was chosen by than it is. Chosen on all prompts but one, "
+            "and looked at on the one left out, it has "
             f"{result.held_out['fidelity']:.1%}{_ends(result.held_out['fidelity_ci'])}: {_verdict(result.held_out)}."
         )
     return text

@@ -6,7 +6,6 @@ and checked, whatever they were written in (recipe_text.py for text files, recip
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -14,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
-from dodgeburn.errors import UserError
+from dodgeburn.errors import UserError, near_names
 from dodgeburn.given_settings import first_problem, nearest
 from dodgeburn.merge.presets import preset_name
 from dodgeburn.merge.settings import DTYPES, MergeSettings
@@ -228,7 +227,7 @@ def _check_order(graph: Graph) -> None:
     for name, step in graph.steps.items():
         for used in step.inputs:
             if used not in names:
-                near = difflib.get_close_matches(used, names, n=3) or names
+                near = near_names(used, names, cutoff=0.6) or names
                 hint = f"did you mean {', '.join(near)}?"
                 raise UserError(f"step {name} uses {used!r}, which is no model or step: {hint}")
             if used not in made:

@@ -20,13 +20,12 @@ SMOOTHSTEP*2 is twice the curve, folded back at 1, and SMOOTHSTEP/2 the curve ru
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from dodgeburn.errors import UserError
+from dodgeburn.errors import UserError, near_names
 
 Convention = Literal["curve", "cut"]
 CONVENTIONS: tuple[Convention, ...] = ("curve", "cut")
@@ -203,7 +202,7 @@ def find_preset(name: str) -> Preset:
     """
     found = _BY_SPELLING.get(_fold(name))
     if found is None:
-        near = difflib.get_close_matches(_fold(name), list(_BY_SPELLING), n=3, cutoff=0.5)
+        near = near_names(_fold(name), _BY_SPELLING)
         names = list(dict.fromkeys(_BY_SPELLING[n].name for n in near)) or preset_names()
         raise UserError(f"no preset is named {name!r}: did you mean {', '.join(names)}?")
     return found

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from dodgeburn.checkpoint.layout import Layout
-from dodgeburn.errors import UserError
+from dodgeburn.errors import UserError, near_names
 from dodgeburn.merge.blocks import check_share
 
 # What users call the components, and what layouts do.
@@ -67,7 +66,7 @@ def _range(name: str, layout: Layout, text: str) -> list[str]:
     order = list(layout.all_blocks)
     for one in (first, last) if dash else (first,):
         if one not in order:
-            near = difflib.get_close_matches(one, order, n=3) or order[:3]
+            near = near_names(one, order, cutoff=0.6) or order[:3]
             raise UserError(f"rule {text!r}: {layout.title} has no block {one!r}: did you mean {', '.join(near)}?")
     start, end = order.index(first), order.index(last if dash else first)
     if end < start:

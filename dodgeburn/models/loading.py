@@ -20,7 +20,7 @@ from dodgeburn.checkpoint.packaged import packaged_checkpoint
 from dodgeburn.checkpoint.sources import open_tensors, weights_in
 from dodgeburn.checkpoint.unet_keys import UNET
 from dodgeburn.checkpoint.vae_keys import modern_vae_name
-from dodgeburn.errors import DodgeburnWarning, UserError
+from dodgeburn.errors import DodgeburnWarning, UserError, did_you_mean
 from dodgeburn.models.model import Configs, Model, choose_device, choose_dtype
 from dodgeburn.models.tokenizers import find_tokenizers, load_tokenizer
 from dodgeburn.pocket.model import NAMES
@@ -81,13 +81,9 @@ def find_model(name_or_path: str | Path) -> Path:
 
 
 def _unknown(name: str) -> str:
-    from difflib import get_close_matches
-
-    near = get_close_matches(name, NAMES, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}? " if near else ""
     return (
-        f"unknown model {name!r}: {hint}known: {', '.join(NAMES)}, a .safetensors file, a diffusers folder, "
-        "or a hub id (owner/name)"
+        f"unknown model {name!r}: {did_you_mean(name, NAMES)}known: {', '.join(NAMES)}, a .safetensors file, a "
+        "diffusers folder, or a hub id (owner/name)"
     )
 
 

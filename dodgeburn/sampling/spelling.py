@@ -1,17 +1,14 @@
 """Names as users type them: other spellings understood, unknown ones answered with near ones (no torch here)."""
 
-import difflib
 from collections.abc import Iterable, Mapping
 
-from dodgeburn.errors import UserError
+from dodgeburn.errors import UserError, did_you_mean
 
 
 def nearest(kind: str, name: str, known: Iterable[str]) -> str:
     """One line for an unknown `name`: near spellings first, then all that is known."""
     names = list(known)
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}? " if near else ""
-    return f"unknown {kind} {name!r}: {hint}known: {', '.join(names)}"
+    return f"unknown {kind} {name!r}: {did_you_mean(name, names)}known: {', '.join(names)}"
 
 
 def plain(name: str) -> str:

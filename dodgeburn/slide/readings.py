@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from dodgeburn.errors import UserError
+from dodgeburn.errors import UserError, did_you_mean
 from dodgeburn.pocket.attributes import CATEGORICAL, CONTINUOUS
 from dodgeburn.pocket.reader import Readings
 from dodgeburn.slide.edits import Edit
@@ -43,7 +43,10 @@ def attribute_of(target: str) -> str:
     """The attribute that a target names: "smile", or "hat" of "hat=crown". Raises UserError for an unknown one."""
     name, _, value = target.partition("=")
     if name not in ATTRIBUTES:
-        raise UserError(f"no attribute {name!r} in the pocket world: expected one of {', '.join(ATTRIBUTES)}")
+        raise UserError(
+            f"no attribute {name!r} in the pocket world: "
+            f"{did_you_mean(name, ATTRIBUTES)}expected one of {', '.join(ATTRIBUTES)}"
+        )
     if name in CATEGORICAL and value not in CATEGORICAL[name]:
         raise UserError(f"{target!r}: {name} has values, say {name}=VALUE with one of {', '.join(CATEGORICAL[name])}")
     if name in CONTINUOUS and value:

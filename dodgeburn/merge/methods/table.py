@@ -7,14 +7,13 @@ tests/test_methods.py runs every entry.
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dodgeburn.errors import UserError
+from dodgeburn.errors import UserError, near_names
 from dodgeburn.merge.methods import angles, difference, linear, sets, statistics, task_vectors
 from dodgeburn.merge.methods.draws import Draws
 from dodgeburn.merge.methods.pieces import HeldPieces, Pieces
@@ -205,7 +204,7 @@ def find_method(name: str) -> Method:
     """The method of this name (`-` and `_` do not matter); UserError that lists near ones."""
     folded = name.strip().lower().replace("-", "_")
     if folded not in METHODS:
-        near = difflib.get_close_matches(folded, METHODS, n=3) or list(METHODS)
+        near = near_names(folded, METHODS, cutoff=0.6) or list(METHODS)
         raise UserError(f"no merge method is named {name!r}: expected one of {', '.join(near)}")
     return METHODS[folded]
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from dodgeburn.errors import UserError
+from dodgeburn.errors import UserError, did_you_mean
 from dodgeburn.measure.bias import UNREAD
 from dodgeburn.measure.fidelity import BINS
 from dodgeburn.pocket.attributes import CATEGORICAL, CONTINUOUS
@@ -129,6 +129,9 @@ def open_attributes(classifier: Classifier, prompt: str, among: Sequence[str] | 
     """Attributes that the prompt leaves open, of those asked for. UserError for an unknown one."""
     for name in among or ():
         if name not in classifier.classes:
-            raise UserError(f"no attribute {name!r}: {classifier.name} knows {', '.join(classifier.classes)}")
+            raise UserError(
+                f"no attribute {name!r}: "
+                f"{did_you_mean(name, classifier.classes)}{classifier.name} knows {', '.join(classifier.classes)}"
+            )
     named = classifier.named(prompt)
     return [name for name in (among or classifier.classes) if name not in named]

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dodgeburn.errors import UserError
+from dodgeburn.errors import UserError, did_you_mean
 from dodgeburn.measure.report import Column, Report, Theme
 from dodgeburn.models.model import Model
 from dodgeburn.models.saving import save_single_file
@@ -224,5 +224,7 @@ def methods_for(method: str) -> tuple[str, ...]:
     if method == "auto":
         return tuple(METHODS)
     if method not in METHODS:
-        raise UserError(f"no method {method!r}: expected auto, {', '.join(METHODS)}")
+        raise UserError(
+            f"no method {method!r}: {did_you_mean(method, ('auto', *METHODS))}expected auto, {', '.join(METHODS)}"
+        )
     return (method,)

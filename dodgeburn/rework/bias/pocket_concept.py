@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from dodgeburn.errors import UserError
+from dodgeburn.errors import UserError, did_you_mean
 from dodgeburn.pocket.attributes import (
     CATEGORICAL,
     CONTINUOUS,
@@ -42,7 +42,10 @@ def pocket_concept(
     """
     if attribute not in CATEGORICAL:
         kind = "continuous" if attribute in CONTINUOUS else "no attribute"
-        raise UserError(f"{attribute!r} is {kind} in the pocket world: expected one of {', '.join(CATEGORICAL)}")
+        raise UserError(
+            f"{attribute!r} is {kind} in the pocket world: {did_you_mean(attribute, CATEGORICAL)}expected one of "
+            f"{', '.join(CATEGORICAL)}"
+        )
     for name in classes:
         if name not in CATEGORICAL[attribute]:
             raise UserError(f"{attribute} has no value {name!r}: expected some of {', '.join(CATEGORICAL[attribute])}")

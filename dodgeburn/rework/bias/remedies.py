@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from dodgeburn.errors import UserError
+from dodgeburn.errors import UserError, did_you_mean
 from dodgeburn.jobs import KeptRows
 from dodgeburn.models.model import Model
 from dodgeburn.rework.bias.balance import (
@@ -339,7 +339,7 @@ METHODS: dict[str, Callable[[Job], Done]] = {
 def apply_remedy(method: str, job: Job) -> Done:
     """Run one method on `job.model`. Raises UserError for an unknown one, and where it lacks what it needs."""
     if method not in METHODS:
-        raise UserError(f"no method {method!r}: expected {', '.join(METHODS)}")
+        raise UserError(f"no method {method!r}: {did_you_mean(method, METHODS)}expected {', '.join(METHODS)}")
     began = time.perf_counter()
     done = METHODS[method](job)
     return Done(**{**vars(done), "seconds": time.perf_counter() - began})

@@ -167,8 +167,9 @@ def _curves(theme: Theme, rows: dict[str, list[dict[str, Any]]], spec: Deconstru
             if k:
                 ax.axvline(low - 0.5, color=theme.muted, lw=0.8, ls=":")
             if ax is axes[0] and not theme.narrow:
-                ax.text(low - 0.4, 1.02, _TITLES[stage], transform=ax.get_xaxis_transform(), fontsize=8,
-                        color=theme.muted, rotation=20 if len(rows[stage]) < 4 else 0)  # fmt: skip
+                # In two lines by turns: a stage may have a single check, and its name is wider than that.
+                ax.text(low - 0.4, 1.12 if k % 2 == 0 else 1.02, _TITLES[stage], transform=ax.get_xaxis_transform(),
+                        fontsize=8, color=theme.muted)  # fmt: skip
         ax.set_ylabel(title, color=theme.ink)
         ax.tick_params(colors=theme.ink, labelsize=8)
         ax.grid(axis="y", color=theme.grid)
