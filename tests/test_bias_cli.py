@@ -64,7 +64,7 @@ def test_a_rule_is_written_as_json_and_leaves_the_model(tmp_path, capsys) -> Non
     [
         (["fix", "pocket", "--prompt", "a firefighter"], "name the prompt and the attribute"),
         (["fix", "pocket", *FIX], "no output file"),
-        (["fix", "pocket", *FIX, "--method", "balancd", "-o", "x.safetensors"], "no method 'balancd'"),
+        (["fix", "pocket", *FIX, "--method", "balancd", "-o", "x.safetensors"], "'balancd': did you mean balanced"),
         (["fix", "pocket", *FIX, "-o", "x.ckpt"], "ends in .safetensors"),
         (["fix", "pocket", *FIX, "--classes", "green", "red", "-o", "x.safetensors"], "no value 'green'"),
         (
@@ -75,6 +75,7 @@ def test_a_rule_is_written_as_json_and_leaves_the_model(tmp_path, capsys) -> Non
         (["audt"], "did you mean audit"),
         (["audit", "pocket", "--prompt", "a doctor"], "at least two"),
         (["audit", "pocket", *QUICK, "--attribute", "gender"], "no attribute 'gender'"),
+        (["audit", "pocket", *QUICK, "--attribute", "glases"], "did you mean glasses"),
         (["audit", "pocket", *QUICK, "--control", "x"], "holm or bh"),
         (["audit", "pocket", *QUICK, "--clip", "folder"], "belong together"),
         (["audit", "pocket", "--prompts", "missing.txt"], "missing.txt cannot be read"),
