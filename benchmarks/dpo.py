@@ -68,7 +68,7 @@ MEMORY = Path(__file__).with_name("dpo_memory.py")
 class Size:
     """How much is made."""
 
-    prompts: int = 208  # for pairs
+    prompts: int = 312  # for pairs
     training_seeds: int = 5
     pictures: int = 80  # held-out prompts a model
     hands: int = 48  # further ones that name a waving hand

@@ -3,7 +3,7 @@
 # alignment, 16 merges x 3 shares of the two, compared; the best merge as a file with its model card.
 #
 #   bash examples/proteus-x-dpo.sh                         # minutes on two cores
-#   OUT=mine PROMPTS=208 BEST_OF=8 TRAIN_STEPS=100 BATCH=16 SEEDS=0,1,2,3 bash examples/proteus-x-dpo.sh
+#   OUT=mine PROMPTS=312 BEST_OF=8 TRAIN_STEPS=120 BATCH=16 SEEDS=0,1,2,3 bash examples/proteus-x-dpo.sh
 #   STYLE=train bash examples/proteus-x-dpo.sh             # trains the style fine-tune too
 #
 # Interrupted, the same command goes on. With other sizes, give another OUT.

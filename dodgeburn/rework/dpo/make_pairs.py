@@ -107,25 +107,24 @@ class Drawn:
         return self.settings.rows[prompt * self.settings.best_of + k][2]
 
 
-def pocket_prompts(n: int, missed: bool = False, shipped: bool = False) -> tuple[str, ...]:
-    """n captions of the pocket world that nothing is evaluated on; a third of those that leave the hand open wave.
+def pocket_prompts(n: int, missed: bool = False) -> tuple[str, ...]:
+    """n captions of the pocket world that nothing is chosen or evaluated on; half of those that leave the hand open
+    wave (docs/notes/dpo.md says what a third taught).
 
-    missed: they name what the pocket gets wrong more often than the rest. shipped: as pocket-dpo was made with; four of
-    its 208 are so short that development prompts are the same ("someone").
+    missed: they name what the pocket gets wrong more often than the rest.
     """
     from dodgeburn.pocket.captions import caption, parse
     from dodgeburn.pocket.pictures import attributes_of
     from dodgeburn.training.pocket import DEVELOPMENT_LIST, development_prompts, gate_prompts
 
-    known = [*gate_prompts(), *([] if shipped else development_prompts(FIRST_PROMPT))]
-    never = {row["prompt"] for row in known}
+    never = {row["prompt"] for row in [*gate_prompts(), *development_prompts(FIRST_PROMPT)]}
     out: list[str] = []
     index = FIRST_PROMPT
     while len(out) < n:
         rng = np.random.default_rng([DEVELOPMENT_LIST, index, *([1] if missed else [])])
         prompt = caption(attributes_of(index, DEVELOPMENT_LIST), rng, NAMED if missed else None)[0]
         index += 1
-        if len(out) % 3 == 0 and "hand" not in parse(prompt):
+        if len(out) % 2 == 0 and "hand" not in parse(prompt):
             prompt += ", waving"
         if prompt not in never:
             out.append(prompt)

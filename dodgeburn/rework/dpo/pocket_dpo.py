@@ -24,11 +24,11 @@ from dodgeburn.sampling.loop import GenerateSettings
 
 NAME = "pocket-dpo"
 PREFERENCE = "faithful"
-PROMPTS = 208
+PROMPTS = 312
 BEST_OF = 8
 STEPS = 10  # of sampling, for pairs and for what is measured of them
 SETTINGS: dict[str, DpoSettings] = {
-    "faithful": DpoSettings(rank=8, steps=100, batch=16, lr=1e-3, constant=0.5, beta=2000, safeguard=True, slack=0.3),
+    "faithful": DpoSettings(rank=8, steps=120, batch=16, lr=1e-3, constant=0.5, beta=2000, safeguard=True, slack=0.3),
     "looks": DpoSettings(rank=8, steps=60, batch=16, lr=1e-3, constant=0.5),
 }
 PAIRING = {"faithful": (3, 1.0), "looks": (2, 0.5)}  # pairs a prompt, and how near a near tie is
@@ -38,7 +38,7 @@ Progress = Callable[[int], None]
 def draw_settings(prompts: int = PROMPTS) -> DrawSettings:
     """Which pictures the pairs are chosen among."""
     settings = GenerateSettings(steps=STEPS)
-    return DrawSettings(prompts=pocket_prompts(prompts, shipped=True), best_of=BEST_OF, generate=settings)
+    return DrawSettings(prompts=pocket_prompts(prompts), best_of=BEST_OF, generate=settings)
 
 
 def pairs_by(drawn: Drawn, preference: str, folder: Path) -> PreferencePairs:
