@@ -173,6 +173,7 @@ def pixels(asked: GenerateSettings, n: int = 2) -> np.ndarray:
     return np.stack([np.asarray(m.image).astype(int) for m in made])
 
 
+@pytest.mark.filterwarnings("ignore:dynamic thresholding changed 14 of 32")  # said beside what is looked for
 def test_generation_with_thresholding() -> None:
     asked = GenerateSettings(steps=4, guidance=20, thresholding=Thresholding(mimic_scale=5))
     got, plain = pixels(asked), pixels(GenerateSettings(steps=4, guidance=20))
