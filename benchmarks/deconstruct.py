@@ -317,6 +317,17 @@ def run(bench: Bench, cells: Sequence[str] | None) -> dict[str, Any]:
     return result(s, audits, chance, made, [b for b in befores.values() if b])
 
 
+def ties(said: Sequence[str] | None, parser: argparse.ArgumentParser) -> tuple[tuple[str, int], ...]:
+    """Ties by world and number."""
+    found = []
+    for one in said or ():
+        world, _, number = one.partition(":")
+        if not number.isdigit() or int(number) >= len(WORLDS.get(world, ())):
+            parser.error(f"no tie {one!r}: expected WORLD:NUMBER, worlds are {', '.join(WORLDS)} with three ties each")
+        found.append((world, int(number)))
+    return tuple(found)
+
+
 def main() -> None:
     """Run, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -324,12 +335,13 @@ def main() -> None:
     parser.add_argument("--reduced", action="store_true", help="one tie, one seed, few pictures: what the docs show")
     parser.add_argument("--folder", type=Path, help="where parts lie (the same command goes on there)")
     parser.add_argument("--seeds", type=int, help="training seeds of every method")
+    parser.add_argument("--ties", nargs="*", metavar="WORLD:NUMBER", help="only these, as in 95:1 99:2 (worlds above)")
     parser.add_argument("--minutes", type=float, help="stop between parts after so long")
     parser.add_argument("--cells", nargs="*", help="only these, as in audit plenty/cd merge_only/uce")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     options = parser.parse_args()
     name, size = ("quick", QUICK) if options.quick else ("reduced", REDUCED) if options.reduced else ("full", Size())
-    size = replace(size, seeds=options.seeds or size.seeds)
+    size = replace(size, seeds=options.seeds or size.seeds, treated=ties(options.ties, parser) or size.treated)
     folder = options.folder or Path(f"deconstruct-{name}")
     found = run(Bench(size, folder, options.minutes), options.cells)
     print(table(found))
