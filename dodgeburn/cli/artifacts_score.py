@@ -47,7 +47,7 @@ def main(args: list[str]) -> int:
         from dodgeburn.checkpoint.tensorfile import write_atomic
 
         write_atomic(options.out, "".join(json.dumps(row) + "\n" for row in rows).encode())
-    print(f"{len(rows)} trajectories" + (f", {len(broken)} broken shards left out" if broken else ""))
+    print(f"{len(rows)} trajectories" + (f", broken shards left out: {len(broken)}" if broken else ""))
     for row in sorted(rows, key=lambda r: -r["bad"][-1])[: max(0, options.worst)]:
         curve = " ".join(f"{p:.2f}" for p in row["bad"])
         types = ", ".join(row["types"]) or "no type"
