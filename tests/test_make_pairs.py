@@ -11,12 +11,13 @@ from PIL import Image
 
 from dodgeburn.cli.main import main
 from dodgeburn.errors import UserError
+from dodgeburn.foresee.preference import artifact_rating
 from dodgeburn.images.png import read_png
 from dodgeburn.models.loading import load_model
 from dodgeburn.pocket.attributes import CATEGORICAL, CONTINUOUS, draw_attributes
 from dodgeburn.pocket.captions import parse
 from dodgeburn.pocket.reader import Readings
-from dodgeburn.pocket.world import render
+from dodgeburn.pocket.world import LOOKS, render
 from dodgeburn.rework.dpo.make_pairs import (
     MISSED,
     Drawn,
@@ -93,6 +94,21 @@ def test_wins_are_antisymmetric(scores: list[float], seed: int) -> None:
     b = np.random.default_rng(seed).permutation(a)
     assert np.allclose(wins(a, b) + wins(b, a), 1)
     assert np.all(wins(a, a) == 0.5)
+
+
+def test_artifacts_of_a_drawing_are_none_and_of_a_spoilt_one_some() -> None:
+    told: list[int] = []
+    drawn = {**draw_attributes(np.random.default_rng(4)), "hand": "waving", "fingers": 5}
+    right = render(drawn)  # type: ignore[arg-type]
+    spoilt = right.copy()
+    spoilt[20:36, 20:44] = (255, 0, 255)
+    three = render({**drawn, "fingers": 3})  # type: ignore[arg-type]
+    bold = render(drawn, look="bold")  # type: ignore[arg-type]
+    pictures = np.stack([right, spoilt, three, bold])
+    prompts = ["someone, waving"] * 4
+    plain, worst, fingers, styled = artifact_rating(progress=told.append).scores(pictures, prompts)
+    assert plain == 0 and worst <= -3 and fingers <= -3 and told == [4]
+    assert artifact_rating(looks=LOOKS).scores(pictures, prompts)[3] >= styled
 
 
 def test_a_picture_that_cannot_be_rated_loses() -> None:
@@ -181,7 +197,7 @@ def test_a_scorer_of_the_users(tmp_path: Path) -> None:
         rating(f"{path}:none")
     with pytest.raises(UserError, match="no such file"):
         rating(f"{tmp_path}/other.py:dark")
-    with pytest.raises(UserError, match="no preference 'lookz'"):
+    with pytest.raises(UserError, match="no preference 'lookz': did you mean looks"):
         rating("lookz")
     path.write_text("import nothing_of_that_name\n")
     with pytest.raises(UserError, match="cannot be imported: ModuleNotFoundError"):
@@ -223,6 +239,14 @@ def test_pairs_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main([*again, "-o", str(tmp_path / "dark"), "--near-tie", "0"]) == 0
     for pair in read_pairs(tmp_path / "dark"):
         assert pair.pixels()[0].mean() < pair.pixels()[1].mean()
+    # The artifact oracles.
+    oracle = tmp_path / "oracle"
+    by = ["dpo", "pairs", "--pictures", str(out), "--by", "artifacts", "--near-tie", "0", "-o", str(oracle), "--json"]
+    assert main(by) == 0
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert said["preference"] == "artifacts" and said["by"] == "reader" and said["pairs"] >= 1
+    for row in map(json.loads, (oracle / "pairs.jsonl").read_text().splitlines()):
+        assert 0 >= row["scores"][0] > row["scores"][1] >= -5
     # A person's choices on them.
     capsys.readouterr()
     person = tmp_path / "person"

@@ -20,6 +20,7 @@ HELP = "make preference pairs: sample pictures, rate them by a program or a pers
 EXAMPLE = "dodgeburn dpo pairs --model pocket --by faithful -n 256 --best-of 8 -o my_pairs"
 EXAMPLE_PERSON = "dodgeburn dpo pairs --pictures my_pairs --by my_pairs/choices.json -o my_choices"
 SHEET_PROMPTS = 8  # prompts a contact sheet
+PLAIN = ("pocket", "pocket-dpo")  # models that draw the world as it is; a fine-tune's own look is no artifact
 
 
 @dataclass
@@ -34,6 +35,7 @@ class Pairs:
     """What draws: a packaged model, a .safetensors file, a diffusers folder or a hub id."""
     by: str = "faithful"
     """looks (contrast and centring), faithful (readable, prompt followed, five fingers, by the pocket's reader),
+    artifacts (the less severe the better, by the pocket's pixel oracles),
     FILE.py:FUNCTION (called with pictures uint8 [n, h, w, 3] and their prompts, answers n numbers, more is better),
     a JSON file of choices, or none."""
     prompts: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
@@ -110,15 +112,15 @@ def _pictures(options: Pairs) -> Drawn:
     from dodgeburn.models.loading import load_model
 
     settings = _settings(options)
-    if options.by not in ("none", "looks") and not options.by.endswith(".json"):
+    if options.by not in ("none", "looks", "artifacts") and not options.by.endswith(".json"):
         from dodgeburn.rework.dpo.ratings import rating
 
         rating(options.by)  # a wrong name is refused before minutes of work
     model = load_model(options.model, options.device, options.dtype, options.tokenizer)
-    if options.by == "faithful":
+    if options.by in ("faithful", "artifacts"):
         from dodgeburn.cli.slider_model import of_pocket
 
-        of_pocket(model, "dpo pairs --by faithful")
+        of_pocket(model, f"dpo pairs --by {options.by}")
     assert options.out is not None
     total = len(settings.rows)
     with tqdm(total=total, unit="picture", desc="pictures", disable=None, file=sys.stderr, leave=False) as bar:
@@ -155,7 +157,24 @@ def _chosen(options: Pairs, drawn: Drawn, person: bool) -> Chosen:
 
     if person:
         return choose_from(drawn, options.by)
+    if options.by == "artifacts":
+        return _by_artifacts(options, drawn)
     return choose_by(drawn, rating(options.by), options.near_tie, options.pairs_per_prompt)
+
+
+def _by_artifacts(options: Pairs, drawn: Drawn) -> Chosen:
+    """The oracles take some hundredths of a second a picture, so a bar says how far they are."""
+    from tqdm import tqdm
+
+    from dodgeburn.foresee.preference import artifact_rating
+    from dodgeburn.pocket.world import LOOKS
+    from dodgeburn.rework.dpo.make_pairs import choose_by
+
+    looks = ("plain",) if drawn.model in PLAIN else LOOKS
+    count = drawn.pictures.shape[0] * drawn.pictures.shape[1]
+    with tqdm(total=count, unit="picture", desc="oracles", disable=None, file=sys.stderr, leave=False) as bar:
+        by = artifact_rating(looks=looks, progress=lambda n: None if bar.update(n) else None)
+        return choose_by(drawn, by, options.near_tie, options.pairs_per_prompt)
 
 
 def _for_a_person(drawn: Drawn, out: Path) -> dict[str, Any]:

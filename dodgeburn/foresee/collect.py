@@ -214,13 +214,13 @@ def oracle(reader_name: str) -> Labeller:
     """The pocket's pixel oracles with the reader of this name: for pictures of the pocket world only."""
     from dodgeburn.foresee.truth import find_artifacts
     from dodgeburn.pocket.reader import Reader
-    from dodgeburn.pocket.world import Look
+    from dodgeburn.pocket.world import LOOKS, Look
 
     reader = Reader.load(reader_name)
 
     def label(pictures: np.ndarray, prompts: Sequence[str], drawn: Drawn) -> list[Found]:
         # A merge with a fine-tune takes on its look, which is no failure.
-        looks: tuple[Look, ...] = ("plain", "bold", "ink") if drawn.member.change == "towards" else ("plain",)
+        looks: tuple[Look, ...] = LOOKS if drawn.member.change == "towards" else ("plain",)
         found = find_artifacts(pictures, prompts, reader, looks)
         return [
             Found(f.label(reader_name), f.mask.astype(np.uint8) * 255, {"notes": f.notes} if f.notes else None)

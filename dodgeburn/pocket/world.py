@@ -7,7 +7,7 @@ All lengths below are in units of 1/64 of the picture's side.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -18,6 +18,7 @@ CANVAS = 256
 UNIT = CANVAS / 64
 Colour = tuple[int, int, int]
 Look = Literal["plain", "ink", "bold"]
+LOOKS: tuple[Look, ...] = get_args(Look)
 """`plain` is the world; `ink` and `bold` are the looks that the two shipped fine-tunes are trained on."""
 
 HAIR: dict[str, Colour] = {

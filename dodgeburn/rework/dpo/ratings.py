@@ -1,8 +1,9 @@
 """Programs that prefer one picture to another: a score for every picture, more is better.
 
-Two are programmed for the pocket world. `looks` sees pixels only: contrast and centring. `faithful` reads what the
-prompt asks for, and counts fingers. The reader rates what training, calibration and choices use; evaluations hand in
-the judge. A user's own program is a function in a Python file; a person's choices are no scores (`make_pairs.py`).
+Two are programmed here for the pocket world. `looks` sees pixels only: contrast and centring. `faithful` reads what the
+prompt asks for, and counts fingers. A third, by artifacts, lies above (`foresee/preference.py`). The reader rates what
+training, calibration and choices use; evaluations hand in the judge. A user's own program is a function in a Python
+file; a person's choices are no scores (`make_pairs.py`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Protocol
 
 import numpy as np
 
-from dodgeburn.errors import UserError
+from dodgeburn.errors import UserError, did_you_mean
 from dodgeburn.pocket.attributes import CATEGORICAL, FINGER_COUNTS, FINGER_SHARES
 from dodgeburn.pocket.captions import Asked, parse
 from dodgeburn.pocket.reader import Readings
@@ -23,7 +24,8 @@ from dodgeburn.pocket.reader import Readings
 Scores = Callable[[np.ndarray, Sequence[str]], np.ndarray]
 """Pictures uint8 [n, h, w, 3] and their prompts -> float [n], more is better; NaN for one that cannot be rated."""
 
-BUILT_IN = ("looks", "faithful")
+BUILT_IN = ("looks", "faithful", "artifacts")
+"""What `dpo pairs --by` knows by name; the last is rated above this part (`foresee/preference.py`)."""
 CONTRAST_UNIT = 0.043  # standard deviation of `contrast` over the pocket's pictures of development prompts
 CENTRING_UNIT = 0.088  # the same of `centring`: either counts as much as it varies
 NEAR = 0.3  # how far outside the asked interval a continuous attribute earns nothing
@@ -105,7 +107,8 @@ def _credit(name: str, wish: str | tuple[float, float], readings: Readings, i: i
 
 
 def rating(by: str, reader: ReadsPictures | None = None, name: str = "reader") -> Rating:
-    """The preference that `by` names: looks, faithful, or FILE.py:FUNCTION, called with (pictures, prompts).
+    """The preference that `by` names: looks, faithful, or FILE.py:FUNCTION, called with (pictures, prompts). That of
+    artifacts is `foresee.preference.artifact_rating`.
 
     `reader`, called `name`, rates faithfulness; None: the shipped reader. Raises UserError for anything else, and for
     a function that does not answer with one number a picture.
@@ -125,7 +128,10 @@ def rating(by: str, reader: ReadsPictures | None = None, name: str = "reader") -
         return Rating("faithful", name, faithful)
     path, colon, function = by.rpartition(":")
     if not colon or not path.endswith(".py"):
-        raise UserError(f"no preference {by!r}: expected {', '.join(BUILT_IN)}, FILE.py:FUNCTION or a choices.json")
+        raise UserError(
+            f"no preference {by!r}: {did_you_mean(by, BUILT_IN)}expected {', '.join(BUILT_IN)}, FILE.py:FUNCTION or a "
+            "choices.json"
+        )
     return Rating(function, Path(path).name, _of_file(Path(path).expanduser(), function))
 
 
