@@ -38,6 +38,6 @@ def artifact_rating(
             out += [-one.severity for one in found]
             if progress is not None:
                 progress(len(found))
-        return np.array(out)
+        return np.array(out) + 0.0  # no negative zeros
 
     return Rating(NAME, name, scores)
