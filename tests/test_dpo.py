@@ -104,6 +104,37 @@ def test_the_error_of_v_is_that_of_the_noise() -> None:
     assert torch.equal(plain.residuals(rows, rows.noise + error), (rows.noise + error) - rows.noise)
 
 
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_emphasis_turns_errors_of_the_noise_into_errors_of_the_picture(kind: str) -> None:
+    model = tiny_model(prediction_type=kind)
+    plain, weighed = points_of(model), points_of(model, emphasis=2.0)
+    rows = plain.rows(0, range(8))
+    a = plain.alpha_bar[rows.timesteps].view(-1, 1, 1, 1)
+    said = torch.randn(rows.x.shape, generator=torch.Generator().manual_seed(1))
+    eps = rows.noise + plain.residuals(rows, said)
+    # x_0 = (x_t - sqrt(1 - a) eps) / sqrt(a), arXiv 2010.02502, eq. 12
+    clean = (rows.x - (1 - a).sqrt() * eps) / a.sqrt()
+    assert torch.allclose(weighed.residuals(rows, said), rows.clean - clean, atol=1e-3)
+    half = points_of(model, emphasis=1.0).residuals(rows, said).square()
+    assert torch.allclose(half, plain.residuals(rows, said).square() * ((1 - a) / a).sqrt(), rtol=1e-4)
+
+
+def test_time_steps_lie_between_end_and_start() -> None:
+    found = points_of(tiny_model(), start=700, end=300).rows(0, range(200)).timesteps
+    assert int(found.min()) >= 300 and int(found.max()) < 700
+    counts = np.histogram(found[:200].numpy(), 4, (300, 700))[0]
+    assert counts.min() >= 40
+    with pytest.raises(ValueError, match="there are none"):
+        quick(start=300, end=300)
+
+
+def test_emphasis_reaches_training_and_every_reference(tmp_path: Path) -> None:
+    made = [run(tmp_path / kind, quick(reference=kind, emphasis=1.0, end=300, bank=8)) for kind in ("off", "copy")]
+    assert made[0].history[0] == pytest.approx(made[1].history[0], rel=1e-4)
+    plain = run(tmp_path / "plain", quick(end=300))
+    assert made[0].history[-1]["margin"] != pytest.approx(plain.history[-1]["margin"], rel=1e-2)
+
+
 def test_with_guidance_the_guided_predictions_are_compared(tmp_path: Path) -> None:
     model = tiny_model()
     plain, guided = (PairPoints(model, encode_pairs(model, some_pairs(), guidance=g)) for g in (1.0, 4.0))

@@ -69,6 +69,8 @@ class DpoSettings(BaseModel):
     dropout: float = Field(default=0.1, ge=0, le=1)  # share of pairs with an empty caption
     flips: bool = False  # mirror half of the pairs, both pictures alike
     start: int = Field(default=1000, ge=1, le=1000)  # time steps below this one are trained
+    end: int = Field(default=0, ge=0, le=999)  # and from this one on
+    emphasis: float = Field(default=0.0, ge=0, le=4)  # errors count times sigma to this power (pair_points.py)
     checkpointing: bool = False  # work activations out twice instead of keeping them
     one_by_one: bool = False  # winners and losers pass one after the other: half of the activations, a forward more
     seed: int = Field(default=0, ge=0)
@@ -90,6 +92,8 @@ class DpoSettings(BaseModel):
             raise ValueError("the whole U-Net cannot be switched off: its reference is copy or bank")
         if self.rank is not None and self.reference == "copy" and self.reference_decay:
             raise ValueError("a copy of the U-Net cannot follow a LoRA: its reference is off, which can")
+        if self.end >= self.start:
+            raise ValueError(f"time steps from {self.end} to below {self.start}: there are none")
         if self.reference == "bank" and self.reference_decay:
             raise ValueError("a bank is worked out beforehand: its reference cannot follow")
         return self
@@ -169,6 +173,8 @@ def align(
         settings.seed,
         settings.dropout,
         settings.start,
+        settings.end,
+        settings.emphasis,
     )
     elements = points.buckets[0].winners[0].numel()
     beta = settings.beta_for(elements)
