@@ -96,6 +96,18 @@ def test_wins_are_antisymmetric(scores: list[float], seed: int) -> None:
     assert np.all(wins(a, a) == 0.5)
 
 
+def test_wishes_and_hands_are_the_halves_of_faithfulness() -> None:
+    drawn = {**draw_attributes(np.random.default_rng(4)), "hand": "waving", "fingers": 5, "outfit": "doctor"}
+    changes = ({}, {"fingers": 3}, {"outfit": "gardener"}, {"hand": "none", "fingers": 0})
+    pictures = np.stack([render({**drawn, **change}) for change in changes])  # type: ignore[dict-item]
+    prompts = ["a doctor, waving", "a doctor", "a doctor", "someone"]
+    wishes, hands, both = (rating(by).scores(pictures, prompts) for by in ("wishes", "hands", "faithful"))
+    assert wishes[:2] == pytest.approx([1, 1], abs=0.02) and wishes[2] == 0 and np.isnan(wishes[3])
+    assert hands[:3].tolist() == [1, 0, 1] and np.isnan(hands[3])
+    assert both[0] == pytest.approx((2 + 2) / 4, abs=0.02) and both[1] == pytest.approx(1 / 3, abs=0.02)
+    assert both[2] == pytest.approx(2 / 3) and both[3] == pytest.approx(0.7)
+
+
 def test_artifacts_of_a_drawing_are_none_and_of_a_spoilt_one_some() -> None:
     told: list[int] = []
     drawn = {**draw_attributes(np.random.default_rng(4)), "hand": "waving", "fingers": 5}

@@ -35,6 +35,7 @@ class Pairs:
     """What draws: a packaged model, a .safetensors file, a diffusers folder or a hub id."""
     by: str = "faithful"
     """looks (contrast and centring), faithful (readable, prompt followed, five fingers, by the pocket's reader),
+    wishes (the prompt alone), hands (five fingers alone),
     artifacts (the less severe the better, by the pocket's pixel oracles),
     FILE.py:FUNCTION (called with pictures uint8 [n, h, w, 3] and their prompts, answers n numbers, more is better),
     a JSON file of choices, or none."""
@@ -117,7 +118,7 @@ def _pictures(options: Pairs) -> Drawn:
 
         rating(options.by)  # a wrong name is refused before minutes of work
     model = load_model(options.model, options.device, options.dtype, options.tokenizer)
-    if options.by in ("faithful", "artifacts"):
+    if options.by in ("faithful", "wishes", "hands", "artifacts"):
         from dodgeburn.cli.slider_model import of_pocket
 
         of_pocket(model, f"dpo pairs --by {options.by}")

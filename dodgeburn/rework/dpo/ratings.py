@@ -1,9 +1,9 @@
 """Programs that prefer one picture to another: a score for every picture, more is better.
 
-Two are programmed here for the pocket world. `looks` sees pixels only: contrast and centring. `faithful` reads what the
-prompt asks for, and counts fingers. A third, by artifacts, lies above (`foresee/preference.py`). The reader rates what
-training, calibration and choices use; evaluations hand in the judge. A user's own program is a function in a Python
-file; a person's choices are no scores (`make_pairs.py`).
+Programmed here for the pocket world: `looks` sees pixels only, contrast and centring; `faithful` reads what the prompt
+asks for, and counts fingers; `wishes` and `hands` are its two halves. `artifacts` lies above (`foresee/preference.py`).
+The reader rates what training, calibration and choices use; evaluations hand in the judge. A user's own program is a
+function in a Python file; a person's choices are no scores (`make_pairs.py`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dodgeburn.pocket.reader import Readings
 Scores = Callable[[np.ndarray, Sequence[str]], np.ndarray]
 """Pictures uint8 [n, h, w, 3] and their prompts -> float [n], more is better; NaN for one that cannot be rated."""
 
-BUILT_IN = ("looks", "faithful", "artifacts")
+BUILT_IN = ("looks", "faithful", "wishes", "hands", "artifacts")
 """What `dpo pairs --by` knows by name; the last is rated above this part (`foresee/preference.py`)."""
 CONTRAST_UNIT = 0.043  # standard deviation of `contrast` over the pocket's pictures of development prompts
 CENTRING_UNIT = 0.088  # the same of `centring`: either counts as much as it varies
@@ -75,26 +75,35 @@ def looks(pictures: np.ndarray) -> np.ndarray:
     return contrast(pictures) / CONTRAST_UNIT + centring(pictures) / CENTRING_UNIT
 
 
-def faithfulness(asked: Sequence[Asked], readings: Readings) -> np.ndarray:
+def faithfulness(asked: Sequence[Asked], readings: Readings, hand_weight: float = HAND_WEIGHT) -> np.ndarray:
     """How well each picture is readable, follows its prompt, and has five fingers: float64 [n] in [0, 1].
 
     The weighted mean of credits. A categorical wish: the reader's confidence if fulfilled, else 0. A continuous one: 1
-    inside the asked interval, falling to 0 at `NEAR` outside. A hand: 1 with five fingers, else 0, with `HAND_WEIGHT`;
+    inside the asked interval, falling to 0 at `NEAR` outside. A hand: 1 with five fingers, else 0, with `hand_weight`;
     a picture without a hand gets what hands earn on average in the world, so that hands are neither sought nor
-    avoided. Unreadable: 0.
+    avoided. Unreadable: 0. NaN for a prompt without wishes where hands have no weight.
     """
     if len(asked) != len(readings):
         raise ValueError(f"{len(asked)} prompts but {len(readings)} readings")
     out = np.zeros(len(asked))
     for i, wishes in enumerate(asked):
+        if not wishes and not hand_weight:
+            out[i] = np.nan
+            continue
         if readings.unreadable[i]:
             continue
         credits = [_credit(name, wish, readings, i) for name, wish in wishes.items()]
         fingers = int(readings.values["fingers"][i])
         waves = str(readings.values["hand"][i]) == "waving" or fingers > 0
         hand = float(fingers == 5) if waves else FIVE
-        out[i] = (sum(credits) + HAND_WEIGHT * hand) / (len(credits) + HAND_WEIGHT)
+        out[i] = (sum(credits) + hand_weight * hand) / (len(credits) + hand_weight)
     return out
+
+
+def five_fingers(readings: Readings) -> np.ndarray:
+    """1 for a hand with five fingers, 0 with another number, NaN where there is no hand to count: float64 [n]."""
+    fingers = np.asarray(readings.values["fingers"]).astype(int)
+    return np.where(np.asarray(readings.unreadable) | (fingers == 0), np.nan, (fingers == 5).astype(np.float64))
 
 
 def _credit(name: str, wish: str | tuple[float, float], readings: Readings, i: int) -> float:
@@ -107,25 +116,28 @@ def _credit(name: str, wish: str | tuple[float, float], readings: Readings, i: i
 
 
 def rating(by: str, reader: ReadsPictures | None = None, name: str = "reader") -> Rating:
-    """The preference that `by` names: looks, faithful, or FILE.py:FUNCTION, called with (pictures, prompts). That of
-    artifacts is `foresee.preference.artifact_rating`.
+    """The preference that `by` names: looks, faithful, wishes, hands, or FILE.py:FUNCTION, called with (pictures,
+    prompts). That of artifacts is `foresee.preference.artifact_rating`.
 
-    `reader`, called `name`, rates faithfulness; None: the shipped reader. Raises UserError for anything else, and for
+    `reader`, called `name`, rates what is read; None: the shipped reader. Raises UserError for anything else, and for
     a function that does not answer with one number a picture.
     """
     if by == "looks":
         return Rating("looks", "pixels", lambda pictures, prompts: looks(pictures))
-    if by == "faithful":
+    if by in ("faithful", "wishes", "hands"):
         if reader is None:
             from dodgeburn.pocket.reader import Reader
 
             reader = Reader.load("reader")
         chosen = reader
 
-        def faithful(pictures: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
-            return faithfulness([parse(prompt) for prompt in prompts], chosen.read(pictures))
+        def by_reading(pictures: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
+            seen = chosen.read(pictures)
+            if by == "hands":
+                return five_fingers(seen)
+            return faithfulness([parse(prompt) for prompt in prompts], seen, HAND_WEIGHT if by == "faithful" else 0.0)
 
-        return Rating("faithful", name, faithful)
+        return Rating(by, name, by_reading)
     path, colon, function = by.rpartition(":")
     if not colon or not path.endswith(".py"):
         raise UserError(
