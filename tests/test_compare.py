@@ -11,6 +11,7 @@ from tiny import tiny_model
 from dodgeburn.cli.compare import main, numbers
 from dodgeburn.errors import DodgeburnWarning, UserError
 from dodgeburn.merge import compare_pictures as job
+from dodgeburn.merge import compare_report
 from dodgeburn.merge.compare import CompareSettings, Comparison, compare, read_prompts
 from dodgeburn.merge.presets import preset_names
 from dodgeburn.merge.ranking import Measured, Row, rank
@@ -319,3 +320,14 @@ def test_command_line_refuses_numbers_that_are_none(pair) -> None:
         numbers("1.5", "seeds", int)
     with pytest.raises(UserError, match="-o DIR"):
         main([str(pair[0]), str(pair[1])])
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "said"),
+    [
+        ([0.01, 0.1], [0.02, 0.1], "more than A and B"), ([-0.1, 0.1], None, "not told apart from A or B"),
+        ([-0.2, -0.1], [-0.1, 0.1], "less than A and not told apart from B"),
+    ],
+)  # fmt: skip
+def test_the_verdict_names_both_parents(a: list[float] | None, b: list[float] | None, said: str) -> None:
+    assert compare_report._verdict({"vs_a_ci": a, "vs_b_ci": b}) == said

@@ -146,12 +146,13 @@ def _ends(ends: Sequence[float] | None) -> str:
 
 
 def _verdict(held: Mapping[str, Any]) -> str:
-    words = []
-    for key, name in (("vs_a", "A"), ("vs_b", "B")):
+    how = []
+    for key in ("vs_a", "vs_b"):
         low, high = held[f"{key}_ci"] or (-1.0, 1.0)
-        how = "more than" if low > 0 else "less than" if high < 0 else "not told apart from"
-        words.append(f"{how} {name}")
-    return " and ".join(words) if words[0] != words[1] else words[0] + " and B"
+        how.append("more than" if low > 0 else "less than" if high < 0 else "not told apart from")
+    if how[0] == how[1]:
+        return f"{how[0]} A {'or' if how[0].startswith('not') else 'and'} B"
+    return f"{how[0]} A and {how[1]} B"
 
 
 def add_sections(
