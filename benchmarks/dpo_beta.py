@@ -20,7 +20,8 @@ from pathlib import Path
 from dodgeburn.measure.machine import machine
 from dodgeburn.models.loading import load_model
 from dodgeburn.rework.dpo.pairs import read_pairs
-from dodgeburn.rework.dpo.train import DpoSettings, align
+from dodgeburn.rework.dpo.settings import DpoSettings
+from dodgeburn.rework.dpo.train import align
 
 GRID = ((1e-4, 312.5), (3e-4, 312.5), (1e-3, 312.5), (1e-3, 31.25), (1e-3, 3125.0))
 

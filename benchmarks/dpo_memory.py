@@ -83,7 +83,8 @@ def child(kind: str, side: int, folder: Path) -> None:
     peak = Peak()
     from dodgeburn.rework.dpo import train as aligning
     from dodgeburn.rework.dpo.pairs import Preference, checked
-    from dodgeburn.rework.dpo.train import DpoSettings, align
+    from dodgeburn.rework.dpo.settings import DpoSettings
+    from dodgeburn.rework.dpo.train import align
 
     imported = anonymous_mb()
     peak.phase = "build"

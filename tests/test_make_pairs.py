@@ -120,6 +120,8 @@ def test_artifacts_of_a_drawing_are_none_and_of_a_spoilt_one_some() -> None:
     prompts = ["someone, waving"] * 4
     plain, worst, fingers, styled = artifact_rating(progress=told.append).scores(pictures, prompts)
     assert plain == 0 and not np.signbit(plain) and worst <= -3 and fingers <= -3 and told == [4]
+    with pytest.raises(UserError, match="96 x 100: the artifact oracles"):
+        artifact_rating().scores(np.zeros((1, 100, 96, 3), np.uint8), [""])
     assert artifact_rating(looks=LOOKS).scores(pictures, prompts)[3] >= styled
 
 

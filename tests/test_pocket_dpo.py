@@ -17,7 +17,7 @@ from dodgeburn.models.loading import load_model
 from dodgeburn.pocket.model import weights_path
 from dodgeburn.rework.dpo import pocket_dpo
 from dodgeburn.rework.dpo.make_pairs import FIRST_PROMPT, pocket_prompts
-from dodgeburn.rework.dpo.train import DpoSettings
+from dodgeburn.rework.dpo.settings import DpoSettings
 from dodgeburn.training.pocket import development_prompts, gate_prompts
 
 

@@ -113,12 +113,12 @@ def _pictures(options: Pairs) -> Drawn:
     from dodgeburn.models.loading import load_model
 
     settings = _settings(options)
-    if options.by not in ("none", "looks", "artifacts") and not options.by.endswith(".json"):
-        from dodgeburn.rework.dpo.ratings import rating
+    from dodgeburn.rework.dpo.ratings import READ, rating
 
+    if options.by not in ("none", "looks", "artifacts") and not options.by.endswith(".json"):
         rating(options.by)  # a wrong name is refused before minutes of work
     model = load_model(options.model, options.device, options.dtype, options.tokenizer)
-    if options.by in ("faithful", "wishes", "hands", "artifacts"):
+    if options.by in (*READ, "artifacts"):
         from dodgeburn.cli.slider_model import of_pocket
 
         of_pocket(model, f"dpo pairs --by {options.by}")

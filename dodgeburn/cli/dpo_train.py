@@ -20,7 +20,8 @@ from dodgeburn.given_settings import first_problem
 
 if TYPE_CHECKING:
     from dodgeburn.rework.dpo.pairs import PreferencePairs
-    from dodgeburn.rework.dpo.train import Aligned, DpoSettings
+    from dodgeburn.rework.dpo.settings import DpoSettings
+    from dodgeburn.rework.dpo.train import Aligned
 
 HELP = "align a model with preference pairs (Diffusion-DPO and its successors)"
 EXAMPLE = "dodgeburn dpo train --pairs my_pairs --model pocket --loss sigmoid --lora 8 -o pocket-dpo.safetensors"
@@ -47,7 +48,7 @@ class Objective:
     preferred) with it: twice the work. An empty caption has nothing to guide: give --dropout 0 with it."""
     emphasis: float = 0.0
     """Above 0: errors count times sigma to this power (2: as errors of the clean picture), so that noisy time steps,
-    where light, colour and layout are decided, count as much as late ones. 1 with --end 300 served the pocket best."""
+    where light, colour and layout are decided, count as much as late ones. On the pocket 1 helps, with --end 300 and long training."""
 
 
 @dataclass
@@ -155,7 +156,8 @@ def _run(settings: Train, source: Path, out: Path) -> tuple[Aligned, PreferenceP
     from dodgeburn.models.loading import load_model
     from dodgeburn.rework.dpo.file import save_aligned
     from dodgeburn.rework.dpo.pairs import read_pairs
-    from dodgeburn.rework.dpo.train import align, betas
+    from dodgeburn.rework.dpo.settings import betas
+    from dodgeburn.rework.dpo.train import align
 
     chosen = _chosen(settings)
     check_output(out, [source] if source.is_file() else [])
@@ -196,7 +198,7 @@ def _run(settings: Train, source: Path, out: Path) -> tuple[Aligned, PreferenceP
 def _chosen(settings: Train) -> DpoSettings:
     from pydantic import ValidationError
 
-    from dodgeburn.rework.dpo.train import DpoSettings
+    from dodgeburn.rework.dpo.settings import DpoSettings
 
     full = settings.lora == "full"
     if not full and not (settings.lora.isdecimal() and int(settings.lora) > 0):
@@ -237,7 +239,7 @@ def _say(line: str) -> None:
 
 
 def _row(settings: Train, aligned: Aligned, pairs: PreferencePairs) -> dict[str, object]:
-    from dodgeburn.rework.dpo.train import betas
+    from dodgeburn.rework.dpo.settings import betas
 
     return {
         "out": str(settings.out), "loss": settings.loss, "pairs": len(pairs), "dropped": pairs.dropped,

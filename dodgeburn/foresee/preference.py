@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from dodgeburn.errors import UserError
 from dodgeburn.foresee.truth import find_artifacts
-from dodgeburn.pocket.reader import Reader
+from dodgeburn.pocket.reader import SIZE, Reader
 from dodgeburn.pocket.world import Look
 from dodgeburn.rework.dpo.ratings import Rating
 
@@ -27,10 +28,17 @@ def artifact_rating(
 
     `reader`, called `name`, says what pictures show; None: the shipped reader. looks: whose drawings pictures are
     compared with; a fine-tune's style is no artifact. progress: told how many pictures were just looked at.
+    The scores raise UserError for pictures of a size that the pocket does not draw.
     """
     chosen = reader or Reader.load("reader")
 
     def scores(pictures: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
+        height, width = pictures.shape[1:3]
+        if height != width or height % SIZE:
+            raise UserError(
+                f"pictures of {width} x {height}: the artifact oracles know the pocket's, {SIZE} or {2 * SIZE} pixels "
+                "a side"
+            )
         out = []
         for start in range(0, len(pictures), AT_ONCE):
             part = slice(start, start + AT_ONCE)

@@ -291,7 +291,8 @@ def _negation(job: Job) -> Done:
 def _dpo(job: Job) -> Done:
     """Winners are pictures of the other classes in the target's shares, losers of the majority, captions the same."""
     from dodgeburn.rework.dpo.pairs import Preference, checked
-    from dodgeburn.rework.dpo.train import DpoSettings, align
+    from dodgeburn.rework.dpo.settings import DpoSettings
+    from dodgeburn.rework.dpo.train import align
 
     s, concept = job.settings, job.concept
     found, shown = _fair(job)

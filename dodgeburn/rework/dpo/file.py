@@ -21,7 +21,8 @@ from dodgeburn.models.model import DTYPES, Model
 from dodgeburn.models.saving import save_single_file
 from dodgeburn.rework.dpo.losses import LOSSES
 from dodgeburn.rework.dpo.pairs import PreferencePairs
-from dodgeburn.rework.dpo.train import Aligned, betas
+from dodgeburn.rework.dpo.settings import betas
+from dodgeburn.rework.dpo.train import Aligned
 
 DROPPED = (*STALE, A1111_RECIPE, A1111_MODELS, "dodgeburn.training")  # of the base's metadata: no longer true
 

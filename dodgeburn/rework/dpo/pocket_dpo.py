@@ -19,7 +19,8 @@ from dodgeburn.rework.dpo.file import save_aligned
 from dodgeburn.rework.dpo.make_pairs import Drawn, DrawSettings, choose_by, draw_all, pocket_prompts, write_chosen
 from dodgeburn.rework.dpo.pairs import PreferencePairs, read_pairs
 from dodgeburn.rework.dpo.ratings import rating
-from dodgeburn.rework.dpo.train import Aligned, DpoSettings, align
+from dodgeburn.rework.dpo.settings import DpoSettings
+from dodgeburn.rework.dpo.train import Aligned, align
 from dodgeburn.sampling.loop import GenerateSettings
 
 NAME = "pocket-dpo"

@@ -24,7 +24,8 @@ from dodgeburn.pocket.reader import Readings
 Scores = Callable[[np.ndarray, Sequence[str]], np.ndarray]
 """Pictures uint8 [n, h, w, 3] and their prompts -> float [n], more is better; NaN for one that cannot be rated."""
 
-BUILT_IN = ("looks", "faithful", "wishes", "hands", "artifacts")
+READ = ("faithful", "wishes", "hands")  # by a pocket reader
+BUILT_IN = ("looks", *READ, "artifacts")
 """What `dpo pairs --by` knows by name; the last is rated above this part (`foresee/preference.py`)."""
 CONTRAST_UNIT = 0.043  # standard deviation of `contrast` over the pocket's pictures of development prompts
 CENTRING_UNIT = 0.088  # the same of `centring`: either counts as much as it varies
@@ -124,7 +125,7 @@ def rating(by: str, reader: ReadsPictures | None = None, name: str = "reader") -
     """
     if by == "looks":
         return Rating("looks", "pixels", lambda pictures, prompts: looks(pictures))
-    if by in ("faithful", "wishes", "hands"):
+    if by in READ:
         if reader is None:
             from dodgeburn.pocket.reader import Reader
 
