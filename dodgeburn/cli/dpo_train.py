@@ -48,7 +48,8 @@ class Objective:
     preferred) with it: twice the work. An empty caption has nothing to guide: give --dropout 0 with it."""
     emphasis: float = 0.0
     """Above 0: errors count times sigma to this power (2: as errors of the clean picture), so that noisy time steps,
-    where light, colour and layout are decided, count as much as late ones. On the pocket 1 helps, with --end 300 and long training."""
+    where light, colour and layout are decided, count as much as late ones. On the pocket 1 helps, with --end 300
+    and long training."""
 
 
 @dataclass
