@@ -53,6 +53,24 @@ def test_train_on_pocket_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureF
     assert str(tmp_path) not in json.dumps(said)
 
 
+def test_pairs_of_two_folders_are_learned_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from dodgeburn.cli.main import main
+
+    folders = [
+        str(write_pairs(tmp_path / f"p{i}", checked([Preference("a", picture(i, 64, 64), picture(i + 1, 64, 64))])))
+        for i in (0, 2)
+    ]
+    out = tmp_path / "out.safetensors"
+    args = ["--steps", "1", "--batch", "2", "--lora", "1", "--safeguard", "--slack", "0.3", "--constant", "0.5"]
+    assert main(["dpo", "train", "--pairs", *folders, "-o", str(out), *args, "--json"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert json.loads(lines[-1])["pairs"] == 2 and f"{folders[0]} and {folders[1]}: 2 pairs" in lines
+    with TensorFile(out) as file:
+        said = json.loads(file.header.metadata[RECIPE])
+    assert said["pairs"]["about"] == {"sets": [{}, {}]}
+    assert (said["settings"]["slack"], said["settings"]["constant"]) == (0.3, 0.5)
+
+
 def test_full_training_writes_a_checkpoint_that_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from dodgeburn.cli.main import main
 
@@ -85,6 +103,7 @@ def test_full_training_writes_a_checkpoint_that_loads(tmp_path: Path, capsys: py
         (["--pairs", "x", "-o", "y.safetensors", "--lora", "0"], "--lora is 0: expected a rank"),
         (["--pairs", "x", "-o", "y.safetensors", "--beta", "-1"], "--beta is -1: expected a number above 0"),
         (["--pairs", "x", "-o", "y.safetensors", "--loss", "sft", "--safeguard"], "loss sft has none"),
+        (["--pairs", "x", "-o", "y.safetensors", "--slack", "0.3"], "slack is the safeguard's"),
         (["--pairs", "x", "-o", "y.safetensors", "--dtype", "bf16"], "fp32 or fp16"),
     ],
 )  # fmt: skip

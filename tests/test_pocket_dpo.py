@@ -25,7 +25,7 @@ def test_from_pairs_to_the_file_that_ships(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(pocket_dpo, "BEST_OF", 4)
     monkeypatch.setattr(pocket_dpo, "STEPS", 2)
     monkeypatch.setitem(pocket_dpo.SETTINGS, "faithful", DpoSettings(rank=1, steps=1, batch=2, lr=1e-3))
-    monkeypatch.setitem(pocket_dpo.PAIRING, "faithful", (1, 0.0))
+    monkeypatch.setitem(pocket_dpo.PAIRING, "faithful", (("wishes", 1, 0.0), ("faithful", 1, 0.0)))
     draw = pocket_dpo.draw_settings
     monkeypatch.setattr(pocket_dpo, "draw_settings", lambda: draw(4))
     model = load_model("pocket", "cpu", "fp32")
@@ -35,7 +35,8 @@ def test_from_pairs_to_the_file_that_ships(tmp_path: Path, monkeypatch: pytest.M
     assert said["config"]["seed"] == 0 and said["logs"]["dpo"][-1]["step"] == 1
     recipe = recipe_of(read_header(out).metadata)
     assert recipe is not None and recipe["base"]["sha256"] == model.sha256
-    assert recipe["pairs"]["about"]["preference"] == "faithful" and recipe["pairs"]["about"]["by"] == "reader"
+    sets = recipe["pairs"]["about"]["sets"]
+    assert [(one["preference"], one["by"]) for one in sets] == [("wishes", "reader"), ("faithful", "reader")]
     whole = packaged._made("pocket-dpo", out, weights_path("pocket"), tmp_path / "cache")
     assert read_header(out).metadata[packaged.WHOLE_HASH] == sha256_tensors(whole)
     out.unlink()

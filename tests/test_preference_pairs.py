@@ -13,7 +13,7 @@ from PIL import Image
 
 from dodgeburn.errors import UserError
 from dodgeburn.rework.dpo import pairs as module
-from dodgeburn.rework.dpo.pairs import Preference, PreferencePairs, checked, read_pairs, write_pairs
+from dodgeburn.rework.dpo.pairs import Preference, PreferencePairs, checked, read_pairs, read_sets, write_pairs
 
 
 def pixels(seed: int, width: int = 32, height: int = 24) -> np.ndarray:
@@ -91,6 +91,23 @@ def test_bad_pairs_are_counted_by_reason(tmp_path: Path) -> None:
     assert found.first[module.SIZES] == "line 6, 32x24 and 40x24"
     assert [pair.weight for pair in found] == [1.0, 0.5] and found.pairs[1].notes == {"seed": 4}
     assert "\n" not in found.report()
+
+
+def test_several_sets_are_one_behind_the_other(tmp_path: Path) -> None:
+    pictures = {"a.png": pixels(0), "b.png": pixels(1)}
+    tie = {"caption": "gone", "win": "a.png", "lose": None}
+    (tmp_path / "x").mkdir(), (tmp_path / "y").mkdir()
+    x = folder(tmp_path / "x", [{"caption": "one", "win": "a.png", "lose": "b.png"}, tie], pictures)
+    y = folder(tmp_path / "y", [tie, {"caption": "two", "win": "b.png", "lose": "a.png", "weight": 0.5}], pictures)
+    (y / "about.json").write_text('{"preference": "mine"}')
+    found = read_sets([x, y])
+    assert found.captions == ["one", "two"] and list(found.weights) == [1.0, 0.5]
+    assert found.dropped == {module.MISSING: 2} and found.first[module.MISSING] == f"line 2 of {x}"
+    assert found.about == {"sets": [{}, {"preference": "mine"}]}
+    assert len({found.sha256, read_sets([y, x]).sha256, read_pairs(x).sha256}) == 3
+    assert read_sets([y]).sha256 == read_pairs(y).sha256 and read_sets([y]).about == {"preference": "mine"}
+    with pytest.raises(UserError, match="at least one"):
+        read_sets([])
 
 
 def test_sizes_can_be_cropped_instead(tmp_path: Path) -> None:

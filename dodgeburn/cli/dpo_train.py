@@ -36,6 +36,8 @@ class Objective:
     Left out: 5000 at SD1.5's latents, scaled with their number of elements."""
     safeguard: bool = False
     """Scale the loser's gradient so that the winner's error cannot rise, to first order (SDPO)."""
+    slack: float = 0.0
+    """Of --safeguard: above 0 (below 1), the winner's error has to fall."""
     reference: Literal["auto", "off", "bank", "copy"] = "auto"
     """off: the LoRA switched off; bank: errors worked out beforehand at --bank points; copy: a second U-Net (a
     LoRA needs none). auto: off for a LoRA, copy for full."""
@@ -64,6 +66,8 @@ class Training:
     """Batches a step."""
     lr: float | None = None
     """Learning rate; left out: 1e-4 for a LoRA, 1e-5 for full."""
+    constant: float = 1.0
+    """Share of the steps after which the learning rate falls, to zero at the end."""
     dropout: float = 0.1
     """Share of pairs trained with an empty caption."""
     flips: bool = False
@@ -96,7 +100,7 @@ class Files:
     crop: bool = False
     """Crop pictures of a pair that differ in size to the smaller; otherwise such pairs are dropped."""
     limit: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """Read the first N good pairs only."""
+    """Read the first N good pairs only, of each path."""
     spelling: Literal["kohya", "sgm", "peft"] = "kohya"
     """Spelling of the LoRA's keys."""
     dtype: Literal["fp32", "fp16", "bf16"] | None = None
@@ -112,8 +116,9 @@ class Train(Grouped):
     goes on. Several GPUs: accelerate launch -m dodgeburn dpo train ...
     """
 
-    pairs: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
-    """A folder with pairs.jsonl, a parquet file with Pick-a-Pic's columns, or a folder of such files."""
+    pairs: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="PATH [PATH ...]")] = ()
+    """A folder with pairs.jsonl, a parquet file with Pick-a-Pic's columns, or a folder of such files. Several: all of
+    their pairs."""
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], metavar="OUT")] = None
     """The .safetensors file to write."""
     model: str = "pocket"
@@ -138,7 +143,7 @@ class Train(Grouped):
 def main(args: list[str]) -> int:
     """Run `dodgeburn dpo train`; raises UserError for bad input."""
     settings = parse(Train, args, "dpo train", EXAMPLE)
-    if settings.pairs is None:
+    if not settings.pairs:
         raise UserError(f"no pairs: say where they are with --pairs PATH: {EXAMPLE}")
     if settings.out is None:
         raise UserError("no output: say where to write with -o OUT.safetensors")
@@ -152,19 +157,19 @@ def main(args: list[str]) -> int:
     return 0
 
 
-def _run(settings: Train, source: Path, out: Path) -> tuple[Aligned, PreferencePairs]:
+def _run(settings: Train, sources: tuple[Path, ...], out: Path) -> tuple[Aligned, PreferencePairs]:
     from dodgeburn.checkpoint.tensorfile import check_output
     from dodgeburn.models.loading import load_model
     from dodgeburn.rework.dpo.file import save_aligned
-    from dodgeburn.rework.dpo.pairs import read_pairs
+    from dodgeburn.rework.dpo.pairs import read_sets
     from dodgeburn.rework.dpo.settings import betas
     from dodgeburn.rework.dpo.train import align
 
     chosen = _chosen(settings)
-    check_output(out, [source] if source.is_file() else [])
+    check_output(out, [source for source in sources if source.is_file()])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", DodgeburnWarning)
-        pairs = read_pairs(source, settings.crop, settings.limit)
+        pairs = read_sets(sources, settings.crop, settings.limit)
         _say(pairs.report())
         device = _device(settings.device)
         model = load_model(settings.model, device=device, dtype=_dtype(device, chosen.rank is None))

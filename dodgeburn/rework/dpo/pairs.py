@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -119,6 +119,26 @@ def read_pairs(path: str | Path, crop: bool = False, limit: int | None = None) -
     found = checked(read, crop, limit, str(path))
     found.about = about
     return found
+
+
+def read_sets(paths: Sequence[str | Path], crop: bool = False, limit: int | None = None) -> PreferencePairs:
+    """The pairs of several places, one after the other, as one set: `read_pairs` of each, `limit` for each.
+
+    `about` is then {"sets": [what each says]} and the hash that of their hashes; a single path is `read_pairs`.
+    """
+    sets = [read_pairs(path, crop, limit) for path in paths]
+    if len(sets) == 1:
+        return sets[0]
+    if not sets:
+        raise UserError("no pairs: expected at least one folder or parquet file")
+    out = PreferencePairs([pair for one in sets for pair in one], source=" and ".join(one.source for one in sets))
+    for one in sets:
+        for reason, count in one.dropped.items():
+            out.dropped[reason] = out.dropped.get(reason, 0) + count
+            out.first.setdefault(reason, f"{one.first[reason]} of {one.source}")
+    out.about = {"sets": [one.about for one in sets]}
+    out.sha256 = hashlib.sha256("".join(one.sha256 for one in sets).encode()).hexdigest()
+    return out
 
 
 def checked(
