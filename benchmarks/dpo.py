@@ -12,10 +12,10 @@ win_*: share of pictures that the same program rates above the base's (ties half
 mean prompt fidelity, tuned less base. five_fingers_*: share of the pictures of prompts with a waving hand in which the
 judge counts five. drift: Frechet distance in the judge's features to the base's pictures (`floor`: of the base's
 pictures with other seeds), and diversity (mean pixel deviation over the pictures) as a ratio to the base's. losses: one
-training seed, at equal steps, and with the LoRA scaled so that drift is sigmoid's. transfer_kept: (win - 1/2) on
-pocket-style with the delta extracted from the tuned checkpoint, over (win - 1/2) on pocket. pareto: merges of
-pocket-style and the tuned checkpoint, (fidelity, resemblance to pocket-style) against both parents' mean; the reader
-chooses on development prompts, the judge grades on held-out ones.
+training seed, at equal steps (fewer than what ships has), and with the LoRA scaled so that drift is sigmoid's.
+transfer_kept: (win - 1/2) on pocket-style with the delta extracted from the tuned checkpoint, over (win - 1/2) on
+pocket. pareto: merges of pocket-style and the tuned checkpoint, (fidelity, resemblance to pocket-style) against both
+parents' mean; the reader chooses on development prompts, the judge grades on held-out ones.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from dodgeburn.pocket.reader import Reader
 from dodgeburn.rework.dpo.file import save_aligned
 from dodgeburn.rework.dpo.losses import LOSSES
 from dodgeburn.rework.dpo.make_pairs import draw_all
-from dodgeburn.rework.dpo.pocket_dpo import SETTINGS, STEPS, aligned, draw_settings, pairs_by
+from dodgeburn.rework.dpo.pocket_dpo import PROMPTS, SETTINGS, STEPS, aligned, draw_settings, pairs_by
 from dodgeburn.rework.dpo.ratings import faithfulness, looks, wins
 from dodgeburn.sampling.adapted import Applied
 from dodgeburn.sampling.loop import GenerateSettings, Tuned, generate
@@ -68,12 +68,13 @@ MEMORY = Path(__file__).with_name("dpo_memory.py")
 class Size:
     """How much is made."""
 
-    prompts: int = 312  # for pairs
+    prompts: int = PROMPTS  # for pairs
     training_seeds: int = 5
     pictures: int = 80  # held-out prompts a model
     hands: int = 48  # further ones that name a waving hand
     loss_pictures: int = 64  # of them, for every loss
     losses: int = 7
+    loss_steps: int = 200  # of training, each loss
     steps: int = 0  # of training; 0: as pocket-dpo's
     strengths: int = 4  # output-space strengths tried
     pareto_prompts: int = 12  # development prompts that a merge is chosen on
@@ -83,7 +84,7 @@ class Size:
 
 
 COUNTS = ("training_seeds", "losses", "strengths", "memory")  # how many parts are made, not what is in them
-QUICK = Size(12, 1, 6, 2, 6, 2, 3, 1, 2, 4, 1, 0)
+QUICK = Size(12, 1, 6, 2, 6, 2, 3, 3, 1, 2, 4, 1, 0)
 
 
 @dataclass(frozen=True)
@@ -135,24 +136,30 @@ class Bench:
         drawn = draw_all(self.model, draw_settings(self.size.prompts), self.store.path("drawn"))
         return pairs_by(drawn, preference, self.store.path(f"pairs-{preference}"))
 
-    def file(self, preference: str, seed: int, loss: str = "sigmoid") -> Path:
+    def file(self, name: str) -> Path:
         """A trained LoRA."""
-        return self.store.path(f"{preference}-{loss}-{seed}.safetensors")
+        return self.store.path(f"{name}.safetensors")
 
-    def train(self, preference: str, seed: int, loss: str = "sigmoid") -> dict[str, Any]:
+    def train(self, preference: str, name: str, **changes: Any) -> dict[str, Any]:
         """Train a LoRA; what its log says at the end."""
         pairs = self.pairs(preference)
-        changes: dict[str, Any] = {"seed": seed, "loss": loss}
+        found = aligned(self.model, pairs, self.store.path(f"training-{name}"), preference, **changes)
+        save_aligned(self.model, pairs, found, self.file(name))
+        return {"pairs": len(pairs), "seconds": found.seconds, "alarms": found.alarms, "last": found.last}
+
+    def train_seed(self, preference: str, seed: int) -> dict[str, Any]:
+        """As it ships, but for the seed."""
+        steps = {"steps": self.size.steps} if self.size.steps else {}
+        return self.train(preference, f"{preference}-{seed}", seed=seed, **steps)
+
+    def train_loss(self, loss: str) -> dict[str, Any]:
+        """Faithfulness by another loss, for fewer steps."""
+        changes: dict[str, Any] = {"loss": loss, "steps": self.size.loss_steps}
         if loss in ("mapo", "sft"):
             changes |= {"beta": None}
         if not LOSSES[loss].loser:
             changes |= {"safeguard": False, "slack": 0.0}
-        if self.size.steps:
-            changes |= {"steps": self.size.steps}
-        folder = self.store.path(f"training-{preference}-{loss}-{seed}")
-        found = aligned(self.model, pairs, folder, preference, **changes)
-        save_aligned(self.model, pairs, found, self.file(preference, seed, loss))
-        return {"pairs": len(pairs), "seconds": found.seconds, "alarms": found.alarms, "last": found.last}
+        return self.train("faithful", f"loss-{loss}", **changes)
 
     # -------------------- judging
 
@@ -202,11 +209,11 @@ class Bench:
 
     def judged(self, preference: str, seed: int) -> dict[str, Any]:
         """One trained LoRA on all held-out rows."""
-        return self.against(self.made(self.draws, lora=self.file(preference, seed)), self.base())
+        return self.against(self.made(self.draws, lora=self.file(f"{preference}-{seed}")), self.base())
 
     def loss(self, loss: str, scale: float) -> dict[str, Any]:
         """One loss, scaled, on some of the rows."""
-        found = self.made(self.draws, self.size.loss_pictures, self.file("faithful", 0, loss), scale)
+        found = self.made(self.draws, self.size.loss_pictures, self.file(f"loss-{loss}"), scale)
         return self.against(found, self.base())
 
     # -------------------- elsewhere
@@ -215,7 +222,7 @@ class Bench:
         """The first faithful LoRA as a checkpoint."""
         out = self.store.path("tuned.safetensors")
         if not out.exists():
-            bake(weights_path("pocket"), [(self.file("faithful", 0), 1.0)], out)
+            bake(weights_path("pocket"), [(self.file("faithful-0"), 1.0)], out)
         return out
 
     def transfer(self, blocks: dict[str, float]) -> dict[str, Any]:
@@ -306,7 +313,7 @@ def run(size: Size, folder: Path) -> dict[str, Any]:
     base = bench.base()
     for seed in range(size.training_seeds):
         for preference in ("faithful", "looks"):
-            bench.part(f"train-{preference}-{seed}", partial(bench.train, preference, seed))
+            bench.part(f"train-{preference}-{seed}", partial(bench.train_seed, preference, seed))
             made = bench.part(f"judged-{preference}-{seed}", partial(bench.judged, preference, seed))
             judged.setdefault(preference, []).append(made)
     for name, preference, key in (
@@ -331,8 +338,8 @@ def run(size: Size, folder: Path) -> dict[str, Any]:
         for name, blocks in (("OUT", _only(bench, "OUT")), ("IN", _only(bench, "IN")))
     }  # fmt: skip
     names = list(LOSSES)[: size.losses]
-    for name in names[1:]:
-        bench.part(f"train-{name}", partial(bench.train, "faithful", 0, name))
+    for name in names:
+        bench.part(f"train-{name}", partial(bench.train_loss, name))
     losses = {n: [bench.part(f"loss-{n}-{s:g}", partial(bench.loss, n, s)) for s in SCALES] for n in names}
     drift = losses["sigmoid"][SCALES.index(1.0)]["drift"]
     found["losses"] = {}

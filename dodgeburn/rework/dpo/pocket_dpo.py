@@ -25,7 +25,7 @@ from dodgeburn.sampling.loop import GenerateSettings
 
 NAME = "pocket-dpo"
 PREFERENCE = "faithful"
-PROMPTS = 624
+PROMPTS = 832
 BEST_OF = 8
 STEPS = 10  # of sampling, for pairs and for what is measured of them
 SETTINGS: dict[str, DpoSettings] = {
