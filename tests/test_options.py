@@ -1,5 +1,6 @@
 """The options of a verb: groups, the two kinds of help, and one line for what cannot be understood."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -30,6 +31,11 @@ class Verb(Grouped):
     """How long."""
     names: list[str] = field(default_factory=list)
     """Which ones."""
+    width: int | None = None
+    """How wide it is, in pixels of the picture that
+    comes out. Left out: as it was."""
+    flip: bool = False
+    """Mirror it."""
     rare_things: Rare = field(default_factory=Rare)
 
 
@@ -46,7 +52,9 @@ def test_short_help_explains_the_everyday_options_and_names_the_rest(capsys: pyt
         parse(Verb, ["--steps", "3", "-h"], "do", "dodgeburn do", "dodgeburn do --eta 2")
     said = capsys.readouterr().out
     assert stopped.value.code == 0 and "How long." in said and "How strong." not in said
-    assert "examples:" in said and "dodgeburn do --eta 2" in said
+    assert "examples:" in said and "\ndodgeburn do --eta 2\n" in said
+    assert "(default: 20)" in said and "None" not in said and "False" not in said and "--width INT " in said
+    assert re.search(r"How wide it is, in pixels of the picture that comes out\.", re.sub(r"[\s│]+", " ", said))
     assert said.splitlines()[-2:] == [
         "more options, which `dodgeburn do --help-all` explains:", "  rare things: --eta --no-mirror --as",
     ]  # fmt: skip

@@ -7,15 +7,18 @@ the everyday options and names the others under their headings; `--help-all` exp
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import inspect
 import io
+import itertools
 import re
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
-from typing import Annotated, Any, NoReturn, TypeVar, get_args, get_type_hints
+from dataclasses import MISSING, Field, field, fields, is_dataclass, make_dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -52,8 +55,8 @@ def parse(kind: type[T], args: Sequence[str], verb: str, *examples: str, about: 
     Prints help and exits where that is asked for. Raises UserError of one line for what cannot be understood.
     """
     text = inspect.cleandoc(about or kind.__doc__ or "")
-    shown = "\n".join(examples)
-    text += f"\n\nexample: {shown}" if len(examples) == 1 else f"\n\nexamples:\n{shown}"
+    shown = "\n\n".join(examples)  # lines alone would run together
+    text += f"\n\nexample: {shown}" if len(examples) == 1 else f"\n\nexamples:\n\n{shown}"
     prog = f"dodgeburn {verb}"
     if _ALL in args or any(arg in _HELP for arg in args):
         _explain(kind, prog, text, _ALL in args)
@@ -118,27 +121,67 @@ def given(options: Any) -> list[str]:
     return found
 
 
-# ------------------------------------------------------------------------------------------------------- short help
+# ------------------------------------------------------------------------------------------------------------- help
 
 
 def _explain(kind: Any, prog: str, text: str, everything: bool) -> NoReturn:
     """Print help, and leave."""
     more = "" if everything else _named(kind)
     try:
-        tyro.cli(_everyday(kind) if more else kind, args=["--help"], prog=prog, description=text, config=CONFIG)
+        tyro.cli(_explained(kind, not more), args=["--help"], prog=prog, description=text, config=CONFIG)
     except SystemExit:
         if more:
             print(f"more options, which `{prog} {_ALL}` explains:\n{more}")
     sys.exit(0)
 
 
-def _everyday(kind: Any) -> Any:
-    """The options without their groups, for a help that fits on a screen."""
-    hints = get_type_hints(kind, include_extras=True)
-    hidden: dict[str, Any] = {one.name: field(default_factory=one.default_factory) for one in groups(kind)}
-    annotations = {name: Annotated[hints[name], tyro.conf.Suppress] for name in hidden}
-    body = {**hidden, "__annotations__": annotations, "__doc__": kind.__doc__, "__module__": kind.__module__}
-    return dataclass(type(kind.__name__, (kind,), body))
+def _explained(kind: Any, everything: bool) -> Any:
+    """The options as help shows them: each explained in a paragraph that wraps where the terminal does, and without
+    "{None}|", "default: None" and "default: False", which say nothing. Not `everything`: without the groups.
+    """
+    hints, said = get_type_hints(kind, include_extras=True), _docstrings(kind)
+    inside = {group.name for group in groups(kind)}
+    shown: list[tuple[str, Any, Any]] = []
+    for one in fields(kind):
+        if one.name in inside:
+            if everything:
+                made = _explained(one.default_factory, True)
+                shown.append((one.name, made, field(default_factory=made)))
+            continue
+        default, kept = one.default, field(default=one.default)
+        if one.default_factory is not MISSING:
+            default, kept = one.default_factory(), field(default_factory=one.default_factory)
+        shown.append((one.name, _worded(hints[one.name], said.get(one.name), default), kept))
+    return make_dataclass(kind.__name__, shown, namespace={"__doc__": kind.__doc__, "__module__": kind.__module__})
+
+
+def _worded(hint: Any, words: str | None, default: Any) -> Any:
+    """The type of an option, with how help is to say it; what the option itself says of that stays."""
+    bare, own = (get_args(hint)[0], hint.__metadata__) if hasattr(hint, "__metadata__") else (hint, ())
+    silent = "" if default in (None, (), []) or default is False else None
+    kinds = [part for part in get_args(bare) if part is not type(None)]
+    metavar = None
+    if len(kinds) == 1 and len(get_args(bare)) == 2:  # may be left out
+        if kinds[0] in (int, float, str, Path):
+            metavar = kinds[0].__name__.upper()
+        elif get_origin(kinds[0]) is Literal:
+            metavar = f"{{{','.join(map(str, get_args(kinds[0])))}}}"
+    return Annotated[(bare, tyro.conf.arg(help=words, help_behavior_hint=silent, metavar=metavar), *own)]
+
+
+def _docstrings(kind: type[Any]) -> dict[str, str]:
+    """The strings behind the fields of a dataclass and of its bases, each on one line."""
+    found: dict[str, str] = {}
+    for one in reversed(kind.__mro__):
+        if not is_dataclass(one):
+            continue
+        (body,) = ast.parse(textwrap.dedent(inspect.getsource(one))).body
+        assert isinstance(body, ast.ClassDef)
+        for option, behind in itertools.pairwise(body.body):
+            match option, behind:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(words))):
+                    found[name] = " ".join(words.split())
+    return found
 
 
 def _named(kind: Any) -> str:
