@@ -31,7 +31,7 @@ STEPS = 10  # of sampling, for pairs and for what is measured of them
 SETTINGS: dict[str, DpoSettings] = {
     # Long, and heard at noisy time steps, where light, colour and layout are settled: else the prompt gains nothing.
     "faithful": DpoSettings(
-        rank=8, steps=600, batch=16, lr=1e-3, constant=0.5, beta=1000, safeguard=True, slack=0.3, emphasis=1, end=300
+        rank=8, steps=900, batch=16, lr=1e-3, constant=0.5, beta=1000, safeguard=True, slack=0.3, emphasis=1, end=300
     ),
     "looks": DpoSettings(rank=8, steps=60, batch=16, lr=1e-3, constant=0.5),
 }
