@@ -3,7 +3,7 @@
 # alignment, 16 merges x 3 shares of the two, compared; the best merge as a file with its model card.
 #
 #   bash examples/proteus-x-dpo.sh                         # minutes on two cores
-#   OUT=mine PROMPTS=312 BEST_OF=8 TRAIN_STEPS=120 BATCH=16 SEEDS=0,1,2,3 bash examples/proteus-x-dpo.sh
+#   OUT=mine PROMPTS=832 BEST_OF=8 TRAIN_STEPS=900 BATCH=16 SEEDS=0,1,2,3 bash examples/proteus-x-dpo.sh
 #   STYLE=train bash examples/proteus-x-dpo.sh             # trains the style fine-tune too
 #
 # Interrupted, the same command goes on. With other sizes, give another OUT.
@@ -15,7 +15,7 @@ BEST_OF=${BEST_OF:-6}                    # pictures a prompt
 TRAIN_STEPS=${TRAIN_STEPS:-40}
 BATCH=${BATCH:-8}                        # pairs a training step
 LR=${LR:-1e-3}
-BETA=${BETA:-2000}                       # how dear leaving the reference is (docs/notes/dpo.md)
+BETA=${BETA:-1000}                       # how dear leaving the reference is (docs/notes/dpo.md)
 PICTURE_STEPS=${PICTURE_STEPS:-8}        # denoising steps of all pictures
 SEEDS=${SEEDS:-0}                        # of the comparison
 DODGEBURN=${DODGEBURN:-dodgeburn}
@@ -30,14 +30,16 @@ else
   echo "== 1/5 style fine-tune: $STYLE, as it ships"
 fi
 
-echo "== 2/5 pairs: $PROMPTS prompts, the best and the worst two of $BEST_OF pictures, by the reader"
-$DODGEBURN dpo pairs --model pocket --by faithful -n "$PROMPTS" --best-of "$BEST_OF" --pairs-per-prompt 2 \
-  --steps "$PICTURE_STEPS" -o "$OUT/pairs"
+echo "== 2/5 pairs: $PROMPTS prompts, $BEST_OF pictures each, by the reader: of wishes met and missed, of hands"
+$DODGEBURN dpo pairs --model pocket --by wishes -n "$PROMPTS" --best-of "$BEST_OF" --pairs-per-prompt 3 \
+  --near-tie 0.75 --steps "$PICTURE_STEPS" -o "$OUT/pairs"
+$DODGEBURN dpo pairs --by hands --pictures "$OUT/pairs" --near-tie 0 -o "$OUT/hands"
 
 echo "== 3/5 Diffusion-DPO"
 if [ ! -f "$OUT/dpo-lora.safetensors" ]; then
-  $DODGEBURN dpo train --pairs "$OUT/pairs" --model pocket --lora 8 --steps "$TRAIN_STEPS" --batch "$BATCH" --lr "$LR" \
-    --beta "$BETA" -o "$OUT/dpo-lora.safetensors"
+  $DODGEBURN dpo train --pairs "$OUT/pairs" "$OUT/hands" --model pocket --lora 8 --steps "$TRAIN_STEPS" \
+    --batch "$BATCH" --lr "$LR" --constant 0.5 --beta "$BETA" --safeguard --slack 0.3 --emphasis 1 --end 300 \
+    -o "$OUT/dpo-lora.safetensors"
 fi
 $DODGEBURN bake pocket "$OUT/dpo-lora.safetensors" -o "$OUT/dpo.safetensors"
 
