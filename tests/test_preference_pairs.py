@@ -108,6 +108,8 @@ def test_several_sets_are_one_behind_the_other(tmp_path: Path) -> None:
     assert read_sets([y]).sha256 == read_pairs(y).sha256 and read_sets([y]).about == {"preference": "mine"}
     with pytest.raises(UserError, match="at least one"):
         read_sets([])
+    with pytest.raises(UserError, match="named twice"):
+        read_sets([x, y, tmp_path / "y" / ".." / "x"])
 
 
 def test_sizes_can_be_cropped_instead(tmp_path: Path) -> None:

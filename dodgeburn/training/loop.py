@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -163,9 +164,13 @@ def train(
     sums: dict[str, float] = {}
     means: dict[str, float] = {}
     optimizer.zero_grad(set_to_none=True)
+    # In a file, a line a minute; and tqdm's own environment variables count for the first process.
+    seen = sys.stderr.isatty()
+    hidden: dict[str, Any] = {} if first else {"disable": True}
     bar = tqdm(
-        range(start, settings.steps), initial=start, total=settings.steps, desc=name, mininterval=1, disable=not first
-    )
+        range(start, settings.steps), initial=start, total=settings.steps, desc=name, mininterval=1 if seen else 60,
+        miniters=1, **hidden,
+    )  # fmt: skip
     began, done = time.perf_counter(), start
     try:
         for step in bar:
@@ -196,7 +201,7 @@ def train(
                         f"{name}: the loss is no longer finite at step {step}: train with a smaller lr than "
                         f"{settings.lr:g}{more}"
                     )
-                bar.set_postfix({k: f"{v:.4f}" for k, v in means.items()})
+                bar.set_postfix({k: f"{v:.4f}" for k, v in means.items()}, refresh=seen)
                 row = {"step": step + 1, **means, "seconds": round(time.perf_counter() - began, 1)}
                 if first:
                     try:

@@ -124,8 +124,13 @@ def read_pairs(path: str | Path, crop: bool = False, limit: int | None = None) -
 def read_sets(paths: Sequence[str | Path], crop: bool = False, limit: int | None = None) -> PreferencePairs:
     """The pairs of several places, one after the other, as one set: `read_pairs` of each, `limit` for each.
 
-    `about` is then {"sets": [what each says]} and the hash that of their hashes; a single path is `read_pairs`.
+    `about` is then {"sets": [what each says]} and the hash that of their hashes; a single path is `read_pairs`. Raises
+    UserError as that does, for no path, and for one that is named twice.
     """
+    places = [Path(path).expanduser().resolve() for path in paths]
+    for i, place in enumerate(places):
+        if place in places[:i]:
+            raise UserError(f"{paths[i]} is named twice: its pairs would count double")
     sets = [read_pairs(path, crop, limit) for path in paths]
     if len(sets) == 1:
         return sets[0]

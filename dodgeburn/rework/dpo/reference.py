@@ -146,7 +146,7 @@ def make_bank(points: PairPoints, size: int, folder: Path, name: str, settings: 
         return Bank(points, [found[f"errors.{i}"] for i in range(len(sizes))])
     out: list[Tensor] = []
     folder.mkdir(parents=True, exist_ok=True)
-    with torch.no_grad(), tqdm(total=sum(sizes), desc="reference", mininterval=1) as bar:
+    with torch.no_grad(), tqdm(total=sum(sizes), desc="reference", disable=None) as bar:
         for b, count in enumerate(sizes):
             parts = []
             for start in range(0, count, batch):
