@@ -331,3 +331,11 @@ def test_command_line_refuses_numbers_that_are_none(pair) -> None:
 )  # fmt: skip
 def test_the_verdict_names_both_parents(a: list[float] | None, b: list[float] | None, said: str) -> None:
     assert compare_report._verdict({"vs_a_ci": a, "vs_b_ci": b}) == said
+
+
+def test_names_of_parents_that_are_as_good_stand_together() -> None:
+    from dodgeburn.merge.compare_plot import _named
+
+    rows = [{"name": "A", "fidelity": 0.9}, {"name": "B", "fidelity": 0.901}]
+    assert _named(rows, "fidelity", (0.8, 1.0)) == [("A, B", 0.9)]
+    assert _named(rows, "fidelity", (0.9, 0.902)) == [("A", 0.9), ("B", 0.901)]

@@ -260,7 +260,7 @@ def _cell(column: Column, row: Mapping[str, Any], is_name: bool) -> str:
         return f'<td class="{kind}" data-v="{escape(str(value))}">{_breakable(str(value))}{small}</td>'
     assert value is not None
     number = float(value)
-    sign = "+" if column.kind == "signed" else ""
+    sign = "+z" if column.kind == "signed" else "z"  # z: a zero has no minus
     shown = f"{number:{sign}.{column.digits}f}"
     extra = written = ""
     ends = row.get(column.key + "_ci") if column.kind in ("interval", "signed") else None

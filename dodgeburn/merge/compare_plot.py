@@ -15,6 +15,8 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # by group
 GROUPS = len(MARKERS)
 OFFSETS = ((0, 10), (10, 3), (-10, 3), (9, -8), (-9, -8))  # of the first ranks' numbers, so that they keep apart
 
+NAME_HEIGHT = 0.045  # of a name, as a share of its panel
+
 
 def add_plot(report: Report, variants: Sequence[Mapping[str, Any]], parents: Sequence[Mapping[str, Any]]) -> None:
     """Add the plot of these rows (as `Row.as_dict`) to the report: two panels, or one where nothing was read."""
@@ -108,13 +110,26 @@ def _mark_parents(axes: Any, parents: Sequence[Mapping[str, Any]], x: str, y: st
     """Lines at the parents' values. A parent's resemblance to itself (1) is left out: it would squeeze the rest."""
     line: dict[str, Any] = {"color": theme.muted, "lw": 1, "zorder": 2}
     text: dict[str, Any] = {"color": theme.ink, "fontsize": 10, "fontweight": "bold", "annotation_clip": False}
-    for row in parents:
-        own = f"_{row['name'].lower()}"
-        if not y.endswith(own):
-            axes.axhline(row[y], **line)
-            axes.annotate(row["name"], (1, row[y]), (4, 0), xycoords=("axes fraction", "data"), va="center",
-                          textcoords="offset points", **text)  # fmt: skip
-        if not x.endswith(own):
-            axes.axvline(row[x], **line)
-            axes.annotate(row["name"], (row[x], 1), (0, 4), xycoords=("data", "axes fraction"), ha="center",
-                          textcoords="offset points", **text)  # fmt: skip
+    across = [row for row in parents if not y.endswith(f"_{row['name'].lower()}")]
+    upright = [row for row in parents if not x.endswith(f"_{row['name'].lower()}")]
+    for row in across:
+        axes.axhline(row[y], **line)
+    for row in upright:
+        axes.axvline(row[x], **line)
+    for name, at in _named(across, y, axes.get_ylim()):
+        axes.annotate(name, (1, at), (4, 0), xycoords=("axes fraction", "data"), va="center",
+                      textcoords="offset points", **text)  # fmt: skip
+    for name, at in _named(upright, x, axes.get_xlim()):
+        axes.annotate(name, (at, 1), (0, 4), xycoords=("data", "axes fraction"), ha="center",
+                      textcoords="offset points", **text)  # fmt: skip
+
+
+def _named(rows: Sequence[Mapping[str, Any]], key: str, ends: tuple[float, float]) -> list[tuple[str, float]]:
+    """What stands beside the rows' lines, and where; lines too near for two names share one."""
+    found: list[tuple[str, float]] = []
+    for row in sorted(rows, key=lambda row: float(row[key])):
+        if found and row[key] - found[-1][1] < NAME_HEIGHT * (ends[1] - ends[0]):
+            found[-1] = f"{found[-1][0]}, {row['name']}", found[-1][1]
+        else:
+            found.append((str(row["name"]), float(row[key])))
+    return found
