@@ -66,6 +66,7 @@ def test_full_help_explains_everything_under_headings(capsys: pytest.CaptureFixt
     said = capsys.readouterr().out
     heading = said.index("rare-things options")
     option = said.index("--eta", heading)
+    assert "--no-mirror" in said and "Do not flip half." in said and "True" not in said
     assert said.index("How long.") < heading < said.index("Seldom needed.") < option < said.index("How strong.")
     assert "example: dodgeburn do" in said and "more options" not in said
 

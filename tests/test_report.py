@@ -66,7 +66,15 @@ def full_report() -> Report:
     report.bullets(["one", "two <i>"])
     report.settings({"seeds": [0, 1], "negative": ""})
     rows = [
-        {"name": "GradV <x>", "f": 0.5, "f_ci": [0.4, 0.6], "n": 3, "curve": [0, 0.5, 1], "d": -0.1, "d_ci": [-0.2, -0.001]},
+        {
+            "name": "GradV <x>",
+            "f": 0.5,
+            "f_ci": [0.4, 0.6],
+            "n": 3,
+            "curve": [0, 0.5, 1],
+            "d": -0.1,
+            "d_ci": [-0.2, -0.001],
+        },
         {"name": "none", "f": None, "f_ci": None, "n": float("nan"), "curve": (), "d": 0.2},
     ]
     columns = [

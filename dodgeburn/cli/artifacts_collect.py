@@ -58,7 +58,7 @@ class Collect:
     split: str = "train"
     """What the trajectories are marked as: train or test."""
     pictures: bool = True
-    """Keep the finished pictures too."""
+    """Keep the finished pictures."""
     ratings: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE ...")] = ()
     """Rated pictures: DiffusionDB's metadata and AI-Horde's ratings, ImageReward, Pick-a-Pic, HPD, RichHF, or plain
     parquet or JSON lines; told apart by their columns."""

@@ -87,7 +87,7 @@ class DynamicThresholding:
     scheduler_value: float | None = None
     """Exponent of Power, repetitions of Repeating and Sawtooth; none: 4."""
     separate_feature_channels: bool = True
-    """Measure every latent channel apart, or all together."""
+    """Measure every latent channel apart, instead of all together."""
     scaling_startpoint: str | None = None
     """MEAN (none) or ZERO."""
     variability_measure: str | None = None

@@ -137,7 +137,7 @@ def _explain(kind: Any, prog: str, text: str, everything: bool) -> NoReturn:
 
 def _explained(kind: Any, everything: bool) -> Any:
     """The options as help shows them: each explained in a paragraph that wraps where the terminal does, and without
-    "{None}|", "default: None" and "default: False", which say nothing. Not `everything`: without the groups.
+    "{None}|", "default: None" and the like, which say nothing. Not `everything`: without the groups.
     """
     hints, said = get_type_hints(kind, include_extras=True), _docstrings(kind)
     inside = {group.name for group in groups(kind)}
@@ -158,7 +158,9 @@ def _explained(kind: Any, everything: bool) -> Any:
 def _worded(hint: Any, words: str | None, default: Any) -> Any:
     """The type of an option, with how help is to say it; what the option itself says of that stays."""
     bare, own = (get_args(hint)[0], hint.__metadata__) if hasattr(hint, "__metadata__") else (hint, ())
-    silent = "" if default in (None, (), []) or default is False else None
+    silent = "" if default in (None, (), [], "") or isinstance(default, bool) else None
+    if default is True and words:  # the flag is --no-...
+        words = f"Do not {words[0].lower()}{words[1:]}"
     kinds = [part for part in get_args(bare) if part is not type(None)]
     metavar = None
     if len(kinds) == 1 and len(get_args(bare)) == 2:  # may be left out

@@ -45,7 +45,7 @@ class Evaluate(OnModel):
     compose_prompts: int = 8
     """Of these prompts, how many for pairs and triples; as many calibration prompts for unmixing."""
     unmix: bool = True
-    """Several files: measure the selectivity after unmixing too (as many pictures again)."""
+    """Measure the selectivity of several files after unmixing too (as many pictures again)."""
     certify: bool = False
     """Write the figures into the files."""
     clip: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
