@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dodgeburn.foresee.acting import REJECTED, Candidates, Fate, foresee
+from dodgeburn.foresee.acting import REJECTED, Candidates, Fate, Foreseen, foresee
 from dodgeburn.foresee.collect import moments
 from dodgeburn.foresee.estimator import Estimator
 from dodgeburn.foresee.observe import space_of
@@ -20,13 +20,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 HEADING = "One picture given up early"
+GOOD = 0.5  # estimated P(bad) up to which the one that is kept does not need an excuse
 
 
 def show_rejection(
     report: Report, model: Model, prompts: Sequence[str], settings: GenerateSettings, best_of: int = 4
 ) -> Fate | None:
-    """Add a section with a candidate that was taken out, of the first prompt of which one is, each of which is to be as
-    good as the best of `best_of`.
+    """Add a section with a candidate that was taken out, where a picture is to be as good as the best of `best_of`: of
+    the first prompt of which one is and the one kept looks good in the end, else of the first of which one is.
 
     Returns its fate; None if the packaged estimator is of another kind of model (no section then) or nothing was taken
     out (said there).
@@ -43,27 +44,35 @@ def show_rejection(
 
     report.heading(HEADING)
     seeds = 0
+    shown: tuple[str, Foreseen, dict[int, list[np.ndarray]], float] | None = None
     for prompt in prompts:
-        looks.clear()
+        looks = {}
         found = foresee(model, prompt, 1, 0, settings, estimator, Candidates(best_of), progress=keep)
-        out = [(i, fate) for i, fate in enumerate(found.fates) if fate.step is not None]
         seeds += len(found.fates)
-        if out:
+        if all(fate.step is None for fate in found.fates):
+            continue
+        risk = next(fate.risk[-1] for fate in found.fates if fate.seed == found.pictures[0].seed)
+        if shown is None or risk <= GOOD:
+            shown = prompt, found, looks, risk
+        if risk <= GOOD:
             break
-    else:
+    if shown is None:
         report.text(f"Of {seeds} seeds none was given up: none looked bad or fell behind early.")
         return None
+    prompt, found, looks, risk = shown
     kept = found.pictures[0]
+    out = [(i, fate) for i, fate in enumerate(found.fates) if fate.step is not None]
     index, fate = max(out, key=lambda item: item[1].risk[-1])
     become = generate(model, [prompt], [fate.seed], settings)[0]
-    risk = next(fate.risk[-1] for fate in found.fates if fate.seed == kept.seed)
-    own = f", and its own risk is {risk:.2f}: one has to be shown, however bad all look" if risk > 0.5 else ""
+    left = len(found.fates) - len(out)
+    why = "the last that was left" if left == 1 else f"the best of the {left} that were finished, by the last estimate"
+    own = f", and its own risk is {risk:.2f}: one has to be shown, however bad all look" if risk > GOOD else ""
     end = "was rejected" if fate.fate == REJECTED else fate.fate
     report.text(
         f"{prompt!r}: {len(found.fates)} seeds were begun, and {len(out)} left the batch on the way. Seed {fate.seed} "
         f"{end} after step {fate.step} of {settings.steps}; the strip shows it until then. "
         f"{found.evaluations} U-Net evaluations were made instead of {found.full} for the best of {best_of} in full. "
-        f"Guidance is {settings.guidance:g} here; the one kept is the last that was left{own}."
+        f"Guidance is {settings.guidance:g} here; the one kept is {why}{own}."
     )
     pictures = [*looks[index], np.asarray(become.image), np.asarray(kept.image)]
     columns = [f"step {i}" for i in fate.looks] + ["would have become", f"kept: seed {kept.seed}"]
@@ -85,6 +94,7 @@ def _curves(theme: Theme, fates: list[Fate], shown: Fate) -> Figure:
             axes.plot(fate.step, fate.risk[-1], "x", color=colour)
     axes.plot([], [], color=theme.accents[1], label=f"seed {shown.seed}, {shown.fate}")
     axes.plot([], [], color=theme.accents[2], label="kept")
+    axes.locator_params(axis="x", integer=True)
     axes.set_xlabel("denoising step", color=theme.ink)
     axes.set_ylabel("estimated P(bad)", color=theme.ink)
     axes.set_ylim(-0.03, 1.03)
