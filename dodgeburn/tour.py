@@ -130,8 +130,8 @@ def tour(
     _draw(report, store, size, model)
     tqdm.write("2/4 two sliders, trained, swept and composed: " + " and ".join(spec.name for spec in SLIDERS))
     _slide(report, store, size, model)
-    harsh = GenerateSettings(steps=size.steps, guidance=7)  # most pictures are good, not all
-    show_rejection(report, model, ("a waving old person", *WORDS[::-1]), harsh)
+    strong = GenerateSettings(steps=size.steps, guidance=7)  # most pictures are good, not all
+    show_rejection(report, model, ("a waving old person", *WORDS[::-1]), strong)
     tqdm.write(f"3/4 {len(size.compare.presets)} merges of {Path(models[1]).stem} and {Path(models[2]).stem}, compared")
     found = compare(models[1], models[2], size.compare, store.folder / "compare", device, reader=reader)
     report.heading("Every preset of two models, side by side")

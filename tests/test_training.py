@@ -63,6 +63,15 @@ def test_a_run_that_was_interrupted_ends_with_the_same_weights(tmp_path: Path) -
     assert not again.training
 
 
+def test_the_bar_is_short_where_it_goes_into_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    fit(tmp_path, quick(steps=40, log_every=1))
+    said = capsys.readouterr().err
+    assert "40/40" in said and said.count("\r") <= 3  # beginning and end, not one a step
+
+
 def test_two_batches_a_step_are_one_of_twice_the_size(tmp_path: Path) -> None:
     """Batches without noise of their own: the mean gradient of two halves is that of the whole."""
     data = torch.randn(64, 3, generator=torch.Generator().manual_seed(5))

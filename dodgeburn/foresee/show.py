@@ -72,7 +72,8 @@ def show_rejection(
         f"{prompt!r}: {len(found.fates)} seeds were begun, and {len(out)} left the batch on the way. Seed {fate.seed} "
         f"{end} after step {fate.step} of {settings.steps}; the strip shows it until then. "
         f"{found.evaluations} U-Net evaluations were made instead of {found.full} for the best of {best_of} in full. "
-        f"Guidance is {settings.guidance:g} here; the one kept is {why}{own}."
+        f"Guidance is {settings.guidance:g} here; the one kept is {why}{own}. "
+        f"Prompts were tried until one is given up and the one kept looks good: {seeds} seeds in all."
     )
     pictures = [*looks[index], np.asarray(become.image), np.asarray(kept.image)]
     columns = [f"step {i}" for i in fate.looks] + ["would have become", f"kept: seed {kept.seed}"]
