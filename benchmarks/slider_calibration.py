@@ -89,7 +89,7 @@ class Bench:
 
     def edit(self, spec: SliderSpec, unedited: Unedited) -> AdapterEdit:
         """The trained slider."""
-        return AdapterEdit(self.model, load_adapter(self.trained(spec), self.model), spec.start, unedited=unedited)
+        return AdapterEdit(self.model, load_adapter(self.trained(spec), self.model), spec.used_from, unedited=unedited)
 
     def again(self, spec: SliderSpec, draw: int) -> dict[str, Any]:
         """The file's 1.0 found anew, with other seeds: what is the unit in its present units?"""

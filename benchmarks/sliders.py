@@ -139,7 +139,7 @@ class Bench:
     def slider(self, spec: SliderSpec, seed: int) -> AdapterEdit:
         """A trained slider from its file."""
         adapter = load_adapter(self.file(spec, seed), self.model)
-        return AdapterEdit(self.model, adapter, spec.start, unedited=self.unedited)
+        return AdapterEdit(self.model, adapter, spec.used_from, unedited=self.unedited)
 
     # -------------------- judging
 
@@ -185,7 +185,7 @@ class Bench:
         out: dict[str, Any] = {"before": {}, "after": {}}
         share = slice(0, self.size.unmixed_seeds)
         for spec, edit, adapter in zip(self.specs, edits, made, strict=True):
-            new = AdapterEdit(self.model, adapter, spec.start, unedited=self.unedited)
+            new = AdapterEdit(self.model, adapter, spec.used_from, unedited=self.unedited)
             for key, one in (("before", edit), ("after", new)):
                 found = self.judged(one, spec, share, (-2.0, -1.0, 0.0, 1.0, 2.0))
                 out[key][spec.name] = {"selectivity": found.mean("selectivity"), "leak": mean_leak(found)}
@@ -194,7 +194,7 @@ class Bench:
     def composed(self) -> dict[str, Any]:
         """Pairs and triples of the first concepts."""
         specs = self.specs[: self.size.composed]
-        members = [Member(load_adapter(self.file(s, 0), self.model), str(s.attribute), s.start) for s in specs]
+        members = [Member(load_adapter(self.file(s, 0), self.model), str(s.attribute), s.used_from) for s in specs]
         targets = [member.target for member in members]
         split = evaluation_split(targets, self.size.composed_prompts, self.size.composed_seeds)
         alone = read_alone(self.model, members, split, self.judge, self.unedited)
@@ -281,13 +281,13 @@ class Bench:
         ours = self.slider(spec, 0)
         adapter, control = ours.adapters[0], random_like(ours.adapters[0])
         edits: dict[str, Callable[[Unedited], Edit]] = {
-            "slider": lambda base: AdapterEdit(self.model, adapter, spec.start, unedited=base),
+            "slider": lambda base: AdapterEdit(self.model, adapter, spec.used_from, unedited=base),
             "prompt weight": lambda base: PromptWeight(base, words),
             "composition": lambda base: Composition(base, words),
             "prompt-to-prompt": lambda base: PromptToPrompt(base, words),
             "embedding interpolation": lambda base: EmbeddingInterpolation(base, words),
-            "guidance direction": lambda base: GuidanceDirection(base, words, spec.start),
-            "random LoRA": lambda base: AdapterEdit(self.model, control, spec.start, unedited=base),
+            "guidance direction": lambda base: GuidanceDirection(base, words, spec.used_from),
+            "random LoRA": lambda base: AdapterEdit(self.model, control, spec.used_from, unedited=base),
         }
         units = {"slider": 1.0}
         out = {
@@ -302,7 +302,7 @@ class Bench:
     def control(self, spec: SliderSpec) -> dict[str, Any]:
         """A slider trained on shuffled labels."""
         adapter = self.shuffled(spec)
-        return self.other(lambda base: AdapterEdit(self.model, adapter, spec.start, unedited=base), spec)
+        return self.other(lambda base: AdapterEdit(self.model, adapter, spec.used_from, unedited=base), spec)
 
     def shuffled(self, spec: SliderSpec) -> Adapter:
         """A control: the same training with positive and negative changed about at half of the points."""

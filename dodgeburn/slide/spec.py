@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from dodgeburn.errors import UserError
 from dodgeburn.given_settings import first_problem, read_yaml
+from dodgeburn.sampling.loras import ALWAYS
 
 LAYER_SETS = ("full", "noxattn", "xattn", "selfattn", "xattn-strict")
 Said = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
@@ -37,7 +38,8 @@ class SliderSpec(BaseModel):
     rank: int = Field(default=4, ge=1)
     alpha: float | None = None  # None: the rank
     layers: str = "noxattn"
-    start: int = Field(default=875, ge=1, le=1000)  # trained, and to be used, at time steps up to this
+    start: int = Field(default=875, ge=1, le=1000)  # trained at time steps up to this
+    late: bool = True  # used at those alone, which keeps the layout; False: from the first step on
     latents: int = Field(default=24, ge=1)  # clean latents, made once
     latent_steps: int = Field(default=8, ge=1)
     guidance: float = 4.0  # of the clean latents
@@ -85,6 +87,11 @@ class SliderSpec(BaseModel):
         end = f", {context}" if context else ""
         kept = "" if context in self.changes else end
         return f"{self.neutral or self.target}{end}", f"{self.positive}{kept}", f"{self.negative}{kept}"
+
+    @property
+    def used_from(self) -> float:
+        """The highest time step at which the slider is to be on."""
+        return float(self.start) if self.late else ALWAYS
 
     def cache_key(self) -> tuple[Any, ...]:
         """What the shared cache depends on: sliders with equal keys are of one class."""

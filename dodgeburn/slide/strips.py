@@ -38,7 +38,7 @@ class StripSaver:
         if spec.guidance not in self._unedited:
             settings = GenerateSettings(steps=STEPS, guidance=spec.guidance)
             self._unedited[spec.guidance] = Unedited(self.model, settings)
-        edit = AdapterEdit(self.model, adapter, spec.start, unedited=self._unedited[spec.guidance])
+        edit = AdapterEdit(self.model, adapter, spec.used_from, unedited=self._unedited[spec.guidance])
         prompt = spec.neutral or spec.target
         pictures = [Image.fromarray(picture) for picture in edit.pictures(*sweep_rows([prompt], SEEDS, SCALES))]
         rows = [pictures[i : i + len(SCALES)] for i in range(0, len(pictures), len(SCALES))]

@@ -118,7 +118,7 @@ class SliderMaker:
             if spec.cache_key() not in cached:
                 cached[spec.cache_key()] = make_points(self.model, predictor, spec), predictor.forwards
             points, shared = cached[spec.cache_key()]
-            look, drawn = self._look_text(spec, spec.start), sum(self._drawn)
+            look, drawn = self._look_text(spec, spec.used_from), sum(self._drawn)
             trained = train_text(
                 self.model, predictor, points, spec, _folder(path),
                 None if progress is None else partial(progress, spec), begin(self.model, predictor, points, spec),
