@@ -184,6 +184,15 @@ def test_trains_what_it_promises_and_the_file_says_so(pocket: Model, tmp_path: P
     assert not (tmp_path / "smile.safetensors.training").exists()
 
 
+def test_a_slider_that_is_on_from_the_first_step_shares_the_cache(pocket: Model, tmp_path: Path) -> None:
+    specs = [small("first"), small("late"), small("early", late=False)]
+    _, late, early = SliderMaker(pocket).text(specs, lambda s: tmp_path / f"{s.name}.safetensors")
+    assert specs[1].cache_key() == specs[2].cache_key() and early.shared == late.shared
+    assert (late.card.start, early.card.start) == (specs[1].start, None)
+    for name in late.adapter.modules_changed:  # trained alike: only its use differs
+        assert torch.equal(late.adapter.up(name), early.adapter.up(name))
+
+
 def test_a_killed_training_ends_with_the_same_file(tmp_path: Path) -> None:
     spec = tmp_path / "smile.yaml"
     lines = [f"{key}: {value}" for key, value in {**SMALL, "steps": 20, "name": "smile", "stop": "never"}.items()]
