@@ -52,7 +52,7 @@ def test_short_help_explains_the_everyday_options_and_names_the_rest(capsys: pyt
         parse(Verb, ["--steps", "3", "-h"], "do", "dodgeburn do", "dodgeburn do --eta 2")
     said = capsys.readouterr().out
     assert stopped.value.code == 0 and "How long." in said and "How strong." not in said
-    assert "examples:" in said and "\ndodgeburn do --eta 2\n" in said
+    assert "  examples:\n  dodgeburn do\n  dodgeburn do --eta 2\n" in said
     assert "(default: 20)" in said and "None" not in said and "False" not in said and "--width INT " in said
     assert re.search(r"How wide it is, in pixels of the picture that comes out\.", re.sub(r"[\s│]+", " ", said))
     assert said.splitlines()[-2:] == [
@@ -69,6 +69,15 @@ def test_full_help_explains_everything_under_headings(capsys: pytest.CaptureFixt
     assert "--no-mirror" in said and "Do not flip half." in said and "True" not in said
     assert said.index("How long.") < heading < said.index("Seldom needed.") < option < said.index("How strong.")
     assert "example: dodgeburn do" in said and "more options" not in said
+
+
+def test_the_explanation_wraps_where_the_boxes_do(capsys: pytest.CaptureFixture[str]) -> None:
+    about = "Do it. " + "It takes a while. " * 9 + "\n\nThen it is done."
+    with pytest.raises(SystemExit):
+        parse(Verb, ["--help"], "do", "dodgeburn do", about=about)
+    said = capsys.readouterr().out
+    assert re.search(r"It takes a while\.\n\u200b\n  Then it is done\.\n\u200b\n  example: dodgeburn do\n", said)
+    assert 60 < max(len(line) for line in said[: said.index("Then")].splitlines()) <= 80
 
 
 @pytest.mark.parametrize("width", ["60", "200"])

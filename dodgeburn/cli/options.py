@@ -13,6 +13,7 @@ import inspect
 import io
 import itertools
 import re
+import shutil
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -27,6 +28,7 @@ from dodgeburn.errors import UserError
 CONFIG = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)
 _HELP, _ALL = ("-h", "--help"), "--help-all"
 _WIDTH = 100
+_BOX = 80  # the widest that tyro makes a box
 T = TypeVar("T")
 
 
@@ -54,16 +56,13 @@ def parse(kind: type[T], args: Sequence[str], verb: str, *examples: str, about: 
 
     Prints help and exits where that is asked for. Raises UserError of one line for what cannot be understood.
     """
-    text = inspect.cleandoc(about or kind.__doc__ or "")
-    shown = "\n\n".join(examples)  # lines alone would run together
-    text += f"\n\nexample: {shown}" if len(examples) == 1 else f"\n\nexamples:\n\n{shown}"
     prog = f"dodgeburn {verb}"
     if _ALL in args or any(arg in _HELP for arg in args):
-        _explain(kind, prog, text, _ALL in args)
+        _explain(kind, prog, _described(about or kind.__doc__ or "", examples), _ALL in args)
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(kind, args=list(args), prog=prog, description=text, config=CONFIG)
+            return tyro.cli(kind, args=list(args), prog=prog, config=CONFIG)
     except SystemExit as stopped:
         if not stopped.code:
             raise
@@ -133,6 +132,18 @@ def _explain(kind: Any, prog: str, text: str, everything: bool) -> NoReturn:
         if more:
             print(f"more options, which `{prog} {_ALL}` explains:\n{more}")
     sys.exit(0)
+
+
+def _described(about: str, examples: Sequence[str]) -> str:
+    """What stands above the options: the verb's explanation, as wide as the boxes below it, and its examples.
+
+    tyro joins lines that begin with a letter, so all of it is indented; it doubles empty lines, so they hold a space of
+    no width.
+    """
+    width = min(shutil.get_terminal_size().columns, _BOX) - 2
+    parts = [textwrap.fill(" ".join(part.split()), width) for part in inspect.cleandoc(about).split("\n\n")]
+    parts.append(f"example: {examples[0]}" if len(examples) == 1 else "\n".join(["examples:", *examples]))
+    return "\n\u200b\n".join(textwrap.indent(part, "  ") for part in parts)
 
 
 def _explained(kind: Any, everything: bool) -> Any:
