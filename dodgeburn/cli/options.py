@@ -77,7 +77,7 @@ _REWORDED = (
     (r"Missing value for argument '(.*)'\. Expected .*", r"\1: expected a value behind it"),
     (r"Unrecognized options: (.*)", r"not understood: \1"),
     (r"Missing from dodgeburn [^:]*: (\S+) (.*?) ?\(required\).*", r"\1 is missing: \2"),
-    (r"Perhaps you meant: (.*)", r"perhaps you meant \1"),
+    (r"Perhaps you meant: (\S+).*", r"perhaps you meant \1"),
     (r"Argument helptext: \S+ (?:(?:[A-Z]+|\{\S+\}) )?(.*?)(?: \(default: .*)?", r"\1"),
 )
 
