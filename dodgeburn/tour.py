@@ -25,9 +25,10 @@ from dodgeburn.images.png import png_bytes
 from dodgeburn.images.sheet import contact_sheet
 from dodgeburn.jobs import PartStore
 from dodgeburn.measure.report import Report
-from dodgeburn.merge.compare import CompareSettings, Comparison, compare, read_prompts
+from dodgeburn.merge.compare import CompareSettings, Comparison, compare
 from dodgeburn.merge.compare_measure import speaks_pocket
 from dodgeburn.merge.compare_report import add_sections, summary
+from dodgeburn.merge.compare_settings import packaged_prompts
 from dodgeburn.merge.ranking import PictureReader
 from dodgeburn.merge.run import MergeResult, merge
 from dodgeburn.models.loading import load_model
@@ -79,7 +80,7 @@ class Size:
 def full_size() -> Size:
     """The usual tour: 16 presets x 1 base x 4 prompts x 2 seeds x 12 steps."""
     settings = CompareSettings(
-        presets=("all",), bases=(0.5,), prompts=read_prompts(None)[:4], seeds=(0, 1),
+        presets=("all",), bases=(0.5,), prompts=packaged_prompts()[:4], seeds=(0, 1),
         generate=GenerateSettings(steps=12),
     )  # fmt: skip
     return Size(4, 6, 20, settings, {}, (-2.0, -1.0, 0.0, 1.0, 2.0))
@@ -88,7 +89,7 @@ def full_size() -> Size:
 def quick_size() -> Size:
     """A few seconds' worth, to see that everything works."""
     settings = CompareSettings(
-        presets=("GradV", "Smoothstep", "ReverseSmoothstep", "Flat_25"), bases=(0.5,), prompts=read_prompts(None)[:2],
+        presets=("GradV", "Smoothstep", "ReverseSmoothstep", "Flat_25"), bases=(0.5,), prompts=packaged_prompts()[:2],
         seeds=(0,), generate=GenerateSettings(steps=6),
     )  # fmt: skip
     small = {"latents": 2, "latent_steps": 2, "points": 6, "batch": 4, "steps": 5}

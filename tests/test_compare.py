@@ -8,11 +8,12 @@ import torch
 from compare_pair import tiny_pair
 from tiny import tiny_model
 
-from dodgeburn.cli.compare import main, numbers
+from dodgeburn.cli.compare import main
 from dodgeburn.errors import DodgeburnWarning, UserError
 from dodgeburn.merge import compare_pictures as job
 from dodgeburn.merge import compare_report
-from dodgeburn.merge.compare import CompareSettings, Comparison, compare, read_prompts
+from dodgeburn.merge.compare import CompareSettings, Comparison, compare
+from dodgeburn.merge.compare_settings import packaged_prompts
 from dodgeburn.merge.presets import preset_names
 from dodgeburn.merge.ranking import Measured, Row, rank
 from dodgeburn.merge.run import merge
@@ -21,6 +22,7 @@ from dodgeburn.models.saving import save_single_file
 from dodgeburn.pocket.attributes import CATEGORICAL, CONTINUOUS
 from dodgeburn.pocket.captions import parse
 from dodgeburn.pocket.reader import Readings
+from dodgeburn.prompt_file import read_prompts
 from dodgeburn.sampling.loop import GenerateSettings
 
 FAST = GenerateSettings(steps=2, guidance=3.0)
@@ -258,22 +260,8 @@ def test_bad_settings(bad) -> None:
         CompareSettings(**{"prompts": ("x",), **bad})
 
 
-def test_prompt_files(tmp_path) -> None:
-    file = tmp_path / "p.txt"
-    file.write_text("# a comment\n\n  a face \na doctor\n", encoding="utf-8-sig")
-    assert read_prompts(file) == ("a face", "a doctor")
-    file.write_text("# only comments\n")
-    with pytest.raises(UserError, match="no prompts"):
-        read_prompts(file)
-    file.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match="not a text file"):
-        read_prompts(file)
-    with pytest.raises(UserError, match="No such file"):
-        read_prompts(tmp_path / "missing.txt")
-
-
 def test_default_prompts_ask_for_much_and_are_the_example() -> None:
-    prompts = read_prompts(None)
+    prompts = packaged_prompts()
     assert len(prompts) == 8 and all(len(parse(prompt)) >= 5 for prompt in prompts)
     named = {name for prompt in prompts for name in parse(prompt)}
     assert set(CATEGORICAL) <= named and len(named) >= 16
@@ -316,8 +304,8 @@ def test_command_line_prints_table_and_json(pair, tmp_path, capsys) -> None:
 def test_command_line_refuses_numbers_that_are_none(pair) -> None:
     with pytest.raises(UserError, match="--bases 0.4,x"):
         main([str(pair[0]), str(pair[1]), "-o", "out", "--bases", "0.4,x"])
-    with pytest.raises(UserError, match="whole numbers"):
-        numbers("1.5", "seeds", int)
+    with pytest.raises(UserError, match="--seeds 1.5.*whole numbers"):
+        main([str(pair[0]), str(pair[1]), "-o", "out", "--seeds", "1.5"])
     with pytest.raises(UserError, match="-o DIR"):
         main([str(pair[0]), str(pair[1])])
 

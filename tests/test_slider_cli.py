@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from dodgeburn.checkpoint.slider_card import SliderCard, card_lines
+from dodgeburn.cli.lists import numbers, seeds_of
 from dodgeburn.cli.main import main as dodgeburn
-from dodgeburn.cli.slider_model import numbers, seeds_of
 from dodgeburn.errors import UserError
 from dodgeburn.images.png import read_png
 from dodgeburn.models.adapter_file import load_adapter, save_adapter
@@ -208,7 +208,7 @@ def test_proxies_for_any_model(files, tmp_path, capsys, monkeypatch) -> None:
 def test_numbers_and_seeds() -> None:
     assert numbers("-2..2/5", "scales") == [-2, -1, 0, 1, 2] and numbers("1, 2,", "scales") == [1, 2]
     assert seeds_of("3-5") == [3, 4, 5] and seeds_of("7") == [7] and seeds_of("1,4") == [1, 4]
-    for wrong in ("", "..", "1..2/1", "nan", "1e9"):
+    for wrong in ("", "..", "1..2/1", "1..2/x", "1..2/inf", "nan", "1e9", "1,x"):
         with pytest.raises(UserError, match="scales"):
             numbers(wrong, "scales")
     with pytest.raises(UserError, match="seeds"):

@@ -167,6 +167,7 @@ def _labeller(options: Collect, of_pocket: bool) -> tuple[Labeller, str]:
 
 
 def _prompts(given: str, of_pocket: bool) -> tuple[str, ...]:
+    from dodgeburn.prompt_file import read_prompts
     from dodgeburn.training.pocket import development_prompts, gate_prompts
 
     if given in ("", "development") and of_pocket:
@@ -175,16 +176,7 @@ def _prompts(given: str, of_pocket: bool) -> tuple[str, ...]:
         return tuple(dict.fromkeys(row["prompt"] for row in gate_prompts()))
     if not given:
         raise UserError("which prompts? Give --prompts FILE with one a line")
-    try:
-        lines = Path(given).read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"--prompts {given}: {error.strerror or error}; expected a text file, one a line") from None
-    except UnicodeDecodeError:
-        raise UserError(f"--prompts {given}: not a text file in UTF-8") from None
-    found = tuple(dict.fromkeys(line.strip() for line in lines if line.strip()))
-    if not found:
-        raise UserError(f"--prompts {given}: no prompt in it, expected one a line")
-    return found
+    return tuple(dict.fromkeys(read_prompts(given)))
 
 
 def _rated(options: Collect) -> dict[str, Any]:

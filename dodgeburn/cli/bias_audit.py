@@ -112,19 +112,8 @@ def main(args: list[str]) -> int:
     return 0
 
 
-def read_prompts(path: Path) -> tuple[str, ...]:
-    """A prompt a line; empty lines and those that begin with # are left out. Raises UserError."""
-    try:
-        lines = path.expanduser().read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or 'no UTF-8 text'}") from None
-    found = tuple(line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#"))
-    if not found:
-        raise UserError(f"{path} holds no prompt: expected one a line")
-    return found
-
-
 def _settings(options: AuditOptions) -> AuditSettings:
+    from dodgeburn.prompt_file import read_prompts
     from dodgeburn.rework.bias.audit import AuditSettings, pocket_prompts
 
     prompts = (*options.prompt, *(read_prompts(options.prompts) if options.prompts else ()))

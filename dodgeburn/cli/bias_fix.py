@@ -180,8 +180,8 @@ def _job(options: FixOptions, settings: Any) -> tuple[Job, Any]:
 
 
 def _concept(options: FixOptions, model: Model) -> tuple[Concept, Classifier, Any]:
-    from dodgeburn.cli.bias_audit import read_prompts
     from dodgeburn.merge.compare_measure import speaks_pocket
+    from dodgeburn.prompt_file import read_prompts
     from dodgeburn.rework.bias.classify import ClipClassifier, PocketClassifier, read_attributes
     from dodgeburn.rework.bias.concept import make_concept
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from dodgeburn.cli.lists import numbers, seeds_of
 from dodgeburn.cli.options import Grouped, as_option, given, parse
 from dodgeburn.errors import DodgeburnWarning, UserError
 
@@ -135,32 +136,20 @@ class Compare(Grouped):
     running: Running = field(default_factory=Running)
 
 
-def numbers(text: str, option: str, kind: type[int] | type[float]) -> list[int] | list[float]:
-    """Numbers separated by commas. Raises UserError that names the option and what is wrong."""
-    out = []
-    for item in (part.strip() for part in text.split(",") if part.strip()):
-        try:
-            out.append(kind(item))
-        except ValueError:
-            what = "whole numbers" if kind is int else "numbers"
-            raise UserError(f"--{option} {text}: {item!r} is no number, expected {what} separated by commas") from None
-    return out
-
-
 def main(args: list[str]) -> int:
     """Run `dodgeburn compare`; raises UserError for bad input."""
     chosen = parse(Compare, args, "compare", EXAMPLE)
     if chosen.out is None:
         raise UserError("no output folder: say where to write with -o DIR")
-    seeds = numbers(chosen.seeds, "seeds", int)
+    seeds = seeds_of(chosen.seeds)
     from dodgeburn.merge.compare import CompareSettings, compare
     from dodgeburn.sampling.settings import GenerateSettings
 
-    prompts, search = _search(chosen, [int(seed) for seed in seeds])
+    prompts, search = _search(chosen, seeds)
     settings = CompareSettings(
         **_merges(chosen),
         prompts=prompts,
-        seeds=tuple(int(seed) for seed in seeds),
+        seeds=tuple(seeds),
         keep=() if chosen.keep.strip().lower() == "none" else (chosen.keep,),
         xl_presets=chosen.xl_presets,
         generate=GenerateSettings(
@@ -207,8 +196,8 @@ def _merges(chosen: Compare) -> dict[str, Any]:
         bases = "0.4,0.5,0.6" if methods is None else "default"
     found["presets"] = tuple(name for name in presets.split(",") if name.strip())
     words = [word.strip() for word in bases.split(",") if word.strip()]
-    own = [None] if any(word.lower() == "default" for word in words) else []
-    found["bases"] = (*own, *numbers(",".join(w for w in words if w.lower() != "default"), "bases", float))
+    own = [word for word in words if word.lower() != "default"]
+    found["bases"] = (*([None] if len(own) < len(words) else []), *(numbers(",".join(own), "bases") if own else []))
     if methods is not None:
         found["methods"] = tuple(name.strip() for name in methods.split(",") if name.strip())
     return found
@@ -216,13 +205,14 @@ def _merges(chosen: Compare) -> dict[str, Any]:
 
 def _search(chosen: Compare, seeds: list[int]) -> tuple[tuple[str, ...], SearchSettings | None]:
     """The comparison's prompts, and the search's settings if one is wanted."""
-    from dodgeburn.merge.compare_settings import drawn_prompts, read_prompts
+    from dodgeburn.merge.compare_settings import drawn_prompts, packaged_prompts
     from dodgeburn.merge.search import SearchSettings
+    from dodgeburn.prompt_file import read_prompts
 
     if chosen.search is None:
         if useless := given(chosen.searching):
             raise UserError(f"{as_option(useless[0])} has no effect without --search N")
-        return read_prompts(chosen.prompts), None
+        return packaged_prompts() if chosen.prompts is None else read_prompts(chosen.prompts), None
     if chosen.search < 1 or chosen.picks < 1:
         raise UserError(f"--search {chosen.search} --picks {chosen.picks}: expected at least 1 of each")
     prompts = drawn_prompts(16) if chosen.prompts is None else read_prompts(chosen.prompts)
@@ -235,7 +225,7 @@ def _search(chosen: Compare, seeds: list[int]) -> tuple[tuple[str, ...], SearchS
         prompts, held_out = prompts[::2], prompts[1::2]
     graded_by = list(range(max(seeds, default=0) + 1, max(seeds, default=0) + 1 + len(seeds)))
     if chosen.held_out_seeds is not None:
-        graded_by = [int(seed) for seed in numbers(chosen.held_out_seeds, "held-out-seeds", int)]
+        graded_by = seeds_of(chosen.held_out_seeds, "held-out-seeds")
     return prompts, SearchSettings(
         trials=chosen.search, prompts=held_out, seeds=tuple(graded_by), seed=chosen.search_seed, by=chosen.search_by,
         goals=tuple(name.strip() for name in chosen.goals.split(",") if name.strip()), picks=chosen.picks,

@@ -129,7 +129,7 @@ def _pictures(options: Pairs) -> Drawn:
 
 
 def _settings(options: Pairs) -> Any:
-    from dodgeburn.merge.compare_settings import read_prompts
+    from dodgeburn.prompt_file import read_prompts
     from dodgeburn.rework.dpo.make_pairs import DrawSettings, pocket_prompts
     from dodgeburn.sampling.settings import GenerateSettings
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from dodgeburn.cli.lists import numbers
 from dodgeburn.cli.options import parse
-from dodgeburn.cli.slider_model import OnModel, drawing, need_files, numbers, of_pocket
+from dodgeburn.cli.slider_model import OnModel, drawing, need_files, of_pocket
 from dodgeburn.errors import UserError
 
 if TYPE_CHECKING:

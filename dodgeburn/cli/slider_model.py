@@ -78,39 +78,6 @@ def drawing(model: Model, options: OnModel, what: str) -> Iterator[Unedited]:
         yield Unedited(model, options.settings(), options.batch_size, lambda n: None if bar.update(n) else None)
 
 
-def numbers(text: str, option: str) -> list[float]:
-    """Numbers separated by commas, or "LOW..HIGH/COUNT" as in -2..2/9. UserError that names the option."""
-    low, dots, rest = text.partition("..")
-    try:
-        if dots:
-            high, _, count = rest.partition("/")
-            n = int(count or 9)
-            if n < 2 or n > 1000:
-                raise UserError(f"--{option} {text}: {n} scales, expected 2 to 1000")
-            return [round(float(low) + (float(high) - float(low)) * i / (n - 1), 6) for i in range(n)]
-        found = [float(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        raise UserError(f"--{option} {text}: expected numbers such as -2,-1,0,1,2 or -2..2/9") from None
-    if not found or not all(abs(x) <= 1e4 for x in found):
-        raise UserError(f"--{option} {text}: expected at least one number, none beyond 10000")
-    return found
-
-
-def seeds_of(text: str) -> list[int]:
-    """Seeds separated by commas, or FIRST-LAST. UserError for anything else."""
-    first, dash, last = text.partition("-")
-    try:
-        if dash and first:
-            found = list(range(int(first), int(last) + 1))
-        else:
-            found = [int(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        raise UserError(f"--seeds {text}: expected whole numbers such as 0,1,2 or 0-7") from None
-    if not 0 < len(found) <= 10_000:
-        raise UserError(f"--seeds {text}: {len(found)} seeds, expected 1 to 10000")
-    return found
-
-
 def need_files(files: Sequence[str], example: str) -> None:
     """UserError without a file."""
     if not files:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from dodgeburn.cli.bake import parse_strength
+from dodgeburn.cli.lists import numbers, seeds_of
 from dodgeburn.cli.options import parse
-from dodgeburn.cli.slider_model import OnModel, drawing, need_files, numbers, seeds_of
+from dodgeburn.cli.slider_model import OnModel, drawing, need_files
 from dodgeburn.errors import UserError
 
 if TYPE_CHECKING:

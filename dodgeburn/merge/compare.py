@@ -22,13 +22,13 @@ from dodgeburn.jobs import PartStore
 from dodgeburn.merge.compare_measure import Measurer, choose_readers
 from dodgeburn.merge.compare_models import PARENTS, OpenModels, open_models, typed
 from dodgeburn.merge.compare_pictures import PictureMaker, Twins, about_merge, load_pictures, part_name, twin_notes
-from dodgeburn.merge.compare_settings import CompareSettings, read_prompts
+from dodgeburn.merge.compare_settings import CompareSettings
 from dodgeburn.merge.ranking import PictureReader, Row, rank
 from dodgeburn.merge.search import Search, SearchSettings, Trial, grade, run_search
 from dodgeburn.merge.variants import Variant
 from dodgeburn.pocket.captions import Asked, parse
 
-__all__ = ["PARENTS", "CompareSettings", "Comparison", "compare", "read_prompts"]
+__all__ = ["PARENTS", "CompareSettings", "Comparison", "compare"]
 
 
 @dataclass

@@ -5,8 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterable, Sequence
-from importlib.resources import files
-from pathlib import Path
+from importlib.resources import as_file, files
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from dodgeburn.merge.settings import check_keep
 from dodgeburn.merge.variants import UNIFORM, MethodChoice, Variant, check_names, grid
 from dodgeburn.pocket.captions import caption
 from dodgeburn.pocket.pictures import attributes_of
+from dodgeburn.prompt_file import read_prompts
 from dodgeburn.sampling.loop import GenerateSettings
 
 DRAWN_LIST = 96  # picture list that prompts of searches are drawn from; no other use, and no part of the gate
@@ -144,23 +144,7 @@ def drawn_prompts(n: int) -> tuple[str, ...]:
     return tuple(found)
 
 
-def read_prompts(path: str | Path | None) -> tuple[str, ...]:
-    """One prompt a line; empty lines and those beginning with # are left out. None: the package's own eight.
-
-    Raises UserError for a missing, empty or unreadable file.
-    """
-    if path is None:
-        text = files("dodgeburn.pocket").joinpath("compare_prompts.txt").read_text(encoding="utf-8")
-        where = "the packaged prompts"
-    else:
-        where = str(path)
-        try:
-            text = Path(path).read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError:
-            raise UserError(f"{path} is not a text file: expected one prompt a line, in UTF-8") from None
-        except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
-    prompts = tuple(line.strip() for line in text.splitlines() if line.strip() and not line.strip().startswith("#"))
-    if not prompts:
-        raise UserError(f"{where} has no prompts: expected one a line (lines beginning with # are left out)")
-    return prompts
+def packaged_prompts() -> tuple[str, ...]:
+    """The package's own eight, which `examples/compare-prompts.txt` repeats."""
+    with as_file(files("dodgeburn.pocket").joinpath("compare_prompts.txt")) as path:
+        return read_prompts(path)
