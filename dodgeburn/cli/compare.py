@@ -113,7 +113,7 @@ class Compare(Grouped):
     given: all, or none with --methods.
     """
     bases: Annotated[str | None, tyro.conf.arg(metavar="NUMBERS")] = None
-    """B's shares of what is outside the U-Net's blocks, separated by commas, 0 to 1, or default, the method's own. Not
+    """B's shares of what is outside the U-Net's blocks, 0.4,0.5 or 0.2..0.8/4, or default, the method's own. Not
     given: 0.4,0.5,0.6, or default with --methods.
     """
     methods: Annotated[str | None, tyro.conf.arg(metavar="NAMES")] = None
@@ -127,7 +127,7 @@ class Compare(Grouped):
     prompts: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """A text file with one prompt a line (lines beginning with # are left out); none: eight of the pocket world."""
     seeds: Annotated[str, tyro.conf.arg(metavar="NUMBERS")] = "0,1,2,3"
-    """Seeds separated by commas; every prompt is drawn with each."""
+    """Seeds, 0,1,2 or 0-3; every prompt is drawn with each."""
     json: bool = False
     """Print one JSON object as the last line."""
     merging: Merging = field(default_factory=Merging)
