@@ -71,13 +71,18 @@ def test_full_help_explains_everything_under_headings(capsys: pytest.CaptureFixt
     assert "example: dodgeburn do" in said and "more options" not in said
 
 
-def test_the_explanation_wraps_where_the_boxes_do(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("width", "most"), [("60", 60), ("200", 100)])
+def test_the_explanation_wraps_where_the_terminal_ends(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], width: str, most: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", width)
     about = "Do it. " + "It takes a while. " * 9 + "\n\nThen it is done."
     with pytest.raises(SystemExit):
         parse(Verb, ["--help"], "do", "dodgeburn do", about=about)
     said = capsys.readouterr().out
     assert re.search(r"\bwhile\.\n\u200b\n  Then it is done\.\n\u200b\n  example: dodgeburn do\n", said)
-    assert 60 < max(len(line) for line in said.partition("Then")[0].splitlines()[1:]) <= 80
+    shown = said[said.index("  Do it.") : said.index("  Then")].splitlines()
+    assert most - 20 < max(map(len, shown)) <= most
 
 
 @pytest.mark.parametrize("width", ["60", "200"])

@@ -208,8 +208,9 @@ def test_proxies_for_any_model(files, tmp_path, capsys, monkeypatch) -> None:
 def test_numbers_and_seeds() -> None:
     assert numbers("-2..2/5", "scales") == [-2, -1, 0, 1, 2] and numbers("1, 2,", "scales") == [1, 2]
     assert seeds_of("3-5") == [3, 4, 5] and seeds_of("7") == [7] and seeds_of("1,4") == [1, 4]
-    for wrong in ("", "..", "1..2/1", "1..2/x", "1..2/inf", "nan", "1e9", "1,x"):
+    for wrong in ("", "..", "1..2/1", "1..2/x", "1..2/inf", "1..2/99999999999", "nan", "1e9", "1,x"):
         with pytest.raises(UserError, match="scales"):
             numbers(wrong, "scales")
-    with pytest.raises(UserError, match="seeds"):
-        seeds_of("5-1")
+    for wrong in ("5-1", "0-99999999999999999999999", "x"):
+        with pytest.raises(UserError, match="seeds"):
+            seeds_of(wrong)

@@ -28,7 +28,6 @@ from dodgeburn.errors import UserError
 CONFIG = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)
 _HELP, _ALL = ("-h", "--help"), "--help-all"
 _WIDTH = 100
-_BOX = 80  # the widest that tyro makes a box
 T = TypeVar("T")
 
 
@@ -135,12 +134,12 @@ def _explain(kind: Any, prog: str, text: str, everything: bool) -> NoReturn:
 
 
 def _described(about: str, examples: Sequence[str]) -> str:
-    """What stands above the options: the verb's explanation, as wide as the boxes below it, and its examples.
+    """What stands above the options: the verb's explanation, wrapped where the terminal ends, and its examples.
 
     tyro joins lines that begin with a letter, so all of it is indented; it doubles empty lines, so they hold a space of
     no width.
     """
-    width = min(shutil.get_terminal_size().columns, _BOX) - 2
+    width = min(shutil.get_terminal_size().columns, _WIDTH) - 2
     parts = [textwrap.fill(" ".join(part.split()), width) for part in inspect.cleandoc(about).split("\n\n")]
     parts.append(f"example: {examples[0]}" if len(examples) == 1 else "\n".join(["examples:", *examples]))
     return "\n\u200b\n".join(textwrap.indent(part, "  ") for part in parts)
