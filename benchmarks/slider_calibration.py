@@ -36,7 +36,7 @@ from dodgeburn.slide.measures import REQUESTED
 from dodgeburn.slide.natural import known_sigma
 from dodgeburn.slide.readings import RMSE, read_sweep
 from dodgeburn.slide.spec import SliderSpec, load_specs
-from dodgeburn.slide.splits import calibration_prompts, evaluation_split
+from dodgeburn.slide.splits import calibration_prompts, calibration_rows, evaluation_split
 from dodgeburn.slide.train import QuickCalibration, SliderMaker
 
 SPECS = Path(__file__).parents[1] / "examples" / "sliders" / "30-concepts.yaml"
@@ -62,7 +62,7 @@ class Bench:
         if not path.exists():
             maker = SliderMaker(
                 self.model, lambda target: reader_scorer(target, self.reader),
-                lambda name: known_sigma(self.model, name), prompts=calibration_prompts,
+                lambda name: known_sigma(self.model, name), rows=calibration_rows,
             )  # fmt: skip
             list(maker.text([spec], lambda _: path))
         return path

@@ -59,7 +59,7 @@ from dodgeburn.slide.pairs import PairSpec, train_pairs
 from dodgeburn.slide.score_edits import Composition, GuidanceDirection
 from dodgeburn.slide.slider_file import open_slider
 from dodgeburn.slide.spec import SliderSpec, load_specs
-from dodgeburn.slide.splits import calibration_prompts, calibration_split, evaluation_split
+from dodgeburn.slide.splits import calibration_rows, calibration_split, evaluation_split
 from dodgeburn.slide.text import train_text
 from dodgeburn.slide.train import SliderMaker
 from dodgeburn.slide.unmix import measure_mixing, unmixed, unmixing
@@ -126,7 +126,7 @@ class Bench:
         rows = []
         maker = SliderMaker(
             self.model, lambda target: reader_scorer(target, self.reader), lambda name: known_sigma(self.model, name),
-            prompts=calibration_prompts,
+            rows=calibration_rows,
         )  # fmt: skip
         specs = [spec.model_copy(update={"seed": seed}) for spec in self.specs]
         for one in maker.text(specs, lambda spec: self.file(spec, seed)):

@@ -41,7 +41,7 @@ from dodgeburn.slide.edits import Unedited
 from dodgeburn.slide.natural import known_sigma
 from dodgeburn.slide.slider_file import open_slider
 from dodgeburn.slide.spec import SliderSpec
-from dodgeburn.slide.splits import calibration_prompts
+from dodgeburn.slide.splits import calibration_rows
 from dodgeburn.slide.sweep import grids, make_pictures, strips
 from dodgeburn.slide.train import SliderMaker
 
@@ -204,7 +204,7 @@ def _slide(report: Report, store: PartStore, size: Size, model: Model) -> None:
     reader = Reader.load("reader") if speaks_pocket(model) else None
     maker = SliderMaker(
         model, None if reader is None else lambda attribute: reader_scorer(attribute, reader),
-        lambda attribute: known_sigma(model, attribute), prompts=calibration_prompts,
+        lambda attribute: known_sigma(model, attribute), rows=calibration_rows,
     )  # fmt: skip
     missing = [spec for spec in specs if not paths[spec.name].exists()]
     made = list(maker.text(missing, lambda spec: paths[spec.name]))

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dodgeburn.errors import UserError
@@ -112,6 +112,7 @@ def test_few_pictures_tell_the_shape_and_all_the_strength() -> None:
 
 
 @settings(max_examples=30, deadline=None)
+@example(7.0, -1, 0.75, 0.5)
 @given(st.floats(0.02, 8), st.sampled_from([-1, 1]), st.floats(0.7, 1.4), st.floats(0.0, 0.5))
 def test_few_pictures_first_whatever_the_strength(slope, sign, apart, bend) -> None:
     """The few respond `apart` times as strongly as the rest, the response bends: the unit is that of all."""
@@ -129,6 +130,26 @@ def test_few_pictures_first_whatever_the_strength(slope, sign, apart, bend) -> N
     found = calibrate(Bent(None), READ, list("abcdefgh"), range(8), settings=search, sigma=SIGMA, paired=True)
     raw = np.arctanh(bend) / bend / slope if bend > 0.05 else 1 / slope
     assert found.factor == pytest.approx(sign * raw, rel=0.05)
+
+
+@given(st.floats(0.05, 8), st.floats(1.05, 4), st.floats(0.3, 3), st.floats(1.3, 4))
+def test_the_unit_along_a_curve_through_two_points(c, top, scale, apart) -> None:
+    """A response of top x tanh(s / c) is found again from any two points, if 1 is not far from the first."""
+    from dodgeburn.slide.calibrate import FURTHER, _reaches_1
+
+    def move(s: float) -> float:
+        return top * float(np.tanh(s / c))
+
+    exact = c * float(np.arctanh(1 / top))
+    here, there = exact * (1 + 0.3 * (scale - 1)), exact * apart * (1 + 0.3 * (scale - 1))
+    assert _reaches_1((here, move(here)), (there, move(there)), FURTHER) == pytest.approx(exact, rel=0.02)
+    straight = float(np.clip(here / 0.8, here / FURTHER, here * FURTHER))
+    assert _reaches_1((here, 0.8), (2 * here, 1.6), FURTHER) == pytest.approx(straight)
+    assert _reaches_1((here, 0.8), (2 * here, 2.0), FURTHER) == pytest.approx(
+        straight
+    )  # upwards: no further than straight
+    assert _reaches_1((here, 0.8), (1.1 * here, 0.6), FURTHER) == pytest.approx(straight)  # too near: chance
+    assert _reaches_1((here, 0.8), (2 * here, 0.81), FURTHER) == pytest.approx(FURTHER * here)  # never gets there
 
 
 @settings(max_examples=40, deadline=None)

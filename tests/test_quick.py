@@ -21,8 +21,12 @@ def pocket() -> Model:
     return load_model("pocket", device="cpu", dtype="fp32")
 
 
-def has_unit(monkeypatch: pytest.MonkeyPatch, answer: bool) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: answer, raising=False)
+ASKED = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+
+
+def has_unit(monkeypatch: pytest.MonkeyPatch, answer: bool, names: tuple[str, ...] = ASKED) -> None:
+    for name in names:
+        monkeypatch.setattr(torch.cpu, name, lambda: answer, raising=False)
 
 
 def product() -> torch.dtype:
@@ -34,9 +38,13 @@ def test_only_where_the_processor_has_the_unit_and_the_model_is_in_fp32(pocket, 
     assert bf16_is_quick(pocket)
     assert not bf16_is_quick(replace(pocket, dtype=torch.float16))
     assert not bf16_is_quick(replace(pocket, device=torch.device("cuda")))
-    has_unit(monkeypatch, False)
-    assert not bf16_is_quick(pocket)
-    monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")
+    for name in ASKED:  # either will do
+        has_unit(monkeypatch, False)
+        assert not bf16_is_quick(pocket)
+        has_unit(monkeypatch, True, (name,))
+        assert bf16_is_quick(pocket)
+    for name in ASKED:
+        monkeypatch.delattr(torch.cpu, name)
     assert not bf16_is_quick(pocket)
 
 

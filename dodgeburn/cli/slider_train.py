@@ -137,7 +137,7 @@ def _maker(settings: Train, inputs: list[Path]) -> Iterator[SliderMaker]:
     from dodgeburn.pocket.reader import Reader
     from dodgeburn.slide.calibrate import Scorer, reader_scorer
     from dodgeburn.slide.natural import known_sigma
-    from dodgeburn.slide.splits import calibration_prompts
+    from dodgeburn.slide.splits import calibration_rows
     from dodgeburn.slide.train import SliderMaker
 
     with warnings.catch_warnings(record=True) as caught:
@@ -150,7 +150,7 @@ def _maker(settings: Train, inputs: list[Path]) -> Iterator[SliderMaker]:
         readable = settings.calibrate and speaks_pocket(model)
         yield SliderMaker(
             model, scorer if readable else None, lambda attribute: known_sigma(model, attribute),
-            spelling=settings.lora, dtype=settings.dtype, inputs=inputs, prompts=calibration_prompts,
+            spelling=settings.lora, dtype=settings.dtype, inputs=inputs, rows=calibration_rows,
         )  # fmt: skip
     print_warnings(caught)
 

@@ -259,8 +259,8 @@ def _find_unit_by_few(probe: _Probe, settings: CalibrationSettings) -> float:
     size, tried = abs(moved), raw
     if math.isnan(moved) or size < NOTICED:
         raise _no_unit(probe)
-    raw = tried * min(4.0, 1 / size)
-    for _ in range(2):
+    raw, measured = tried * min(4.0, 1 / size), None
+    for last in (False, True):
         if raw in probe.seen:
             raw *= 1.01  # a scale is drawn once
         moved = probe.of_all(raw)
@@ -268,22 +268,37 @@ def _find_unit_by_few(probe: _Probe, settings: CalibrationSettings) -> float:
             raise _no_unit(probe)
         if abs(abs(moved) - 1) <= NEAR:
             break
-        if abs(moved) < NOTICED:
+        if abs(moved) < NOTICED or last:
             raise _no_unit(probe)
-        raw /= abs(moved)
-    else:
-        raise _no_unit(probe)
-    # On from there along a s + b s^3 through both pairs, because a response that flattens needs a longer step; not far:
-    # where it flattens below one deviation the cubic never gets there.
-    steep, before = abs(moved) / raw, abs(probe.half(tried)) / tried
-    bend = (before - steep) / (tried**2 - raw**2) if abs(tried - raw) > 0.15 * raw else 0.0
-    ways = raw * np.linspace(1 / FURTHER, FURTHER, 301)
-    reached = ways * (steep + bend * (ways**2 - raw**2))
-    return math.copysign(float(ways[np.argmin(np.abs(reached - 1))]), moved)
+        measured = raw, abs(moved)
+        raw = _reaches_1(measured, (tried, abs(probe.half(tried))), 4.0)
+    # On from there along a response that flattens as it does between this pair and another one: where all were measured
+    # before, or else the few's first.
+    other = measured or (tried, abs(probe.half(tried)))
+    return math.copysign(_reaches_1((raw, abs(moved)), other, FURTHER), moved)
 
 
-FURTHER = 1.7  # times the scale at which all were measured: beyond (or below its inverse) nothing is guessed
+def _reaches_1(here: tuple[float, float], there: tuple[float, float], furthest: float) -> float:
+    """Where a tanh(s / c) through two (scale, move), both above 0, reaches 1; at most `furthest` times from `here`.
+
+    It always rises, as a slider does until it breaks. Points that lie straight, bend upwards, or are so near that a bend
+    between them is chance, are taken as a straight line from 0 through `here`.
+    """
+    scale, moved = here
+    ends = scale / furthest, scale * furthest
+    (low, at_low), (high, at_high) = sorted((here, there))
+    grows = at_high / at_low
+    if high - low <= APART * scale or grows >= 0.999 * high / low:
+        return float(np.clip(scale / moved, *ends))
+    bends = np.geomspace(low / 20, 50 * high, 2000)  # c, from flat between the two to straight
+    c = float(bends[np.argmin(np.abs(np.tanh(high / bends) / np.tanh(low / bends) - grows))])
+    top = moved / math.tanh(scale / c)
+    return float(np.clip(c * math.atanh(1 / top), *ends)) if top > 1 else ends[1]
+
+
+FURTHER = 1.7  # times the scale at which all were measured last: beyond (or below its inverse) nothing is guessed
 MOST_APART = 3.0  # times that all pictures may move as far as the few
+APART = 0.15  # of a scale: two pairs that are nearer show more of chance than of a bend
 NOTICED = 0.15  # sigma: a smaller move tells nothing of the scale
 NEAR = 0.4  # sigma by which all pictures may miss the few's unit for one step along the curve to mend it
 

@@ -2,6 +2,9 @@
 
 Calibration and unmixing: captions of the development list. Evaluation: the gate's held-out prompts. All leave the
 sliders' attributes open: where a prompt names one, the prompt holds it in place. The three jobs' seeds are far apart.
+
+The few pictures that end a training are shipped by attribute: pictures respond differently, and so few of them, taken
+as they come, say a tenth or two too much or too little (`benchmarks/calibration_rows.py` chooses them).
 """
 
 from __future__ import annotations
@@ -10,13 +13,16 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from dodgeburn.errors import UserError
 from dodgeburn.pocket.captions import parse
+from dodgeburn.pocket.model import WEIGHTS
 from dodgeburn.slide.readings import attribute_of
 
 FIRST_CALIBRATION_SEED = 7_000
 FIRST_EVALUATION_SEED = 2_000_000
+CALIBRATION_ROWS = WEIGHTS / "calibration.json"
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,26 @@ def calibration_split(targets: Sequence[str], prompts: int, seeds: int) -> Split
 def calibration_prompts(target: str, n: int) -> list[str]:
     """So many development prompts that leave a target open."""
     return calibration_split([target], n, 1).prompts
+
+
+@lru_cache(maxsize=1)
+def _shipped_rows() -> dict[str, list[tuple[str, int]]]:
+    if not CALIBRATION_ROWS.exists():
+        return {}
+    said = json.loads(CALIBRATION_ROWS.read_text(encoding="utf-8"))
+    return {target: [(str(prompt), int(seed)) for prompt, seed in rows] for target, rows in said["rows"].items()}
+
+
+def calibration_rows(target: str, n: int, seed: int) -> list[tuple[str, int]]:
+    """n prompts that leave a target open, each with a seed of its own, for the calibration that ends a training.
+
+    The shipped ones of this attribute, which together respond as many pictures do, if they are as many; else the first
+    development prompts, with seeds that a training with `seed` does not use.
+    """
+    shipped = _shipped_rows().get(target, [])
+    if len(shipped) == n:
+        return list(shipped)
+    return [(prompt, seed * 10_000 + 5_000 + i) for i, prompt in enumerate(calibration_prompts(target, n))]
 
 
 def evaluation_split(targets: Sequence[str], prompts: int, seeds: int) -> Split:

@@ -85,9 +85,9 @@ class SliderMaker:
     """Makes sliders on one model.
 
     scorer: from an attribute to what measures it; sigma: from an attribute to its natural standard deviation where that
-    is known beforehand (None: measured on unedited pictures). prompts: from an attribute and a number to so many
-    prompts to calibrate on, such as users will give (None: the slider's own subject with its preserved attributes in
-    turn). spelling, dtype, inputs: as `save_adapter`.
+    is known beforehand (None: measured on unedited pictures). rows: from an attribute, a number and the training's seed
+    to so many prompts, each with a seed, to calibrate on, such as users will give (None: the slider's own subject with
+    its preserved attributes in turn). spelling, dtype, inputs: as `save_adapter`.
     """
 
     model: Model
@@ -97,7 +97,7 @@ class SliderMaker:
     spelling: str = "kohya"
     dtype: str = "fp16"
     inputs: Sequence[Path] = ()
-    prompts: Callable[[str, int], list[str]] | None = None
+    rows: Callable[[str, int, int], list[tuple[str, int]]] | None = None
     _drawn: list[int] = field(default_factory=list)  # samples through the U-Net of every picture looked at
     _unedited: Unedited | None = None  # shared: sliders of a class are looked at on the same prompts and seeds
 
@@ -148,11 +148,12 @@ class SliderMaker:
 
     def _look(self, spec: Spec, own: list[str], start: float) -> _Look:
         """Prompts such as users will give, where they are known, or else the slider's own; a seed for each."""
-        n, prompts = self.quick.pictures, own
-        if self.prompts is not None and spec.attribute is not None:
-            prompts = self.prompts(spec.attribute, n)
-        seeds = [spec.seed * 10_000 + 5_000 + i for i in range(n)]
-        return _Look([prompts[i % len(prompts)] for i in range(n)], seeds, start)
+        n = self.quick.pictures
+        if self.rows is not None and spec.attribute is not None:
+            rows = self.rows(spec.attribute, n, spec.seed)
+        else:
+            rows = [(own[i % len(own)], spec.seed * 10_000 + 5_000 + i) for i in range(n)]
+        return _Look([prompt for prompt, _ in rows], [seed for _, seed in rows], start)
 
     def _edit(self, adapter: Adapter, look: _Look) -> AdapterEdit:
         """The slider as an edit; what it draws is counted in `_drawn`."""
