@@ -281,8 +281,8 @@ def _find_unit_by_few(probe: _Probe, settings: CalibrationSettings) -> float:
 def _reaches_1(here: tuple[float, float], there: tuple[float, float], furthest: float) -> float:
     """Where a tanh(s / c) through two (scale, move), both above 0, reaches 1; at most `furthest` times from `here`.
 
-    It always rises, as a slider does until it breaks. Points that lie straight, bend upwards, or are so near that a bend
-    between them is chance, are taken as a straight line from 0 through `here`.
+    It always rises, as a slider does until it breaks. Points that lie straight, bend upwards, or lie so near each other
+    that a bend would be chance, are taken as a straight line from 0 through `here`.
     """
     scale, moved = here
     ends = scale / furthest, scale * furthest
