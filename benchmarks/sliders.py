@@ -5,7 +5,7 @@
 
 Sliders are trained and calibrated with the reader; the judge reads what is reported, on held-out prompts that leave the
 attribute open (gate list), seeds that nothing else uses. Finished parts stay in --folder, and the same command goes on
-there. Every mean has a 95 % interval over concepts (bootstrap).
+there. Every mean has a 95 % interval over concepts (bootstrap), each taken as the mean of its trainings.
 
 monotone, spearman, selectivity, range_sigma, symmetry, calibration_error: slide/measures.py, over scales from -3 to 3
 whatever a file's safe range is; within_safe_range: of the same pictures those at scales that the file calls safe.
@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from PIL import Image
 from sizes import run_sized
-from slider_table import less, mean_leak, over
+from slider_table import less, mean_leak, over, summary
 
 from dodgeburn.errors import UserError
 from dodgeburn.jobs import PartStore
@@ -357,13 +357,8 @@ def table(bench: Bench, size: Size) -> dict[str, Any]:
         for spec in bench.specs
     ]
     found: dict[str, Any] = {"machine": machine(), "size": asdict(size), "threads": torch.get_num_threads()}
-    found["intervals"] = {}
-    for key in MEANS:
-        found[key], found["intervals"][key] = over(rows, key)
-    found["within_safe_range"] = {key: over([row["within"] for row in rows], key) for key in MEANS}
-    found["safe_ranges"] = {row["name"]: row["safe_range"] for row in rows}
+    found |= summary(rows, MEANS)
     found["fp32"] = {key: bench.part("fp32", lambda: bench.exact(bench.specs[0], 0))[key] for key in MEANS}
-    found["by_concept"] = {row["name"]: {key: row[key] for key in MEANS} for row in rows}
     found["train_s"] = float(np.median([row["seconds"] for seed in trained for row in seed]))
     first, nexts = [seed[0] for seed in trained], [row for seed in trained for row in seed[1:]]
     found["forwards_first"] = int(np.mean([r["shared"] + r["training"] + r["calibration"] for r in first]))
