@@ -93,7 +93,7 @@ def options_of(*places: str) -> frozenset[str]:
 
 
 ROOTS = (ROOT, ROOT / "dodgeburn", ROOT / "dodgeburn" / "merge")  # what paths on a page are told from
-FOREIGN = {"help", "version", "no-deps", "multi-gpu"}  # of everything, of pip, of accelerate
+FOREIGN = {"help", "version", "no-deps", "multi-gpu", "hypothesis-profile"}  # of everything, pip, accelerate, pytest
 OPTION = re.compile(r"(?<![\w-])--([a-z][a-z0-9-]*)")
 SCRIPT = re.compile(r"python (benchmarks/\w+\.py|examples/\w+\.py)([^`\n|]*)")
 PART = re.compile(r"`((?:dodgeburn/|benchmarks/|examples/|tests/)?[a-z_]+/[\w./-]+\.(?:py|sh|yaml|toml))`")
