@@ -45,6 +45,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LoRAs are looked for in the folder one works in too, where somebody may have trained one of the same name."""
+    monkeypatch.chdir(tmp_path)
+
+
 def run(place: Path, out: Path, *more: str, prompt: str = "A red hat!") -> int:
     return main(["generate", prompt, "--model", str(place / "tiny.safetensors"), "-o", str(out), "--steps", "3", *more])
 
