@@ -10,7 +10,9 @@ as calibration draws them, and every fourth of them in 20 steps as users do. Cho
 moves in 5 steps are nearest to those of all in 20; of these the six that come first are nearest to all 17.
 
 left_out: how far (root mean square, of the unit) the rows chosen by the other trainings are off for a training that
-they were not chosen by; as_they_come: the same of 17 taken at random. --quick: one attribute, 48 pictures, no writing.
+they were not chosen by, against all 192 pictures; other_pictures: the same for rows chosen among one half of the
+prompts, against what the other half shows (both in 5 steps); as_they_come, as_they_come_other: the same two of 17
+pictures taken at random. --quick: one attribute, 48 pictures, no writing.
 """
 
 from __future__ import annotations
@@ -34,14 +36,14 @@ from dodgeburn.slide.edits import AdapterEdit, Unedited
 from dodgeburn.slide.natural import known_sigma
 from dodgeburn.slide.readings import values_of
 from dodgeburn.slide.spec import SliderSpec, load_specs
-from dodgeburn.slide.splits import CALIBRATION_ROWS, calibration_prompts
+from dodgeburn.slide.splits import CALIBRATION_ROWS, calibration_prompts, rows_as_they_come
 from dodgeburn.slide.train import LOOKED_AT, QuickCalibration, SliderMaker
 
 SPECS = Path(__file__).parents[1] / "examples" / "sliders" / "30-concepts.yaml"
 SCALES = (-1.2, -0.6, 0.6, 1.2)
 TRAININGS = (101, 102, 103)
 FIRST_SEED = 60_000
-QUICK = QuickCalibration()
+CALIBRATION = QuickCalibration()
 FINAL_STEPS, EVERY = 20, 4  # every fourth picture is drawn in as many steps as users draw
 RESTARTS = 20
 
@@ -84,14 +86,14 @@ def measure(model: Model, reader: Reader, spec: SliderSpec, seed: int, folder: P
     if not file.exists():
         maker = SliderMaker(
             model, lambda name: reader_scorer(name, reader), lambda name: known_sigma(model, name),
-            rows=lambda name, n, s: [(p, s * 10_000 + 5_000 + i) for i, p in enumerate(calibration_prompts(name, n))],
+            rows=rows_as_they_come,
         )  # fmt: skip
         list(maker.text([spec.model_copy(update={"seed": seed})], lambda _: file))
     asked = calibration_prompts(target, prompts)
     rows = [(prompt, FIRST_SEED + prompts * k + i) for k in range(2) for i, prompt in enumerate(asked)]
     adapter, found = load_adapter(file, model), {}
-    for key, steps, some in (("v5", QUICK.steps, rows), ("v20", FINAL_STEPS, rows[::EVERY])):
-        unedited = Unedited(model, GenerateSettings(steps=steps, guidance=QUICK.guidance), quick=True)
+    for key, steps, some in (("v5", CALIBRATION.steps, rows), ("v20", FINAL_STEPS, rows[::EVERY])):
+        unedited = Unedited(model, GenerateSettings(steps=steps, guidance=CALIBRATION.guidance), quick=True)
         edit = AdapterEdit(model, adapter, spec.used_from, unedited=unedited)
         every = [(prompt, seed, scale) for prompt, seed in some for scale in (0.0, *SCALES)]
         pictures = edit.pictures([r[0] for r in every], [r[1] for r in every], [r[2] for r in every])
@@ -151,6 +153,29 @@ def off(measured: Measured, k: int, rows: list[int]) -> float:
     return float(said.mean() - 1)
 
 
+def elsewhere(measured: Measured, n: int, generator: np.random.Generator) -> dict[str, float]:
+    """How far rows are off on pictures of prompts that they were not chosen among, for a training left out as well."""
+    names = [prompt for prompt, _ in measured.rows]
+    number = {prompt: i for i, prompt in enumerate(dict.fromkeys(names))}
+    chosen, drawn = [], []
+    for side in (0, 1):
+        here = np.array([number[prompt] % 2 == side for prompt in names])
+        usable = measured.readable & here
+        for k in range(len(measured.quick)):
+            some = np.delete(measured.quick, k, 0)
+            rows = choose(flat(some), np.nanmean(some[:, here], 1).ravel(), names, n, usable)
+            shown = half_of(np.nanmean(measured.quick[k][~here], 0))
+            tries = [rows, *(generator.choice(np.flatnonzero(usable), n, replace=False) for _ in range(40))]
+            first, *others = [float((half_of(measured.quick[k][one].mean(0)) / shown).mean() - 1) for one in tries]
+            chosen.append(first)
+            drawn += others
+    return {"other_pictures": _rms(chosen), "as_they_come_other": _rms(drawn)}
+
+
+def _rms(values: list[float]) -> float:
+    return float(np.sqrt(np.mean(np.square(values))))
+
+
 def chosen_rows(measured: Measured, n: int) -> tuple[list[tuple[str, int]], dict[str, float]]:
     """The rows of one attribute, and how good they are."""
     names, usable = [prompt for prompt, _ in measured.rows], measured.readable
@@ -168,9 +193,9 @@ def chosen_rows(measured: Measured, n: int) -> tuple[list[tuple[str, int]], dict
         for k in range(count)
         for _ in range(200)
     ]
-    said = {"steps": measured.steps, "as_they_come": float(np.sqrt(np.mean(np.square(drawn))))}
+    said = {"steps": measured.steps, "as_they_come": _rms(drawn)}
     if left:
-        said["left_out"] = float(np.sqrt(np.mean(np.square(left))))
+        said |= {"left_out": _rms(left), **elsewhere(measured, n, generator)}
     return [measured.rows[row] for row in rows], {key: round(value, 4) for key, value in said.items()}
 
 
@@ -190,7 +215,7 @@ def main() -> None:
     for spec in specs:
         files = [measure(model, reader, spec, seed, args.folder, prompts) for seed in trainings]
         target = str(spec.attribute)
-        found["rows"][target], found["measured"][target] = chosen_rows(Measured(files), QUICK.pictures)
+        found["rows"][target], found["measured"][target] = chosen_rows(Measured(files), CALIBRATION.pictures)
         print(target, found["measured"][target], flush=True)
     if args.write and not args.quick:
         CALIBRATION_ROWS.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

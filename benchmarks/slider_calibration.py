@@ -4,7 +4,8 @@
 
 Development prompts and the reader; with --judge, at last, held-out ones and the judge. Each slider is trained and
 calibrated as `slider train` does it, swept over development prompts x seeds, and then calibrated again `--again` times
-with other seeds: what moves between these is the calibration's own uncertainty. Finished parts stay in --folder.
+on as many pictures as they come: what moves between these is their uncertainty, not that of the chosen pictures
+(calibration_rows.py). Finished parts stay in --folder.
 
 Printed for every slider: half the distance between the mean moves at +1 and -1 (1 is exact), on captions and on the
 slider's own prompts; the largest step's share of the way from -2 to 2 (median; a straight response has 0.25), the

@@ -84,9 +84,17 @@ def calibration_rows(target: str, n: int, seed: int) -> list[tuple[str, int]]:
     development prompts, with seeds that a training with `seed` does not use.
     """
     shipped = _shipped_rows().get(target, [])
-    if len(shipped) == n:
-        return list(shipped)
-    return [(prompt, seed * 10_000 + 5_000 + i) for i, prompt in enumerate(calibration_prompts(target, n))]
+    return list(shipped) if len(shipped) == n else rows_as_they_come(target, n, seed)
+
+
+def rows_as_they_come(target: str, n: int, seed: int) -> list[tuple[str, int]]:
+    """The first n development prompts that leave a target open, and seeds that a training with `seed` does not use."""
+    return list(zip(calibration_prompts(target, n), seeds_beside(seed, n), strict=True))
+
+
+def seeds_beside(seed: int, n: int) -> list[int]:
+    """n seeds for looking at a slider, far from those of the latents that a training with `seed` draws."""
+    return [seed * 10_000 + 5_000 + i for i in range(n)]
 
 
 def evaluation_split(targets: Sequence[str], prompts: int, seeds: int) -> Split:

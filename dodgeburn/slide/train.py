@@ -31,6 +31,7 @@ from dodgeburn.slide.closed_form import closed_form
 from dodgeburn.slide.edits import AdapterEdit, Unedited
 from dodgeburn.slide.pairs import PairSpec, train_pairs
 from dodgeburn.slide.spec import SliderSpec
+from dodgeburn.slide.splits import seeds_beside
 from dodgeburn.slide.text import train_text
 
 Spec = SliderSpec | PairSpec
@@ -152,7 +153,7 @@ class SliderMaker:
         if self.rows is not None and spec.attribute is not None:
             rows = self.rows(spec.attribute, n, spec.seed)
         else:
-            rows = [(own[i % len(own)], spec.seed * 10_000 + 5_000 + i) for i in range(n)]
+            rows = [(own[i % len(own)], seed) for i, seed in enumerate(seeds_beside(spec.seed, n))]
         return _Look([prompt for prompt, _ in rows], [seed for _, seed in rows], start)
 
     def _edit(self, adapter: Adapter, look: _Look) -> AdapterEdit:
