@@ -11,6 +11,7 @@ two processes do what one does with twice the accumulation.
 
 from __future__ import annotations
 
+import atexit
 import json
 import math
 import os
@@ -19,10 +20,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
@@ -159,6 +162,7 @@ def train(
     processes, rank, parts_a_step = accelerator.num_processes, accelerator.process_index, settings.accumulate
     first = accelerator.is_main_process
     if processes > 1:
+        _part_at_exit()
         settings = replace(settings, settings={**settings.settings, "processes": processes})
     start = _resume(checkpoint, modules, optimizer, average, settings)
     sums: dict[str, float] = {}
@@ -225,6 +229,16 @@ def train(
     for m in modules.values():
         m.eval()
     return means
+
+
+@cache
+def _part_at_exit() -> None:
+    """Leave the process group before the interpreter ends: registered once, however many stages are trained.
+
+    Without it a thread of gloo may still hold the last tensor when Python is already ending, and asking for the
+    interpreter then aborts the process: a training that had succeeded ended with an error, rarely.
+    """
+    atexit.register(lambda: dist.destroy_process_group() if dist.is_initialized() else None)
 
 
 def _average_gradients(accelerator: Accelerator, parameters: list[nn.Parameter]) -> None:
