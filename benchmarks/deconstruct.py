@@ -336,12 +336,15 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where parts lie (the same command goes on there)")
     parser.add_argument("--seeds", type=int, help="training seeds of every method")
     parser.add_argument("--ties", nargs="*", metavar="WORLD:NUMBER", help="only these, as in 95:1 99:2 (worlds above)")
+    parser.add_argument("--sampling", type=int, help="denoising steps of every picture")
+    parser.add_argument("--judged", type=int, help="held-out pictures of a tie that the judge reads")
     parser.add_argument("--minutes", type=float, help="stop between parts after so long")
     parser.add_argument("--cells", nargs="*", help="only these, as in audit plenty/cd merge_only/uce")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     options = parser.parse_args()
     name, size = ("quick", QUICK) if options.quick else ("reduced", REDUCED) if options.reduced else ("full", Size())
-    size = replace(size, seeds=options.seeds or size.seeds, treated=ties(options.ties, parser) or size.treated)
+    size = replace(size, seeds=options.seeds or size.seeds, treated=ties(options.ties, parser) or size.treated,
+                   sampling=options.sampling or size.sampling, n=options.judged or size.n)  # fmt: skip
     folder = options.folder or Path(f"deconstruct-{name}")
     found = run(Bench(size, folder, options.minutes), options.cells)
     print(table(found))
