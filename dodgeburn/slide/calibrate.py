@@ -275,14 +275,17 @@ def _find_unit_by_few(probe: _Probe, settings: CalibrationSettings) -> float:
     # On from there along a response that flattens as it does between this pair and another one: where all were measured
     # before, or else the few's first.
     other = measured or (tried, abs(probe.half(tried)))
-    return math.copysign(_reaches_1((raw, abs(moved)), other, FURTHER), moved)
+    return math.copysign(_reaches_1((raw, abs(moved)), other, FURTHER, ENOUGH), moved)
 
 
-def _reaches_1(here: tuple[float, float], there: tuple[float, float], furthest: float) -> float:
+def _reaches_1(
+    here: tuple[float, float], there: tuple[float, float], furthest: float, enough: float = 1.0
+) -> float:  # fmt: skip
     """Where a tanh(s / c) through two (scale, move), both above 0, reaches 1; at most `furthest` times from `here`.
 
-    It always rises, as a slider does until it breaks. Points that lie straight, bend upwards, or lie so near each other
-    that a bend would be chance, are taken as a straight line from 0 through `here`.
+    It always rises, as a slider does until it breaks. Where its top is about 1 or lower, `enough` of the top will do,
+    or flat ground would be crossed for nothing (at 1 it never gets there: the furthest). Points that lie straight, bend
+    upwards, or lie so near each other that a bend would be chance, are taken as a straight line from 0 through `here`.
     """
     scale, moved = here
     ends = scale / furthest, scale * furthest
@@ -293,13 +296,15 @@ def _reaches_1(here: tuple[float, float], there: tuple[float, float], furthest: 
     bends = np.geomspace(low / 20, 50 * high, 2000)  # c, from flat between the two to straight
     c = float(bends[np.argmin(np.abs(np.tanh(high / bends) / np.tanh(low / bends) - grows))])
     top = moved / math.tanh(scale / c)
-    return float(np.clip(c * math.atanh(1 / top), *ends)) if top > 1 else ends[1]
+    share = min(1 / top, enough)
+    return float(np.clip(c * math.atanh(share), *ends)) if share < 1 else ends[1]
 
 
 FURTHER = 1.7  # times the scale at which all were measured last: beyond (or below its inverse) nothing is guessed
 MOST_APART = 3.0  # times that all pictures may move as far as the few
 APART = 0.15  # of a scale: two pairs that are nearer show more of chance than of a bend
 NOTICED = 0.15  # sigma: a smaller move tells nothing of the scale
+ENOUGH = 0.97  # of the most that a flattening slider moves by: what is left below 1 is less than units are off by
 NEAR = 0.4  # sigma by which all pictures may miss the few's unit for one step along the curve to mend it
 
 
