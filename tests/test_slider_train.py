@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -177,6 +178,11 @@ def test_trains_what_it_promises_and_the_file_says_so(pocket: Model, tmp_path: P
     assert made.card.sigma == known_sigma(pocket, "smile") and "smile" in made.card.unit
     assert made.training == 2 * 16 + 12 * 8 and made.shared == 3 * 2 * 2 + 16
     assert made.calibration % (4 * 2) == 0 and made.calibration > 0
+    # What the file's alpha says of the unit decides whether a stronger target is proposed.
+    raw = made.adapter.alphas[made.adapter.modules_changed[0]] / spec.rank
+    assert made.raw == pytest.approx(raw) and made.better_eta is None
+    assert replace(made, raw=1.6).better_eta == 2.0 and replace(made, raw=1.5).better_eta is None
+    assert replace(made, raw=2.1, spec=spec.model_copy(update={"eta": 3.0})).better_eta == 8.0
     loaded = load_adapter(made.path, pocket)
     assert loaded.origin is not None and loaded.origin.card == made.card
     name = loaded.modules_changed[0]

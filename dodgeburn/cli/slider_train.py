@@ -167,6 +167,11 @@ def _say(one: Made) -> None:
         print(f"  1.0 = {card.unit} ({card.sigma:.3f}); safe from {low:g} to {high:g}")
         if card.start is not None:
             print(f"  off above time step {card.start:g}")
+        if one.better_eta is not None:
+            print(
+                f"  1.0 is {one.raw:.1f} times the slider as it was trained, beyond its reach: a stronger target "
+                f"(eta: {one.better_eta:g} in its specification) would train what is used"
+            )
     else:
         print("  not calibrated: 1.0 is what training made of it")
 
@@ -176,4 +181,5 @@ def _row(one: Made) -> dict[str, object]:
         "name": one.spec.name, "out": str(one.path), "seconds": round(one.seconds, 2), "shared": one.shared,
         "forwards": one.training, "calibration": one.calibration, "sigma": one.card.sigma,
         "safe_range": one.card.safe_range, "curve": one.card.curve, "unit": one.card.unit,
+        "better_eta": one.better_eta,
     }  # fmt: skip

@@ -65,6 +65,17 @@ class Made:
     training: int
     calibration: int
     seconds: float
+    raw: float | None = None  # scale, as trained, of what is now 1.0; None where not calibrated or not trained by words
+
+    @property
+    def better_eta(self) -> float | None:
+        """An eta with which 1.0 would lie half-way to the reach; None where it lies within the reach as it is.
+
+        Beyond the reach a slider is used further than it was ever trained to be, and bends or falls back.
+        """
+        if not isinstance(self.spec, SliderSpec) or self.raw is None or self.raw <= self.spec.reach:
+            return None
+        return float(f"{self.spec.eta * self.raw / (self.spec.reach / 2):.1g}")
 
 
 @dataclass(frozen=True)
@@ -200,7 +211,8 @@ class SliderMaker:
         card = _card(self.model, method, spec, found, start, sum(forwards) + cost, seconds)
         save_adapter(adapter, path, self.model.layout.name, self.spelling, self.dtype, card, inputs=tuple(self.inputs))
         shutil.rmtree(_folder(path), ignore_errors=True)
-        return Made(spec, adapter, card, path, forwards[0], forwards[1], cost, seconds)
+        raw = None if found is None or method != "text" else abs(found.factor)
+        return Made(spec, adapter, card, path, forwards[0], forwards[1], cost, seconds, raw)
 
 
 def _checked(path: Path) -> Path:
