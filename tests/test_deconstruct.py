@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,13 +25,16 @@ from deconstruct_tiny import (
 from tiny import tiny_model
 
 from dodgeburn.checkpoint.tensorfile import load_tensors, sha256_tensors
-from dodgeburn.errors import UserError
+from dodgeburn.errors import DodgeburnWarning, UserError
+from dodgeburn.rework.bias.pocket_concept import pocket_concept
 from dodgeburn.rework.deconstruct.report import deconstruct_report
+from dodgeburn.rework.deconstruct.retrain import _check_teacher
 from dodgeburn.rework.deconstruct.run import SPEC, is_biased, read_state, write_model
-from dodgeburn.rework.deconstruct.spec import load_spec, make_spec
+from dodgeburn.rework.deconstruct.spec import Retrain, load_spec, make_spec
 from dodgeburn.rework.deconstruct.stage_log import unet_state
 
 HERE = Path(__file__).parent
+pytestmark = pytest.mark.filterwarnings("ignore:asked for light")  # the tiny model draws nothing that it is asked for
 
 
 def _process(folder: Path, *kill: str) -> subprocess.CompletedProcess[str]:
@@ -228,3 +232,14 @@ def test_the_example_reads_and_bad_specs_are_one_line(tmp_path: Path) -> None:
             load_spec(tmp_path / "bad.yaml")
     with pytest.raises(UserError, match="is not there"):
         load_spec(tmp_path / "none.yaml")
+
+
+def test_a_model_that_does_not_show_what_it_is_asked_for_is_a_poor_teacher() -> None:
+    concept = pocket_concept(["a gardener"], "background")
+    shows = {share: reading(fidelity=share) for share in (0.79, 0.81)}
+    with pytest.warns(DodgeburnWarning, match="asked for background, the untouched model shows it in 79% of pictures"):
+        _check_teacher(Retrain(), concept, shows[0.79])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _check_teacher(Retrain(), concept, shows[0.81])
+        _check_teacher(Retrain(taught=0.0), concept, shows[0.79])  # taught by the pictures

@@ -18,6 +18,7 @@ both are within `quality` of real pictures', or as near as the untouched model c
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dodgeburn.errors import DodgeburnWarning
 from dodgeburn.measure.quality import quality
 from dodgeburn.models.model import Model
 from dodgeburn.rework.bias.concept import Concept
@@ -38,6 +40,8 @@ from dodgeburn.rework.deconstruct.stage_log import StageLog, StageResult, State,
 from dodgeburn.training.examples import Examples, Pictures, encode_examples, join
 from dodgeburn.training.fine_tune import Teacher, fine_tune, make_prior, make_teacher
 from dodgeburn.training.loop import evaluated
+
+TEACHES = 0.8  # share of pictures that show the value asked for; below, answers are a poor teacher
 
 
 def balanced(materials: Materials, concept: Concept, s: Retrain) -> Pictures:
@@ -126,6 +130,7 @@ def retrain(
         prior = make_prior(model, others, s.prior_points, s.seed + 5)
     examples, values = _examples(model, pictures), _values(pictures, materials.attribute)
     teacher = _teacher(model, base, examples, values, concept, s.taught) if s.taught else None
+    _check_teacher(s, concept, before)
     load_unet(model, start)
     settings = spec.tuning(
         steps=s.steps, batch=s.batch, lr=s.lr, empty=0.0 if s.prior > 0 else 0.1, ema=s.ema, prior=s.prior,
@@ -173,6 +178,17 @@ def retrain(
 def _asking(values: list[str], concept: Concept) -> Callable[[int, str], str]:
     """What a teacher is asked about a picture: its caption, and of the concept's pictures their value."""
     return lambda row, text: concept.explicit(text, values[row], row) if values[row] else text
+
+
+def _check_teacher(s: Retrain, concept: Concept, before: Reading) -> None:
+    """A warning where the untouched model, as it is asked, could not show what it is to teach."""
+    if s.taught and before.fidelity < TEACHES:
+        warnings.warn(
+            f"asked for {concept.attribute}, the untouched model shows it in {before.fidelity:.0%} of pictures: what "
+            "it says is a poor teacher, and the tie may stay; retrain: {taught: 0} learns from the pictures themselves",
+            DodgeburnWarning,
+            stacklevel=3,
+        )
 
 
 def _teacher(
