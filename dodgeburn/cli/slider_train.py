@@ -60,7 +60,7 @@ class Train:
     lora: Literal["kohya", "sgm", "peft"] = "kohya"
     """Spelling of the keys."""
     dtype: Literal["fp32", "fp16"] = "fp16"
-    """Type of the numbers written; training is in fp32."""
+    """Type of the numbers written; the trained numbers are fp32 until then."""
     json: bool = False
     """Print one JSON object as the last line."""
 

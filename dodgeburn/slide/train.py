@@ -65,7 +65,7 @@ class Made:
     training: int
     calibration: int
     seconds: float
-    raw: float | None = None  # scale, as trained, of what is now 1.0; None where not calibrated or not trained by words
+    raw: float | None = None  # scale, as trained, of what is now 1.0; None where not calibrated
 
     @property
     def better_eta(self) -> float | None:
@@ -73,7 +73,9 @@ class Made:
 
         Beyond the reach a slider is used further than it was ever trained to be, and bends or falls back.
         """
-        if not isinstance(self.spec, SliderSpec) or self.raw is None or self.raw <= self.spec.reach:
+        if self.raw is None or not isinstance(self.spec, SliderSpec) or self.card.method != "text":
+            return None
+        if self.raw <= self.spec.reach:
             return None
         return float(f"{self.spec.eta * self.raw / (self.spec.reach / 2):.1g}")
 
@@ -211,7 +213,7 @@ class SliderMaker:
         card = _card(self.model, method, spec, found, start, sum(forwards) + cost, seconds)
         save_adapter(adapter, path, self.model.layout.name, self.spelling, self.dtype, card, inputs=tuple(self.inputs))
         shutil.rmtree(_folder(path), ignore_errors=True)
-        raw = None if found is None or method != "text" else abs(found.factor)
+        raw = None if found is None else abs(found.factor)
         return Made(spec, adapter, card, path, forwards[0], forwards[1], cost, seconds, raw)
 
 

@@ -122,6 +122,7 @@ def retrain(
         return done
     s, drawn, concept = spec.retrain, meters.drawn, meters.panel.concept
     goal = _Goal(s, before)
+    _check_teacher(s, concept, before)
     pictures = balanced(materials, concept, s)
     prior = None
     if s.prior > 0:
@@ -130,7 +131,6 @@ def retrain(
         prior = make_prior(model, others, s.prior_points, s.seed + 5)
     examples, values = _examples(model, pictures), _values(pictures, materials.attribute)
     teacher = _teacher(model, base, examples, values, concept, s.taught) if s.taught else None
-    _check_teacher(s, concept, before)
     load_unet(model, start)
     settings = spec.tuning(
         steps=s.steps, batch=s.batch, lr=s.lr, empty=0.0 if s.prior > 0 else 0.1, ema=s.ema, prior=s.prior,
