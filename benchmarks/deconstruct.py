@@ -252,7 +252,7 @@ class Bench:
         if method == "cd-lerp":
             bucket["method"] = "lerp"
             bucket["scales"] = (0.1, 0.25, 0.5, 0.75)
-        taught = {"taught": 0.0} if method == "cd-pictures" else {}
+        taught = {"taught": 0.0, "lr": s.lr} if method == "cd-pictures" else {}
         used = early * (3 if {"overtrain", "nightshade"} <= set(stages) else 1)
         again = max(1, total - used - late)
         spec = make_spec({
@@ -266,7 +266,7 @@ class Bench:
             "nightshade": {"steps": early, "batch": s.batch, "pictures": each, "every": max(1, early // 2),
                            "success": None, "seed": seed},
             "bucket": bucket,
-            "retrain": {"steps": again, "lr": s.lr, "batch": s.batch, "every": s.every, "plateau": 99,
+            "retrain": {"steps": again, "batch": s.batch, "every": s.every, "plateau": 99,
                         **taught, "adapt": s.adapt, "polish_steps": late, "polish_every": late, "seed": seed},
         })  # fmt: skip
         found = deconstruct(model, spec, folder, bias_needed=False)

@@ -136,13 +136,7 @@ def _within(values: Any, least: float, most: float) -> tuple[int, Any]:
     below = values < least
     few, inside = int(np.count_nonzero(below)), values <= most
     inside ^= below
-    even = len(values) // 8 * 8
-    # Few are inside: eights without any are left out at once, which is faster than one by one.
-    eights = inside[:even].view(np.uint64)
-    held = np.flatnonzero(eights)
-    chosen = np.flatnonzero(eights[held].view(np.bool_))
-    found = values[:even].reshape(-1, 8)[held].reshape(-1)[chosen]
-    return few, found if even == len(values) else np.append(found, values[even:][inside[even:]])
+    return few, values.take(np.flatnonzero(inside))  # half the time of values[inside]
 
 
 def _band(sample: Any, share: float) -> tuple[float, float]:
