@@ -107,6 +107,5 @@ def test_the_teacher_is_the_untouched_model_whatever_the_stages_before_made() ->
 
 def test_pictures_are_learned_faster_than_answers() -> None:
     answers, pictures = Retrain(), Retrain(taught=0)
-    assert (answers.lr, answers.noise_power) == (1e-4, 0.8)
-    assert (pictures.lr, pictures.noise_power) == (5e-4, 0.4)
+    assert pictures.lr > answers.lr and pictures.noise_power < answers.noise_power
     assert Retrain.model_validate(pictures.model_dump()) == pictures and Retrain(taught=0, lr=2e-4).lr == 2e-4
