@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from dodgeburn.merge.methods import METHODS, merge_tensors, order
 from dodgeburn.merge.methods.draws import Draws
 from dodgeburn.merge.methods.order import in_order, order_of
-from dodgeburn.merge.methods.pieces import PIECE, SAMPLE, HeldPieces, kth_of_pieces, places
+from dodgeburn.merge.methods.pieces import LARGE, PIECE, SAMPLE, HeldPieces, kth_of_pieces, stretches
 from dodgeburn.merge.methods.spectrum import filtered
 from dodgeburn.merge.methods.task_vectors import keep_probabilities
 
@@ -124,20 +124,23 @@ def test_della_of_several_pieces() -> None:
     torch.testing.assert_close(found, base + mean, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("count", [1, SAMPLE, SAMPLE + 1, 3 * SAMPLE - 7, 1_000_003])
+@pytest.mark.parametrize("count", [1, SAMPLE, SAMPLE + 1, 3 * SAMPLE - 7, 1_000_003, LARGE - 1, LARGE, LARGE + 77])
 def test_a_sample_is_spread_over_the_tensor(count: int) -> None:
-    at = places(count)
-    assert len(at) == min(count, SAMPLE)
-    assert (np.diff(at) >= 0).all() and at[0] >= 0 and at[-1] < count
-    np.testing.assert_array_less(np.abs(at - np.arange(len(at)) * count / len(at)), 1 + count / len(at))
+    starts, length = stretches(count)
+    part = count / len(starts)
+    assert len(starts) * length == min(count, SAMPLE)
+    assert (np.diff(starts) >= length).all() if len(starts) > 1 else starts[0] == 0
+    assert starts[0] >= 0 and starts[-1] + length <= count
+    np.testing.assert_array_less(np.abs(starts - np.arange(len(starts)) * part), 1 + part)
 
 
+@pytest.mark.parametrize("sides", [(640, 1440), (1280, 1920)])
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
-def test_uneven_rows_and_columns_are_gone_through_once(share: float) -> None:
+def test_uneven_rows_and_columns_are_gone_through_once(share: float, sides: tuple[int, int]) -> None:
     """A sample of a few rows would guess the band wrong, and everything would be read again."""
     draw = torch.Generator().manual_seed(1)
-    rows, columns = (torch.exp(0.6 * torch.randn(size, generator=draw)) for size in ((640, 1), (1, 1440)))
-    values = (torch.randn(640, 1440, generator=draw) * rows * columns).abs().flatten()
+    rows, columns = (torch.exp(0.6 * torch.randn(size, generator=draw)) for size in ((sides[0], 1), (1, sides[1])))
+    values = (torch.randn(*sides, generator=draw) * rows * columns).abs().flatten()
     pieces, went = HeldPieces([values], None), []
 
     def through() -> Iterator[list[torch.Tensor]]:

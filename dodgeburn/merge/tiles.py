@@ -7,7 +7,6 @@ one alone. Tiles are read with pread and written with pwrite; the bytes do not d
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,10 +19,11 @@ from dodgeburn.checkpoint.sources import Tensors
 from dodgeburn.checkpoint.tensorfile import TensorWriter, byte_view
 from dodgeburn.errors import UserError
 from dodgeburn.merge.buffers import Buffers, Memory
+from dodgeburn.merge.finite import finite, largest_of, not_finite
 from dodgeburn.merge.methods.draws import Draws
-from dodgeburn.merge.methods.pieces import BASE, PIECE, places
 from dodgeburn.merge.methods.table import apply
 from dodgeburn.merge.plan import Plan, Work
+from dodgeburn.merge.streamed import Streamed
 
 if TYPE_CHECKING:
     import torch
@@ -235,7 +235,13 @@ class _Job:
         time: from memory, where the system keeps what was read, stored types come faster than float32.
         """
         plan = self.plan
-        found = plan.method.look(_Streamed(self, work), plan.params, work.alpha, Draws(plan.settings.seed, work.name))
+
+        def read(number: int, start: int, count: int) -> torch.Tensor:
+            return self._read(self.files[number], number, Tile(0, (work,), start, count), _wide(work))
+
+        checked = plan.method.held > 0  # not all of a tensor's values need to reach the result
+        pieces = Streamed(work, self.files, plan.method.needs_base, read, _wide(work), self.buffers, checked)
+        found = plan.method.look(pieces, plan.params, work.alpha, Draws(plan.settings.seed, work.name))
         for tile in _cut(work):
             self._tile(tile, found, surveyed=True)
 
@@ -251,7 +257,7 @@ class _Job:
                 self._read(file, 0, tile, wide, flat[tile.start : tile.start + tile.count])
             # Not all of a tensor's values need to reach the result.
             if not finite(flat):
-                _not_finite(work.name, file.path.name)
+                not_finite(work.name, file.path.name)
         result = torch.empty(work.info.shape, dtype=wide)
         self._apply(work, inputs, result, scratch=True)
         del inputs
@@ -306,64 +312,12 @@ class _Job:
                       for i, file in enumerate(used)]  # fmt: skip
             for values, file in zip(inputs, used, strict=True):
                 if not finite(values):
-                    _not_finite(work.name, file.path.name)
+                    not_finite(work.name, file.path.name)
         names = [work.name for work in tile.works]
         if len(names) > 1:  # not the files' fault: do them one by one, and the one that fails says so
             for work in tile.works:
                 self._tile(Tile(0, (work,), 0, work.info.numel))
         raise UserError(f"tensor {names[0]} of the result is too large for {dtype}: convert A to a wider type first")
-
-
-class _Streamed:
-    """A tensor's pieces for a survey, read from the files each time they are asked for."""
-
-    def __init__(self, job: _Job, work: Work) -> None:
-        self.shape = tuple(work.info.shape)
-        self.count = work.info.numel
-        self.models = len(job.files) - job.plan.method.needs_base
-        self._job, self._work = job, work
-
-    def __call__(self, *which: int) -> Iterator[list[torch.Tensor]]:
-        for start in range(0, self.count, PIECE):
-            yield self._read(which, start, min(PIECE, self.count - start))
-
-    def sample(self, *which: int) -> list[torch.Tensor]:
-        """All of it is read: one long reading takes less time than some ten thousand short ones."""
-        import numpy as np
-        import torch
-
-        name, at = self._work.name, places(self.count)
-        found = []
-        for i in self._numbers(which):
-            file = self._job.files[i]
-            dtype = torch_dtype(file.header.tensors[name].dtype)
-            bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[
-                dtype.itemsize
-            ]  # float8 has no indexing
-            drawn = torch.empty(len(at), dtype=bits)
-            done = 0
-            for start in range(0, self.count, PIECE):
-                count = min(PIECE, self.count - start)
-                raw, view = self._job.buffers.viewed(("raw", i), count, dtype)
-                file.read_into(name, start * dtype.itemsize, view)
-                end = int(np.searchsorted(at, start + count))
-                torch.index_select(raw.view(bits), 0, torch.from_numpy(at[done:end] - start), out=drawn[done:end])
-                done = end
-            found.append(drawn.view(dtype).to(_wide(self._work)))
-        return found
-
-    def _numbers(self, which: Sequence[int]) -> list[int]:
-        return [self.models if i == BASE else i for i in which]
-
-    def _read(self, which: Sequence[int], start: int, count: int) -> list[torch.Tensor]:
-        numbers = self._numbers(which)
-        tile = Tile(0, (self._work,), start, count)
-        found = [self._job._read(self._job.files[i], i, tile, _wide(self._work)) for i in numbers]
-        if self._job.plan.method.held:  # not all of a tensor's values need to reach the result
-            for i, values in zip(numbers, found, strict=True):
-                if not finite(values):
-                    _not_finite(self._work.name, self._job.files[i].path.name)
-        return found
 
 
 def _cut(work: Work) -> Iterator[Tile]:
@@ -376,24 +330,3 @@ def _wide(work: Work) -> torch.dtype:
     import torch
 
     return torch.float64 if work.info.dtype == "F64" else torch.float32
-
-
-def largest_of(dtype: torch.dtype) -> float:
-    """The largest finite value of a type."""
-    import torch
-
-    return float(torch.finfo(dtype).max)
-
-
-def finite(values: torch.Tensor, limit: float = math.inf) -> bool:
-    """Whether all values are finite, and no larger than the limit; in one pass without a copy."""
-    import torch
-
-    if values.dtype.itemsize == 1:
-        values = values.float()  # float8 has no reductions
-    low, high = (bound.item() for bound in torch.aminmax(values))  # NaN wins in both
-    return math.isfinite(low) and math.isfinite(high) and -limit <= low and high <= limit
-
-
-def _not_finite(name: str, file: str) -> None:
-    raise UserError(f"tensor {name} of {file} has NaN or infinite values: repair the file, or keep that part of A")

@@ -38,8 +38,8 @@ def trim_limits(pieces: Pieces, *, density: float) -> list[float]:
     *models, base = pieces.sample(*which)
     samples = [(model - base).abs_() for model in models]
     rank = pieces.count - keep + 1
-    if len(base) == pieces.count:  # all of it
-        found = [kth_smallest(sample, rank) for sample in samples]
+    if base.numel() == pieces.count:  # all of it
+        found = [kth_smallest(sample.flatten(), rank) for sample in samples]
     else:
         found = kth_of_pieces(samples, sizes, rank, pieces.count)
     limits = []
