@@ -60,8 +60,8 @@ KEPT = (
 SLIDERS = (
     SliderSpec(name="smile", attribute="smile", target="a person", positive="a person, smiling broadly",
                negative="a person, frowning deeply", preserve=KEPT),
-    SliderSpec(name="age", attribute="age", target="a person", positive="a person, a very old face",
-               negative="a person, a very young face", preserve=KEPT),
+    SliderSpec(name="eyes", attribute="eye_size", target="a person", positive="a person, huge eyes",
+               negative="a person, tiny eyes", preserve=KEPT),
 )  # fmt: skip
 
 
