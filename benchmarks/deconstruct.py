@@ -199,7 +199,8 @@ class Bench:
         concept = self.concept(tie)
         reading = PocketClassifier(self.reader)
         guide = Meter(concept, make_plan(concept, s.look, 0, 0), reading, self.reader)
-        settings = RemedySettings(steps=s.steps, batch=s.batch, lr=s.lr, pictures=s.pictures, kept=s.pictures // 2,
+        rate = None if method in ("taught", "self") else s.lr  # theirs is their own, as CD's is
+        settings = RemedySettings(steps=s.steps, batch=s.batch, lr=rate, pictures=s.pictures, kept=s.pictures // 2,
                                   look=s.look, every=s.every, adapt=s.adapt, seed=seed)  # fmt: skip
         folder = Path(self.store.folder) / "working" / f"{world}-{at}-{regime}-{method}-{seed}"
         job = Job(model, concept, reading, guide, self.sampling, folder, settings)

@@ -40,7 +40,7 @@ class Size:
     explicit: int = 128
     steps: int = 240
     batch: int = 32
-    lr: float = 3e-4
+    lr: float = 3e-4  # of what learns pictures
     pictures: int = 512
     few: int = 64  # counter-examples
     look: int = 64

@@ -78,8 +78,8 @@ class FixOptions:
     """Gradient steps of the methods that train."""
     batch: int = 32
     """Pictures a gradient step."""
-    lr: float = 3e-4
-    """Learning rate."""
+    lr: float | None = None
+    """Learning rate. Unless said: 3e-4; for taught and self 5e-5 for each class, at most 3e-4."""
     pictures: int = 256
     """Pictures of the concept to train on."""
     sampling_steps: int = 12
@@ -221,8 +221,8 @@ def _finish(options: FixOptions, found: Fixed, model: Model) -> int:
     folder = _folder(options)
     result: dict[str, Any] = {"model": model.name, **found.as_json()}
     if found.chosen is not None:
-        kept = {"steps": options.steps, "batch": options.batch, "lr": options.lr, "pictures": options.pictures,
-                "seed": options.seed}  # fmt: skip
+        kept = {"steps": options.steps, "batch": options.batch, "lr": found.chosen.done.rate,
+                "pictures": options.pictures, "seed": options.seed}  # fmt: skip
         save_fixed(model, found, options.out, kept)
         result["written"] = str(options.out)
         said = "meets" if found.chosen.meets else "does not meet"

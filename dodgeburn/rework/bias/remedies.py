@@ -22,7 +22,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ class RemedySettings(BaseModel):
 
     steps: int = Field(default=150, ge=1)
     batch: int = Field(default=32, ge=1)
-    lr: float = Field(default=3e-4, gt=0)
+    lr: float | None = Field(default=None, gt=0)  # None: as `rate` says
     pictures: int = Field(default=256, ge=8)  # of the concept that are trained on (drawn, made or taken in turn)
     kept: int = Field(default=128, ge=0)  # pictures of other things, by the model as it was
     points: int = Field(default=4, ge=1)  # noise levels that each of these is held at
@@ -76,11 +76,20 @@ class RemedySettings(BaseModel):
     noise: float = Field(default=0.05, ge=0)
     seed: int = Field(default=0, ge=0)
 
-    def tuning(self, held: bool) -> FineTuneSettings:
+    def rate(self, method: str, classes: int) -> float:
+        """The learning rate: 3e-4 unless said otherwise. Where the model's own answers are learned, which have no noise
+        of their own, 5e-5 for each class, as a batch shows fewer pictures of each of many: larger steps move other
+        attributes further, and take no more of the tie away (docs/notes/bias.md).
+        """
+        if self.lr is not None:
+            return self.lr
+        return min(3e-4, 5e-5 * classes) if method in ("taught", "self") else 3e-4
+
+    def tuning(self, held: bool, rate: float) -> FineTuneSettings:
         """The fine-tune of all methods that train; held: with prior preservation, in a batch of the same size."""
         own = max(1, round(self.batch * self.share)) if held else self.batch
         return FineTuneSettings(
-            steps=self.steps, batch=own, lr=self.lr, ema=0.97, seed=self.seed, gamma=10.0, noise_power=0.4,
+            steps=self.steps, batch=own, lr=rate, ema=0.97, seed=self.seed, gamma=10.0, noise_power=0.4,
             empty=0.0 if held else 0.1, prior=float(held), prior_batch=max(1, self.batch - own), log_every=self.every,
         )  # fmt: skip
 
@@ -123,6 +132,7 @@ class Done:
     seconds: float = 0.0
     weights: bool = True  # False: the remedy is a rule for prompts, the model is as it was
     notes: dict[str, Any] = field(default_factory=dict)
+    rate: float | None = None  # learning rate of the gradient steps, before its decay
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -179,7 +189,7 @@ def _train(
     if taught and classes is not None:
         shown = list(classes)
         teacher = make_teacher(job.model, examples, lambda row, text: c.explicit(text, shown[row], row), taught)
-    tuning = job.settings.tuning(prior is not None)
+    tuning = job.settings.tuning(prior is not None, job.settings.rate(name, len(c.classes)))
     looks = _Looks(job, name, tuning.steps) if classes is not None and job.settings.adapt else None
 
     def weights(step: int) -> torch.Tensor:
@@ -307,10 +317,11 @@ def _dpo(job: Job) -> Done:
          for k, i in enumerate(np.flatnonzero(classes != majority))),
         source=f"{concept.attribute} other than {majority}",
     )  # fmt: skip
-    settings = DpoSettings(rank=None, steps=s.steps, batch=max(1, s.batch // 4), lr=s.lr / 10, seed=s.seed)
+    rate = s.rate("dpo", len(concept.classes)) / 10
+    settings = DpoSettings(rank=None, steps=s.steps, batch=max(1, s.batch // 4), lr=rate, seed=s.seed)
     aligned = align(job.model, pairs, settings, job.folder / "dpo")
     notes = {"pairs": len(pairs), "majority": majority, "alarms": aligned.alarms, "forwards": aligned.forwards}
-    return Done("dpo", s.steps, s.look, notes=notes)
+    return Done("dpo", s.steps, s.look, notes=notes, rate=rate)
 
 
 def _uce(job: Job) -> Done:
@@ -343,7 +354,8 @@ def apply_remedy(method: str, job: Job) -> Done:
         raise UserError(f"no method {method!r}: {did_you_mean(method, METHODS)}expected {', '.join(METHODS)}")
     began = time.perf_counter()
     done = METHODS[method](job)
-    return Done(**{**vars(done), "seconds": time.perf_counter() - began})
+    rate = job.settings.rate(method, len(job.concept.classes)) if done.steps else None
+    return replace(done, seconds=time.perf_counter() - began, rate=done.rate or rate)
 
 
 def drawing_of(done: Done, job: Job) -> DrawPictures:
