@@ -263,6 +263,7 @@ def test_every_training_method_changes_the_unet_and_says_its_steps(method, tmp_p
     before = {k: v.clone() for k, v in job.model.unet.state_dict().items()}
     done = apply_remedy(method, job)
     assert done.steps == 2 and done.weights and done.seconds > 0 and done.as_json()["method"] == method
+    assert done.rate == pytest.approx(1e-4 if method == "dpo" else 1e-3)
     if method != "negation" or done.notes["strength"]:
         assert any(not torch.equal(before[k], v) for k, v in job.model.unet.state_dict().items())
     else:
@@ -270,10 +271,19 @@ def test_every_training_method_changes_the_unet_and_says_its_steps(method, tmp_p
     assert all(bool(torch.isfinite(v).all()) for v in job.model.unet.state_dict().values())
 
 
+def test_answers_of_few_classes_are_learned_more_slowly_than_pictures() -> None:
+    own, said = RemedySettings(), RemedySettings(lr=7e-4)
+    for method in METHODS:
+        rates = [own.rate(method, classes) for classes in (2, 3, 6, 40)]
+        assert rates == sorted(rates) and rates[-1] == own.rate("balanced", 2)
+        assert (rates[0] < rates[-1]) == (method in ("taught", "self"))
+        assert said.rate(method, 2) == 7e-4
+
+
 def test_looks_on_the_way_move_the_weights_and_are_not_made_again(tmp_path) -> None:
     """Half of a batch is the concept's, and a run that resumes goes by the looks that it took before."""
     job = tiny_job(tmp_path)
-    tuning = job.settings.tuning(True)
+    tuning = job.settings.tuning(True, 1e-3)
     assert (tuning.batch, tuning.prior_batch, tuning.prior, tuning.empty) == (2, 2, 1.0, 0.0)
     start = {k: v.clone() for k, v in job.model.unet.state_dict().items()}
     apply_remedy("balanced", job)
