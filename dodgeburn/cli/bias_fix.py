@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from dodgeburn.cli.options import parse
+from dodgeburn.cli.options import as_option, parse
 from dodgeburn.errors import UserError, did_you_mean
+from dodgeburn.given_settings import first_problem
 
 if TYPE_CHECKING:
     from dodgeburn.models.model import Model
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from dodgeburn.rework.bias.classify import Classifier
     from dodgeburn.rework.bias.concept import Concept
     from dodgeburn.rework.bias.fix import Fixed
-    from dodgeburn.rework.bias.remedies import Job
+    from dodgeburn.rework.bias.remedies import Job, RemedySettings
 
 HELP = "take one tie away: by a named method, or by the cheapest that reaches the target"
 EXAMPLE = 'dodgeburn bias fix pocket --prompt "a firefighter" --attribute hair_colour --method auto -o fair.safetensors'
@@ -131,15 +132,25 @@ def _check(options: FixOptions) -> None:
 def _run(options: FixOptions, methods: tuple[str, ...]) -> tuple[Fixed, Model]:
     from dodgeburn.jobs import PartStore
     from dodgeburn.rework.bias.fix import fix
-    from dodgeburn.rework.bias.remedies import RemedySettings
 
-    job, sources = _job(options, RemedySettings(steps=options.steps, batch=options.batch, lr=options.lr,
-                                                pictures=options.pictures, seed=options.seed))  # fmt: skip
+    job, sources = _job(options, _settings(options))
     told = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()
             if k not in ("json", "out", "report", "device")}  # fmt: skip
     job.folder = PartStore(_folder(options), {**told, "sha256": job.model.sha256}).folder / "checkpoints"
     found = fix(job, methods, options.tv, options.slack, weights=options.method != "random-prompt", sources=sources)
     return found, job.model
+
+
+def _settings(options: FixOptions) -> RemedySettings:
+    from pydantic import ValidationError
+
+    from dodgeburn.rework.bias.remedies import RemedySettings
+
+    said = {name: getattr(options, name) for name in ("steps", "batch", "lr", "pictures", "seed")}
+    try:
+        return RemedySettings(**said)
+    except ValidationError as error:
+        raise UserError(first_problem(error, RemedySettings, as_option)) from None
 
 
 def _folder(options: FixOptions) -> Path:
