@@ -105,6 +105,9 @@ def test_evaluate_readers_prints_the_promised_names(capsys: pytest.CaptureFixtur
         assert isinstance(result[name], float)
     assert main(["pocket", "evaluate", "--reader", "--model", "poket"]) == 2
     assert "did you mean pocket" in capsys.readouterr().err
+    for more in ([], ["--reader"]):
+        assert main(["pocket", "evaluate", "-n", "0", *more]) == 2
+        assert "-n 0: give a number" in capsys.readouterr().err
 
 
 def test_draw(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -174,6 +174,8 @@ def _evaluate(settings: Evaluate) -> int:
     from dodgeburn.models.loading import load_model
     from dodgeburn.training.pocket_gate import MODEL_GATE, READER_GATE, evaluate_model, evaluate_readers, sheet_of
 
+    if settings.n is not None and settings.n < 1:
+        raise UserError(f"-n {settings.n}: give a number of prompts (or drawings) from 1 up")
     model: Model = load_model(settings.model, device=settings.device)
     started = time.perf_counter()
     with tqdm(desc="denoising", unit="step", disable=None) as bar:
