@@ -66,6 +66,8 @@ def test_a_rule_is_written_as_json_and_leaves_the_model(tmp_path, capsys) -> Non
         (["fix", "pocket", *FIX], "no output file"),
         (["fix", "pocket", *FIX, "--method", "balancd", "-o", "x.safetensors"], "'balancd': did you mean balanced"),
         (["fix", "pocket", *FIX, "-o", "x.ckpt"], "ends in .safetensors"),
+        (["fix", "pocket", *FIX, "--tv", "nan", "-o", "x.safetensors"], "--tv is nan"),
+        (["uce", "pocket", *FIX, "--slack", "-0.1", "-o", "x.safetensors"], "--slack is -0.1"),
         (["fix", "pocket", *FIX, "--lr", "-1", "-o", "x.safetensors"], "--lr is -1"),
         (["fix", "pocket", *FIX, "--lr", "nan", "-o", "x.safetensors"], "--lr is nan"),
         (["fix", "pocket", *FIX, "--steps", "0", "-o", "x.safetensors"], "--steps is 0"),

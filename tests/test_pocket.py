@@ -116,6 +116,8 @@ def test_draw(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(capsys.readouterr().out.splitlines()) == 10
     assert main(["pocket", "draw", "--n", "0"]) == 2
     assert main(["pocket", "paint"]) == 2
+    assert main(["pocket", "draw", "-o", str(tmp_path / "x.png"), "--seed", "-1"]) == 2
+    assert "--seed -1: give a number" in capsys.readouterr().err and not (tmp_path / "x.png").exists()
 
 
 def test_training_runs_through_and_a_second_call_does_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]

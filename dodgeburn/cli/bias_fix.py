@@ -121,6 +121,9 @@ def _check(options: FixOptions) -> None:
     wanted = ".json" if options.method == "random-prompt" else ".safetensors"
     if options.out.suffix != wanted:
         raise UserError(f"{options.out}: expected a name that ends in {wanted}")
+    for name in ("tv", "slack"):
+        if not 0 <= getattr(options, name) <= 1:
+            raise UserError(f"--{name} is {getattr(options, name):g}: expected a share from 0 to 1")
     if options.n < 16:
         raise UserError(f"-n {options.n}: expected at least 16 pictures, or chance decides")
     if Path(options.model).expanduser().exists() and options.out.exists() and (

@@ -246,6 +246,8 @@ def _draw(settings: Draw) -> int:
 
     if not 1 <= settings.n <= 1000:
         raise UserError(f"-n {settings.n}: give a number of pictures from 1 to 1000")
+    if settings.seed < 0:
+        raise UserError(f"--seed {settings.seed}: give a number from 0 up")
     planted = () if settings.unplanted else PLANTED
     attributes = [attributes_of(i, settings.seed, planted) for i in range(settings.n)]
     captions = [caption(a, np.random.default_rng([settings.seed, i]))[0] for i, a in enumerate(attributes)]
