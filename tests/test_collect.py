@@ -152,7 +152,7 @@ def test_new_labels_for_old_trajectories(tmp_path: Path) -> None:
 
 def test_bad_settings(tmp_path: Path) -> None:
     for given, said in (({"prompts": ()}, "no prompts"), ({"shards": 0}, "shards"), ({"steps": (5, 3)}, "rising"),
-                        ({"moments": 0}, "moments")):  # fmt: skip
+                        ({"moments": 0}, "moments"), ({"seed": -1}, "seed is -1")):  # fmt: skip
         with pytest.raises(UserError, match=said):
             settings(**given)
     zoo = plain_zoo(tiny_model())

@@ -72,6 +72,8 @@ class CollectSettings:
         for name in ("shards", "prompts_per_shard", "seeds_per_prompt", "moments"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name.replace('_', ' ')} is {getattr(self, name)}: expected at least 1")
+        if self.seed < 0:
+            raise UserError(f"seed is {self.seed}: expected a number from 0 up")
         if self.steps is not None and not 1 <= self.steps[0] <= self.steps[1] <= 1000:
             raise UserError(f"steps are {self.steps[0]} to {self.steps[1]}: expected a rising range within 1 to 1000")
 
