@@ -77,9 +77,9 @@ class RemedySettings(BaseModel):
     seed: int = Field(default=0, ge=0)
 
     def rate(self, method: str, classes: int) -> float:
-        """The learning rate: 3e-4 unless said otherwise. Where the model's own answers are learned, which have no noise
-        of their own, 5e-5 for each class, as a batch shows fewer pictures of each of many: larger steps move other
-        attributes further, and take no more of the tie away (docs/notes/bias.md).
+        """The learning rate: 3e-4 unless said otherwise. Where the model's own answers are learned 5e-5 for each class:
+        larger steps move other attributes further, and take more of the tie away only where classes are many, measured
+        with two and six (docs/notes/bias.md).
         """
         if self.lr is not None:
             return self.lr
