@@ -35,7 +35,7 @@ def read_yaml(path: Path, what: str, wanted: str) -> dict[str, Any]:
         said = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is not there: expected {what}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as YAML: {' '.join(str(error).split())[:200]}") from None
     if not isinstance(said, dict) or not said:
         raise UserError(f"{path} is empty or no mapping: expected {wanted}")

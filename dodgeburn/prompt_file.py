@@ -19,6 +19,8 @@ def read_prompts(path: str | Path) -> tuple[str, ...]:
         raise UserError(f"{path} is not a text file in UTF-8: {wanted}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}; {wanted}") from None
+    if any(c < " " and c not in "\t\n\v\f\r" for c in text):  # a model's header decodes as UTF-8, for one
+        raise UserError(f"{path} is not a text file, it has control characters: {wanted}")
     prompts = tuple(line.strip() for line in text.splitlines() if line.strip() and not line.strip().startswith("#"))
     if not prompts:
         raise UserError(f"{path} has no prompts: {wanted} (lines that begin with # are left out)")

@@ -1,11 +1,13 @@
 """What a schema refuses is said in one line: the setting, what it was, what to give instead."""
 
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from dodgeburn.given_settings import first_problem
+from dodgeburn.errors import UserError
+from dodgeburn.given_settings import first_problem, read_yaml
 
 
 class Inner(BaseModel):
@@ -70,3 +72,20 @@ def test_what_is_missing_or_spelled_otherwise() -> None:
     with pytest.raises(ValidationError) as caught:
         Outer.model_validate_json("{")
     assert first_problem(caught.value).startswith("the text is '{': expected")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (b"a: " + b"[" * 3000 + b"]" * 3000, "cannot be read as YAML"),  # deeper than Python's stack
+        (b"a: [1, }", "cannot be read as YAML"),
+        (b"\xff\xfe", "cannot be read as YAML"),
+        (b"- 1", "no mapping: expected a name"),
+        (None, "is not there: expected a spec"),
+    ],
+)
+def test_a_yaml_file_that_is_none_is_said(text: bytes | None, said: str, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / "a.yaml").write_bytes(text)
+    with pytest.raises(UserError, match=said):
+        read_yaml(tmp_path / "a.yaml", "a spec", "a name")

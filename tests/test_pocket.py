@@ -135,6 +135,24 @@ def test_training_runs_through_and_a_second_call_does_nothing(tmp_path: Path, ca
     assert main([*command, "--only", "pocket-bold"]) == 0
     assert load_model(tmp_path / "run" / "pocket-bold.safetensors", "cpu").native_size == 64
     assert (tmp_path / "run" / "pocket" / "model_index.json").exists()
-    (tmp_path / "c.json").write_text('{"unet": {"stepz": 3}}')
-    assert main([*command, "--only", "base"]) == 2
-    assert "stepz" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ('{"unet": {"stepz": 3}}', "'unet' has no setting 'stepz'"),
+        ('{"sise": 64}', "unknown setting 'sise'"),
+        ("[1]", "expected a JSON object"),
+        ("[" * 100_000, "not a readable JSON file"),
+        ('{"unet": 3}', "'unet' is 3: expected an object"),
+        ('{"size": 100}', "expected 64 or 128"),
+        ('{"size": "x"}', "size is 'x': expected a whole number"),
+        ('{"unet": {"steps": 0}}', "unet.steps is 0: expected a finite number from 1 up"),
+        ('{"unet": {"lr": NaN}}', "unet.lr is nan"),
+    ],
+)
+def test_a_config_that_cannot_be_meant_is_refused(config: str, said: str, tmp_path: Path,
+                                                  capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    (tmp_path / "c.json").write_text(config)
+    assert main(["pocket", "train", "-o", str(tmp_path / "run"), "--config", str(tmp_path / "c.json")]) == 2
+    assert said in capsys.readouterr().err and not (tmp_path / "run").exists()

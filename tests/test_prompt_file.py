@@ -18,7 +18,12 @@ def test_lines_are_prompts_but_for_comments_and_empty_ones(tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [(b"# only comments\n", "has no prompts"), (b"\xff\xfe\x00", "is not a text file"), (None, "No such file")],
+    [
+        (b"# only comments\n", "has no prompts"),
+        (b"\xff\xfe\x00", "is not a text file"),
+        (b"\x02\0\0\0\0\0\0\0{}", "has control characters"),
+        (None, "No such file"),
+    ],
 )
 def test_what_cannot_be_read_is_said_with_what_was_expected(tmp_path: Path, content: bytes | None, said: str) -> None:
     file = tmp_path / "p.txt"

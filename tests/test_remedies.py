@@ -17,7 +17,6 @@ from dodgeburn.rework.bias.pocket_concept import held_out_prompts, pocket_concep
 from dodgeburn.rework.bias.remedies import (
     METHODS,
     Job,
-    PromptRule,
     RemedySettings,
     apply_remedy,
     folder_source,
@@ -159,17 +158,7 @@ def test_tied_drawings_have_the_models_shares() -> None:
     assert 1 <= drawn.count("none") <= 6
 
 
-# -------------------- rules and weights
-
-
-def test_the_rule_touches_only_its_concept_and_reaches_the_target() -> None:
-    rule = PromptRule(CONCEPT, Hair().named)
-    assert rule.rewrite("a cat", 0) == "a cat" and rule.rewrite("a doctor, red", 0) == "a doctor, red"
-    said = [rule.rewrite("portrait of a doctor", seed) for seed in range(400)]
-    red = sum("red" in s for s in said)
-    assert 160 <= red <= 240 and {s.split(", ")[1] for s in said} == {"black hair", "dark hair", "red"}
-    assert rule.rewrite("a doctor", 5) == rule.rewrite("a doctor", 5)
-    assert sum(row["chance"] for row in rule.as_json()["append_one_of"]) == 1
+# -------------------- weights
 
 
 def test_negation_by_hand() -> None:

@@ -41,7 +41,7 @@ def open_tensors(path: str | Path) -> Tensors:
     path = Path(path)
     if is_index(path):
         return ShardedFile(path)
-    beside = path.with_name(path.name + ".index.json")
+    beside = path.parent / (path.name + ".index.json")  # not with_name, which the root of a disk has none for
     if not path.exists() and beside.is_file():
         return ShardedFile(beside)
     if path.suffix.lower() in PICKLES and path.is_file() and _is_pickle(path):

@@ -36,16 +36,18 @@ class Score:
 
 def main(args: list[str]) -> int:
     """Run `dodgeburn artifacts score`; raises UserError for bad input."""
+    from dodgeburn.checkpoint.atomic import check_output, write_atomic
+
     options = parse(Score, args, "artifacts score", EXAMPLE)
     if not options.stores:
         raise UserError(f"no trajectories: name folders of `artifacts collect`, as in {EXAMPLE}")
+    if options.out is not None:
+        check_output(options.out)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", DodgeburnWarning)
         rows, broken = _score(options)
     print_warnings(caught)
     if options.out is not None:
-        from dodgeburn.checkpoint.tensorfile import write_atomic
-
         write_atomic(options.out, "".join(json.dumps(row) + "\n" for row in rows).encode())
     print(f"{len(rows)} trajectories" + (f", broken shards left out: {len(broken)}" if broken else ""))
     for row in sorted(rows, key=lambda r: -r["bad"][-1])[: max(0, options.worst)]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,7 +31,7 @@ class FixOptions:
     """Dissolve the tie between prompts and an attribute, and measure what it cost.
 
     Methods, from the cheapest; `auto` keeps the first that meets the target with all else kept:
-    - random-prompt: a rule that says a class in the prompt; no weights
+    - random-prompt: a rule that says a class in the prompt, more often what is drawn less often than asked; no weights
     - uce: cross-attention solved for, no training
     - reweight: trained on pictures as tied as the model, rare classes counted more
     - balanced: trained on pictures of all classes alike
@@ -121,6 +121,8 @@ def _check(options: FixOptions) -> None:
     wanted = ".json" if options.method == "random-prompt" else ".safetensors"
     if options.out.suffix != wanted:
         raise UserError(f"{options.out}: expected a name that ends in {wanted}")
+    if options.out.is_dir():
+        raise UserError(f"{options.out} is a folder: expected the name of a file to write")
     for name in ("tv", "slack"):
         if not 0 <= getattr(options, name) <= 1:
             raise UserError(f"--{name} is {getattr(options, name):g}: expected a share from 0 to 1")
@@ -133,6 +135,7 @@ def _check(options: FixOptions) -> None:
 
 
 def _run(options: FixOptions, methods: tuple[str, ...]) -> tuple[Fixed, Model]:
+    from dodgeburn.checkpoint.atomic import check_output
     from dodgeburn.jobs import PartStore
     from dodgeburn.rework.bias.fix import fix
 
@@ -140,6 +143,8 @@ def _run(options: FixOptions, methods: tuple[str, ...]) -> tuple[Fixed, Model]:
     told = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()
             if k not in ("json", "out", "report", "device")}  # fmt: skip
     job.folder = PartStore(_folder(options), {**told, "sha256": job.model.sha256}).folder / "checkpoints"
+    assert options.out is not None
+    check_output(options.out)  # before minutes of work
     found = fix(job, methods, options.tv, options.slack, weights=options.method != "random-prompt", sources=sources)
     return found, job.model
 
@@ -200,6 +205,7 @@ def _concept(options: FixOptions, model: Model) -> tuple[Concept, Classifier, An
     from dodgeburn.rework.bias.concept import make_concept
 
     target = options.target or None
+    others = read_prompts(options.others) if options.others is not None else ()
     if options.clip is not None and options.attributes is not None:
         from dodgeburn.slide.proxies import ClipScore
 
@@ -213,7 +219,6 @@ def _concept(options: FixOptions, model: Model) -> tuple[Concept, Classifier, An
         for name in options.classes:
             if name not in known:
                 raise UserError(f"{options.attribute} has no class {name!r}: expected some of {', '.join(known)}")
-        others = read_prompts(options.others) if options.others is not None else ()
         concept = make_concept(options.prompt, options.attribute, options.classes or tuple(known), None, target,
                                others=others)  # fmt: skip
         return concept, ClipClassifier(ClipScore(options.clip, str(model.device)), texts), None
@@ -224,7 +229,8 @@ def _concept(options: FixOptions, model: Model) -> tuple[Concept, Classifier, An
     from dodgeburn.rework.bias.pocket_concept import pocket_concept
 
     reader = Reader.load("reader")
-    return pocket_concept(options.prompt, options.attribute, options.classes, target), PocketClassifier(reader), reader
+    concept = pocket_concept(options.prompt, options.attribute, options.classes, target)
+    return replace(concept, others=others or concept.others), PocketClassifier(reader), reader
 
 
 def _finish(options: FixOptions, found: Fixed, model: Model) -> int:

@@ -105,7 +105,7 @@ def _run(verb: str, options: Deconstruct, out: Path) -> int:
     check_folder(out)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", DodgeburnWarning)
-        model = load_model(options.model or spec.model, options.device, "fp32")
+        model = load_model(spec.model if options.model is None else options.model, options.device, "fp32")
         found = deconstruct(model, spec, out, given=_given(options, model), tell=_tell, start=_start)
         page = deconstruct_report(found, model.name).save(out / "report.html")
         result = {**found.as_json(), "report": str(page)}

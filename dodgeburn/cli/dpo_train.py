@@ -158,7 +158,7 @@ def main(args: list[str]) -> int:
 
 
 def _run(settings: Train, sources: tuple[Path, ...], out: Path) -> tuple[Aligned, PreferencePairs]:
-    from dodgeburn.checkpoint.tensorfile import check_output
+    from dodgeburn.checkpoint.tensorfile import check_weights_output
     from dodgeburn.models.loading import load_model
     from dodgeburn.rework.dpo.file import save_aligned
     from dodgeburn.rework.dpo.pairs import read_sets
@@ -166,7 +166,7 @@ def _run(settings: Train, sources: tuple[Path, ...], out: Path) -> tuple[Aligned
     from dodgeburn.rework.dpo.train import align
 
     chosen = _chosen(settings)
-    check_output(out, [source for source in sources if source.is_file()])
+    check_weights_output(out, [source for source in sources if source.is_file()])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", DodgeburnWarning)
         pairs = read_sets(sources, settings.crop, settings.limit)

@@ -62,7 +62,7 @@ def plan_of(options: Generate) -> Plan:
         if options.prompt is None:
             raise UserError("no prompt: give one, or a picture to take it from with --from PICTURE")
         seeds = [options.seed + i for i in range(options.n)]
-        model = options.model or "pocket"
+        model = "pocket" if options.model is None else options.model
         plan = Plan(options.prompt, seeds, settings, model, options.batch_size, options.dtype)
         plan.tuned = tuned_use(options.tuned)
         return _with_loras(plan, options)
@@ -79,7 +79,8 @@ def plan_of(options: Generate) -> Plan:
     plan = Plan(
         prompt=asked.prompt if options.prompt is None else options.prompt,
         seeds=asked.seeds, settings=GenerateSettings(**{**asked.settings.model_dump(), **given}),
-        model=options.model or asked.model, batch_size=options.batch_size, dtype=options.dtype or asked.dtype,
+        model=asked.model if options.model is None else options.model,
+        batch_size=options.batch_size, dtype=options.dtype or asked.dtype,
         source=asked, tuned=tuned_use(options.tuned, asked),
     )  # fmt: skip
     if options.seed or options.n > 1:

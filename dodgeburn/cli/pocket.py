@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, is_dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -97,8 +98,6 @@ def main(args: list[str]) -> int:
 
 
 def _train(settings: Train) -> int:
-    from dataclasses import asdict
-
     from dodgeburn.models.model import choose_device
     from dodgeburn.training.pocket import FINETUNES, PocketRun
 
@@ -145,6 +144,10 @@ def _align(settings: Train, seed: int) -> int:
 
 
 def _config(path: Path | None) -> Any:
+    """The training's settings: the defaults, and what a JSON file says instead. UserError for what it may not say."""
+    from pydantic import TypeAdapter, ValidationError
+
+    from dodgeburn.given_settings import first_problem
     from dodgeburn.training.pocket import PocketTraining
 
     config = PocketTraining()
@@ -152,20 +155,42 @@ def _config(path: Path | None) -> Any:
         return config
     try:
         given = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a readable JSON file ({error})") from error
+    if not isinstance(given, dict):
+        raise UserError(f'{path}: expected a JSON object such as {{"size": 128, "unet": {{"steps": 9000}}}}')
+    known = asdict(config)
     for key, value in given.items():
-        current = getattr(config, key, None)
-        if current is None or (is_dataclass(current) and not isinstance(value, dict)):
+        if key not in known:
             raise UserError(f"{path}: unknown setting '{key}'; see `dodgeburn pocket train -o X --print-config`")
-        if is_dataclass(current):
-            for inner, number in value.items():
-                if not hasattr(current, inner):
-                    raise UserError(f"{path}: '{key}' has no setting '{inner}'")
-                setattr(current, inner, number)
-        else:
-            setattr(config, key, value)
+        if isinstance(known[key], dict) and not isinstance(value, dict):
+            raise UserError(f"{path}: '{key}' is {json.dumps(value)[:80]}: expected an object with its settings")
+        if not isinstance(known[key], dict):
+            known[key] = value
+            continue
+        for inner in value:
+            if inner not in known[key]:
+                raise UserError(f"{path}: '{key}' has no setting '{inner}'")
+        known[key] |= value
+    try:
+        config = TypeAdapter(PocketTraining).validate_python(known)
+    except ValidationError as error:
+        raise UserError(f"{path}: {first_problem(error)}") from None
+    if config.size not in (64, 128):
+        raise UserError(f"{path}: size is {config.size}: expected 64 or 128")
+    _in_range(path, asdict(config))
     return config
+
+
+def _in_range(path: Path, settings: dict[str, Any], above: str = "") -> None:
+    """UserError for a number below 0, or below 1 where nothing could be trained, or that is none."""
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            _in_range(path, value, f"{above}{name}.")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            ones = isinstance(value, int) and name.endswith(("steps", "batch", "pictures", "accumulate", "every"))
+            if not math.isfinite(value) or value < ones:
+                raise UserError(f"{path}: {above}{name} is {value}: expected a finite number from {int(ones)} up")
 
 
 def _evaluate(settings: Evaluate) -> int:
@@ -244,6 +269,8 @@ def _draw(settings: Draw) -> int:
     from dodgeburn.pocket.pictures import attributes_of
     from dodgeburn.pocket.world import render
 
+    if settings.out.suffix.lower() != ".png":
+        raise UserError(f"{settings.out}: expected a name that ends in .png")
     if not 1 <= settings.n <= 1000:
         raise UserError(f"-n {settings.n}: give a number of pictures from 1 to 1000")
     if settings.seed < 0:

@@ -66,7 +66,7 @@ def main(args: list[str]) -> int:
 
 
 def _run(options: Calibrate, file: str, out: Path) -> dict[str, Any]:
-    from dodgeburn.checkpoint.atomic import check_output
+    from dodgeburn.checkpoint.tensorfile import check_weights_output
     from dodgeburn.pocket.reader import Reader
     from dodgeburn.slide.calibrate import CalibrationSettings, calibrate, reader_scorer
     from dodgeburn.slide.edits import AdapterEdit
@@ -74,7 +74,7 @@ def _run(options: Calibrate, file: str, out: Path) -> dict[str, Any]:
     from dodgeburn.slide.slider_file import calibrated_card, open_slider, save_slider
     from dodgeburn.slide.splits import FIRST_CALIBRATION_SEED, calibration_split
 
-    check_output(out, (file,))  # before minutes of work
+    check_weights_output(out, (file,))  # before minutes of work
     model = options.load()
     of_pocket(model, "slider calibrate")
     with drawing(model, options, "calibrate") as unedited:

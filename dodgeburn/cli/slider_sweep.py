@@ -59,6 +59,8 @@ class Sweep(OnModel):
 
 def main(args: list[str]) -> int:
     """Run `dodgeburn slider sweep`; raises UserError for bad input."""
+    from dodgeburn.checkpoint.atomic import check_output
+
     options = parse(Sweep, args, "slider sweep", EXAMPLE)
     need_files(options.files, EXAMPLE)
     if options.out is None and options.animate is None:
@@ -68,6 +70,8 @@ def main(args: list[str]) -> int:
     for path, kinds in ((options.out, (".png", ".jpg", ".jpeg", ".webp")), (options.animate, (".gif", ".webp"))):
         if path is not None and path.suffix.lower() not in kinds:
             raise UserError(f"{path}: expected a name that ends in {', '.join(kinds)}")
+        if path is not None:
+            check_output(path)  # before minutes of work
     if not 20 <= options.milliseconds <= 10_000:
         raise UserError(f"--milliseconds {options.milliseconds}: expected 20 to 10000")
     seeds = seeds_of(options.seeds)

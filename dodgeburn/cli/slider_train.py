@@ -83,7 +83,7 @@ def main(args: list[str]) -> int:
 
 
 def _from_text(settings: Train) -> list[Made]:
-    from dodgeburn.checkpoint.tensorfile import check_output
+    from dodgeburn.checkpoint.tensorfile import check_weights_output
     from dodgeburn.slide.spec import load_specs
     from dodgeburn.slide.strips import StripSaver
 
@@ -93,7 +93,7 @@ def _from_text(settings: Train) -> list[Made]:
         specs = [spec.model_copy(update={"seed": settings.seed}) for spec in specs]
     paths = _paths(specs, settings.out)
     for path in paths.values():
-        check_output(path, [settings.spec])
+        check_weights_output(path, [settings.spec])
     found = []
     with _maker(settings, [settings.spec]) as maker:
         made: Iterable[Made]
@@ -109,10 +109,10 @@ def _from_text(settings: Train) -> list[Made]:
 
 
 def _from_pairs(settings: Train, pictures: Path, out: Path) -> list[Made]:
-    from dodgeburn.checkpoint.tensorfile import check_output
+    from dodgeburn.checkpoint.tensorfile import check_weights_output
     from dodgeburn.slide.pairs import PairSpec
 
-    check_output(out, [])
+    check_weights_output(out, [])
     spec = PairSpec(name=out.stem, prompt=settings.prompt, attribute=settings.attribute, seed=settings.seed or 0)
     with _maker(settings, []) as maker:
         made = maker.pairs(spec, pictures, out)
@@ -125,6 +125,8 @@ def _paths(specs: list[SliderSpec], out: Path) -> dict[str, Path]:
         return {specs[0].name: out}
     if out.suffix == ".safetensors":
         raise UserError(f"output {out}: the YAML file names {len(specs)} sliders, give a folder for them")
+    if out.suffix and not out.is_dir():
+        raise UserError(f"output {out}: sliders are written as .safetensors, name it so, or give a folder")
     out.mkdir(parents=True, exist_ok=True)
     return {spec.name: out / f"{spec.name}.safetensors" for spec in specs}
 

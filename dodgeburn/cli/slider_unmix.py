@@ -64,8 +64,8 @@ def main(args: list[str]) -> int:
 
 
 def _run(options: Unmix, out: Path) -> dict[str, Any]:
-    from dodgeburn.checkpoint.atomic import check_output
     from dodgeburn.checkpoint.slider_card import SliderParent
+    from dodgeburn.checkpoint.tensorfile import check_weights_output
     from dodgeburn.cli.picture_files import writable_folder
     from dodgeburn.pocket.reader import Reader
     from dodgeburn.slide.calibrate import calibrate, reader_scorer
@@ -81,7 +81,7 @@ def _run(options: Unmix, out: Path) -> dict[str, Any]:
     if len(set(names)) < len(names):
         raise UserError("two files have the same name, and so would what is made of them: rename one")
     for name in names:
-        check_output(out / name, options.files)
+        check_weights_output(out / name, options.files)
     model = options.load()
     of_pocket(model, "slider unmix")
     reader = Reader.load("reader")

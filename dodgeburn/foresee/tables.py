@@ -36,7 +36,8 @@ def read_table(path: Path) -> list[Row]:
             rows = [_example(record) for record in _records(path.read_bytes())]
         else:
             raise UserError(f"{path}: expected one of {', '.join(ENDINGS)}")
-    except (OSError, ValueError, struct.error, IndexError) as error:  # pyarrow's errors are ValueErrors too
+    # pyarrow's errors are ValueErrors too
+    except (OSError, ValueError, RecursionError, struct.error, IndexError) as error:
         raise UserError(f"{path}: cannot be read as {kind[1:]} ({str(error).splitlines()[0][:80]})") from None
     if not rows or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{path}: no rows with named columns in it")

@@ -21,7 +21,7 @@ from dodgeburn.checkpoint.derived import derived_metadata, write_derived
 from dodgeburn.checkpoint.header import FLOAT_DTYPES
 from dodgeburn.checkpoint.layout import Layout, detect_layout
 from dodgeburn.checkpoint.sources import Tensors, files_of
-from dodgeburn.checkpoint.tensorfile import check_output
+from dodgeburn.checkpoint.tensorfile import check_weights_output
 from dodgeburn.errors import DodgeburnWarning, UserError
 from dodgeburn.merge.addends import Addend, open_addend
 from dodgeburn.merge.addends import block_weights as weights_of
@@ -110,7 +110,7 @@ def bake(
         name = source.path.name
         addends = [stack.enter_context(open_addend(path, layout, source.header, name)) for path, _ in adapters]
         strengths = [float(strength) for _, strength in adapters]
-        check_output(out, [file for one in (source, *(a.source for a in addends)) for file in files_of(one)])
+        check_weights_output(out, [file for one in (source, *(a.source for a in addends)) for file in files_of(one)])
         work = bake_work(source, layout, addends, strengths, weights)
         for line in bake_warnings(addends, work):
             warnings.warn(line, DodgeburnWarning, stacklevel=2)

@@ -25,7 +25,7 @@ from dodgeburn.checkpoint.metadata import NO_HASH, RECIPE, SPEC_HASH, recipe_of,
 from dodgeburn.checkpoint.modules import modules, tensor_moves
 from dodgeburn.checkpoint.rewrite import STORED, cast_to, is_finite
 from dodgeburn.checkpoint.sources import Tensors, files_of, hashing
-from dodgeburn.checkpoint.tensorfile import TensorWriter, byte_view, check_output
+from dodgeburn.checkpoint.tensorfile import TensorWriter, byte_view, check_weights_output
 from dodgeburn.errors import DodgeburnWarning, UserError
 from dodgeburn.merge.addends import DELTA, DELTA_INFO
 from dodgeburn.merge.low_rank import low_rank
@@ -104,7 +104,7 @@ def extract(
     with open_as_single_file(tuned) as one, open_as_single_file(base) as two:
         layout = _one_layout(one, two)
         inputs = [*files_of(one), *files_of(two)]
-        check_output(out, inputs)
+        check_weights_output(out, inputs)
         pairs = _Pairs(one, two, layout)
         report = DeltaReport(Path(out), kind, layout, {block: BlockChange() for block in layout.all_blocks})
         report.tensors = len(pairs.names)

@@ -18,7 +18,7 @@ from typing import Any
 from dodgeburn.checkpoint.derived import derived_metadata, write_derived
 from dodgeburn.checkpoint.layout import Layout
 from dodgeburn.checkpoint.sources import Tensors, files_of
-from dodgeburn.checkpoint.tensorfile import TensorWriter, check_output
+from dodgeburn.checkpoint.tensorfile import TensorWriter, check_weights_output
 from dodgeburn.errors import DodgeburnWarning, UserError
 from dodgeburn.merge.describe import describe, peak_memory
 from dodgeburn.merge.methods import find_method
@@ -72,7 +72,7 @@ def merge(
     count = _thread_count(threads)
     with ExitStack() as stack:
         sources, plan = _opened(stack, a, b, more, base_model, settings, options)
-        check_output(out, [file for source in sources for file in files_of(source)])
+        check_weights_output(out, [file for source in sources for file in files_of(source)])
         for line in plan.warnings():
             warnings.warn(line, DodgeburnWarning, stacklevel=2)
 
@@ -106,7 +106,7 @@ def dry_run(
     with ExitStack() as stack:
         sources, plan = _opened(stack, a, b, more, base_model, settings, options)
         if out is not None:
-            check_output(out, [file for source in sources for file in files_of(source)])
+            check_weights_output(out, [file for source in sources for file in files_of(source)])
         memory = peak_memory(plan, len(sources), _thread_count(None))
         return plan, describe(plan, _models(sources), memory)
 

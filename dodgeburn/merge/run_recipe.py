@@ -12,7 +12,7 @@ from pathlib import Path
 from dodgeburn.checkpoint.derived import derived_metadata, write_derived
 from dodgeburn.checkpoint.metadata import NO_HASH
 from dodgeburn.checkpoint.sources import files_of
-from dodgeburn.checkpoint.tensorfile import check_output
+from dodgeburn.checkpoint.tensorfile import check_weights_output
 from dodgeburn.errors import DodgeburnWarning, UserError
 from dodgeburn.merge.describe import describe
 from dodgeburn.merge.graph import Graph
@@ -130,4 +130,4 @@ def _graph_and_places(recipe: str | Path | Graph, find: Find | None) -> tuple[Gr
 
 
 def _check_output(opened: OpenGraph, out: str | Path) -> None:
-    check_output(out, [file for source in opened.files.values() for file in files_of(source)])
+    check_weights_output(out, [file for source in opened.files.values() for file in files_of(source)])

@@ -14,7 +14,7 @@ from typing import Any
 from dodgeburn.checkpoint.layout import Layout, detect_layout
 from dodgeburn.checkpoint.moves import Move, moves_to_diffusers
 from dodgeburn.checkpoint.rewrite import Piece, chosen_dtype, piece_of, write_pieces
-from dodgeburn.checkpoint.sources import Tensors, files_of, open_tensors, weights_in
+from dodgeburn.checkpoint.sources import PICKLES, Tensors, files_of, open_tensors, weights_in
 from dodgeburn.checkpoint.text_keys import POSITION_IDS, classic_text_name, fit_names
 from dodgeburn.checkpoint.unet_keys import unet_key_map
 from dodgeburn.checkpoint.vae_file import vae_moves
@@ -75,6 +75,8 @@ def convert(src: str | Path, out: str | Path, settings: ConvertSettings | None =
     with ExitStack() as stack:
         parts: _File | _Folder = _Folder(path, stack) if path.is_dir() else _File(path, stack)
         vae = stack.enter_context(_open_vae(settings.vae)) if settings.vae is not None else None
+        if out.suffix.lower() in PICKLES:
+            raise UserError(f"{out}: pickles are read, not written: name it {out.stem}.safetensors, or give a folder")
         make = _to_single if out.suffix == ".safetensors" else _to_folder
         done = make(parts, out, settings, vae)
     if settings.repair_position_ids and not done.counts.get("position_ids"):

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dodgeburn.checkpoint.lora_file import architecture_title
 from dodgeburn.checkpoint.slider_card import SliderCard, SliderParent
+from dodgeburn.checkpoint.tensorfile import check_weights_output
 from dodgeburn.errors import DodgeburnWarning, UserError
 from dodgeburn.merge.low_rank import low_rank
 from dodgeburn.models.adapter_file import load_adapter, save_adapter
@@ -115,6 +116,7 @@ def compose(
     """
     if not parents:
         raise UserError("nothing to compose: name slider or LoRA files, each with a scale, as in A.safetensors:1.5")
+    check_weights_output(out, [path for path, _ in parents])
     adapters = [load_adapter(path) for path, _ in parents]
     scales = [float(scale) for _, scale in parents]
     architecture = _one_architecture(adapters)

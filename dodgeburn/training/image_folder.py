@@ -95,7 +95,7 @@ def _lines(root: Path, faults: list[str]) -> Iterator[tuple[str, Mapping[str, An
             continue
         try:
             said = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             said = None
         if isinstance(said, dict):
             yield f"line {number}", said

@@ -113,7 +113,7 @@ def read_attributes(path: str | Path) -> dict[str, dict[str, str]]:
         found: Any = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())[:160]}") from None
     good = isinstance(found, dict) and all(
         isinstance(texts, dict) and len(texts) > 1 and all(isinstance(t, str) and t.strip() for t in texts.values())

@@ -1,6 +1,7 @@
 """Ways to take a tie away, behind one interface: the baselines that anything cleverer has to beat.
 
-    random-prompt    a class is drawn for every picture and said in the prompt; no training, no weights
+    random-prompt    a class is drawn for every picture and said in the prompt, with chances that even out what is not
+                     drawn as it is asked for (asking.py); no training, no weights
     uce              keys and values of cross-attention in closed form (uce.py); seconds, no data
     negation         theta_0 - s (theta_1 - theta_0), theta_1 trained on the model's own tied pictures (undo.py)
     reweight         fine-tune on tied data with importance weights
@@ -34,6 +35,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from dodgeburn.errors import UserError, did_you_mean
 from dodgeburn.jobs import KeptRows
 from dodgeburn.models.model import Model
+from dodgeburn.rework.bias.asking import PromptRule, chances_to_ask, shown_when_asked
 from dodgeburn.rework.bias.balance import (
     SELF_SEED,
     balanced,
@@ -108,6 +110,7 @@ class Job:
     fair: Callable[[int, int], Pictures] | None = None  # (n, seed) -> pictures of the concept, all classes among them
     tied: Callable[[int, int], Pictures] | None = None  # the same from data as biased as the model
     _prior: Prior | None = None
+    _chances: tuple[float, ...] = ()
 
     def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
         """Pictures by the model as it is now."""
@@ -120,6 +123,14 @@ class Job:
             kept = encode_examples(self.model, kept_pictures(self.concept, self.draw, s.kept))
             self._prior = make_prior(self.model, kept, s.points * s.kept, s.seed + 5)
         return self._prior
+
+    def chances(self) -> tuple[float, ...]:
+        """How often to ask for each class; found when first asked for: before anything is edited."""
+        if not self._chances:
+            log = KeptRows(self.folder / "asked.jsonl")
+            shown = shown_when_asked(self.concept, self.draw, self.classifier, self.settings.look, log)
+            self._chances = chances_to_ask(shown, self.concept.target)
+        return self._chances
 
 
 @dataclass(frozen=True)
@@ -137,41 +148,6 @@ class Done:
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
         return json.loads(json.dumps(asdict(self)))
-
-
-@dataclass(frozen=True)
-class PromptRule:
-    """random-prompt: which prompts get a class said, and with which chances. (After Fair Diffusion, arXiv 2302.10893,
-    with the class in the prompt instead of a guidance direction.)"""
-
-    concept: Concept
-    named: Callable[[str], frozenset[str]]  # attributes that a prompt names
-
-    def rewrite(self, prompt: str, seed: int) -> str:
-        """The prompt with a class drawn for this seed; as it is if it isn't about the concept or says a class."""
-        about = any(_subject(p) in prompt.lower() for p in self.concept.prompts)
-        if not about or self.concept.attribute in self.named(prompt):
-            return prompt
-        rng = np.random.default_rng([seed, 9])
-        value = self.concept.classes[int(rng.choice(len(self.concept.classes), p=self.concept.target))]
-        return self.concept.explicit(prompt, value, int(rng.integers(64)))
-
-    def drawing(self, draw: DrawPictures) -> DrawPictures:
-        """A draw function that rewrites first."""
-        return lambda prompts, seeds: draw([self.rewrite(p, s) for p, s in zip(prompts, seeds, strict=True)], seeds)
-
-    def as_json(self) -> dict[str, Any]:
-        """The rule, for programs that make prompts."""
-        c = self.concept
-        return {"where": [_subject(p) for p in c.prompts], "attribute": c.attribute,
-                "append_one_of": [{"class": k, "chance": q, "phrases": list(c.phrases[k])}
-                                  for k, q in zip(c.classes, c.target, strict=True)]}  # fmt: skip
-
-
-def _subject(prompt: str) -> str:
-    """A prompt without its article."""
-    words = prompt.lower().split()
-    return " ".join(words[1:] if words and words[0] in ("a", "an", "the") else words)
 
 
 # -------------------- the methods
@@ -337,8 +313,9 @@ def _uce(job: Job) -> Done:
 
 
 def _random_prompt(job: Job) -> Done:
-    rule = PromptRule(job.concept, job.classifier.named)
-    return Done("random-prompt", weights=False, notes={"rule": rule.as_json()})
+    rule = PromptRule(job.concept, job.classifier.named, job.chances())
+    return Done("random-prompt", drawn=job.settings.look * len(job.concept.classes), weights=False,
+                notes={"rule": rule.as_json()})  # fmt: skip
 
 
 # From the cheapest to the dearest.
@@ -360,7 +337,7 @@ def apply_remedy(method: str, job: Job) -> Done:
 
 def drawing_of(done: Done, job: Job) -> DrawPictures:
     """How pictures are drawn after a remedy: by the model, with prompts rewritten where the remedy is a rule."""
-    return job.draw if done.weights else PromptRule(job.concept, job.classifier.named).drawing(job.draw)
+    return job.draw if done.weights else PromptRule(job.concept, job.classifier.named, job.chances()).drawing(job.draw)
 
 
 def world_sources(concept: Concept, size: int, shares: Sequence[float]) -> tuple[Any, Any]:

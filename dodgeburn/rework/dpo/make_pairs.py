@@ -248,7 +248,7 @@ def choose_from(drawn: Drawn, path: str | Path) -> Chosen:
     """
     try:
         entries = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(entries, list):
         raise UserError(f'{path}: expected a list of {{"win": FILE, "lose": FILE}}')

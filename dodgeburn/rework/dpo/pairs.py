@@ -228,7 +228,7 @@ def _folder(root: Path) -> Iterator[Preference | tuple[str, str]]:
             row = json.loads(line)
             caption, win, lose = row["caption"], row["win"], row["lose"]
             weight = row.get("weight", 1.0)
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
             yield LINE, name
             continue
         if not isinstance(caption, str) or not all(isinstance(p, str) or p is None for p in (win, lose)):
