@@ -39,17 +39,19 @@ def slider(tmp_path_factory: pytest.TempPathFactory) -> str:
         (["bias", "fix", "pocket", *FIX, "-o"], "folder.safetensors", "is a folder"),
         (["bias", "fix", "pocket", *FIX, "--report", "report", "-o"], "none/x.safetensors", "none is not a folder"),
         (["pocket", "draw"], "x.gif", "ends in .png"),
+        (["pocket", "evaluate"], "file/x", "cannot write to folder"),
     ],
 )
 def test_an_output_is_looked_at_before_the_work(
     command: list[str], out: str, said: str, slider: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    for work in ("dodgeburn.slide.sweep.make_pictures", "dodgeburn.rework.bias.fix.fix"):
-        monkeypatch.setattr(work, lambda *_args, **_more: pytest.fail("the work began"))
+    for work in ("slide.sweep.make_pictures", "rework.bias.fix.fix", "training.pocket_gate.evaluate_model"):
+        monkeypatch.setattr(f"dodgeburn.{work}", lambda *_args, **_more: pytest.fail("the work began"))
     monkeypatch.chdir(tmp_path)
     for name in ("folder.png", "folder.safetensors"):
         (tmp_path / name).mkdir()
+    (tmp_path / "file").touch()
     there = sorted(p.name for p in tmp_path.iterdir())
     words = [{"SLIDER": slider, "SPEC": slider.replace(".safetensors", ".yaml")}.get(word, word) for word in command]
     last = [] if words[-1] in ("-o", "--animate") else ["-o"]

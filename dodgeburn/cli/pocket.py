@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from dodgeburn.cli.options import parse
+from dodgeburn.cli.picture_files import writable_folder
 from dodgeburn.cli.verbs import Part, run_verb
 from dodgeburn.errors import UserError
 
@@ -201,6 +202,8 @@ def _evaluate(settings: Evaluate) -> int:
 
     if settings.n is not None and settings.n < 1:
         raise UserError(f"-n {settings.n}: give a number of prompts (or drawings) from 1 up")
+    if settings.out is not None:
+        writable_folder(settings.out)
     model: Model = load_model(settings.model, device=settings.device)
     started = time.perf_counter()
     with tqdm(desc="denoising", unit="step", disable=None) as bar:
