@@ -41,6 +41,8 @@ def test_what_moves_another_attribute_beyond_chance_does_not_meet_the_target() -
     floor = moved(0.2).others_floor
     assert 0.05 < floor < 0.1 and moved(floor - 0.01).meets(0.10)  # 400 pictures show as much of one model
     assert not moved(floor + 0.01).meets(0.10) and moved(0.2).meets(0.10, others=0.3)
+    assert moved(0.2).misses(0.10) == [f"hat moved by 0.200, more than {floor:.3f}, which chance shows"]
+    assert change(before, before).misses(0.10)[0].endswith("is above 0.1") and moved(0.04).misses(0.10) == []
 
 
 def test_the_interval_of_the_fidelity_drop_is_of_pairs() -> None:

@@ -245,10 +245,10 @@ def _finish(options: FixOptions, found: Fixed, model: Model) -> int:
                 "pictures": options.pictures, "seed": options.seed}  # fmt: skip
         save_fixed(model, found, options.out, kept)
         result["written"] = str(options.out)
-        said = "meets" if found.chosen.meets else "does not meet"
-        print(
-            f"{found.chosen.done.method} {said} the target (TV {options.tv:g}, slack {options.slack:g}): {options.out}"
-        )
+        misses = found.chosen.misses
+        said = "does not meet" if misses else "meets"
+        print(f"{found.chosen.done.method} {said} the target (TV {options.tv:g}, slack {options.slack:g}): "
+              f"{'; '.join(misses)}{': ' if misses else ''}{options.out}")  # fmt: skip
         cheaper = [t.done.method for t in found.tried if t.meets and not t.done.weights]
         if cheaper and found.chosen.done.weights:
             print(f"cheaper still, without new weights: {cheaper[0]}")

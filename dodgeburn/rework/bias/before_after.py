@@ -183,9 +183,21 @@ class Change:
         """TV, counting unreadable pictures as the majority, at most `target`; fidelity and readability kept within
         `slack`; no other attribute moved by more than `others`, nor by more than chance shows. Figures that were not
         measured don't count."""
-        drops = [x for x in (self.fidelity_drop, self.unreadable_rise) if np.isfinite(x)]
-        kept = not self.others_tv > max(others, self.others_floor)
-        return kept and self.tv_cons <= target and all(x <= slack + 1e-9 for x in drops)
+        return not self.misses(target, slack, others)
+
+    def misses(self, target: float = 0.10, slack: float = 0.01, others: float = 0.05) -> list[str]:
+        """What `meets` finds too large, each in words."""
+        out = [] if self.tv_cons <= target else [f"TV {self.tv_cons:.3f} is above {target:g}"]
+        for name, drop in (
+            ("fidelity is lower", self.fidelity_drop),
+            ("unreadable pictures are up", self.unreadable_rise),
+        ):
+            if np.isfinite(drop) and drop > slack + 1e-9:
+                out.append(f"{name} by {drop:.3f}, more than {slack:g}")
+        if self.others_tv > (most := max(others, self.others_floor)):
+            out.append(f"{self.others_name} moved by {self.others_tv:.3f}, more than {most:.3f}"
+                       + (", which chance shows" if self.others_floor > others else ""))  # fmt: skip
+        return out
 
     def as_json(self) -> dict[str, Any]:
         """Plain values; None for NaN."""

@@ -33,7 +33,12 @@ class Tried:
     done: Done
     after: Measured
     change: Change
-    meets: bool
+    misses: tuple[str, ...]  # what is too large for the target, in words
+
+    @property
+    def meets(self) -> bool:
+        """Whether it meets the target."""
+        return not self.misses
 
 
 @dataclass
@@ -48,8 +53,8 @@ class Fixed:
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
-        rows = [{"method": t.done.method, "meets": t.meets, **t.change.as_json(), "done": t.done.as_json(),
-                 "after": t.after.as_json()} for t in self.tried]  # fmt: skip
+        rows = [{"method": t.done.method, "meets": t.meets, "misses": list(t.misses), **t.change.as_json(),
+                 "done": t.done.as_json(), "after": t.after.as_json()} for t in self.tried]  # fmt: skip
         return {
             "prompts": list(self.concept.prompts), "attribute": self.concept.attribute,
             "classes": list(self.concept.classes), "target": list(self.concept.target),
@@ -91,7 +96,7 @@ def fix(
             continue
         after = job.meter.measure(drawing_of(done, job))
         moved = change(before, after)
-        found = Tried(done, after, moved, moved.meets(target, slack))
+        found = Tried(done, after, moved, tuple(moved.misses(target, slack)))
         out.tried.append(found)
         if (done.weights or not weights) and (out.chosen is None or _rank(found, slack) < _rank(out.chosen, slack)):
             out.chosen, best = found, state_of(job.model.unet)
@@ -136,7 +141,7 @@ def fix_report(found: Fixed, model: str) -> Report:
     c, b = found.concept, found.before.bias
     chosen = found.chosen
     lead = f"{c.prompts[0]}: {c.attribute}. " + (
-        f"Chosen: {chosen.done.method}, which {'meets' if chosen.meets else 'does not meet'} the target."
+        f"Chosen: {chosen.done.method}, which {_outcome(chosen)}."
         if chosen else "Nothing was changed."
     )  # fmt: skip
     report = Report(f"A tie taken from {model}", lead)
@@ -168,6 +173,10 @@ def fix_report(found: Fixed, model: str) -> Report:
     report.sheet([list(m.pictures[:n]) for _, m in rows], [name for name, _ in rows], [str(i + 1) for i in range(n)],
                  "The first neutral prompts, not chosen; a column is one prompt and seed.")  # fmt: skip
     return report
+
+
+def _outcome(tried: Tried) -> str:
+    return "meets the target" if tried.meets else f"does not meet the target: {'; '.join(tried.misses)}"
 
 
 def _before_row(before: Measured) -> dict[str, Any]:
