@@ -71,6 +71,7 @@ def test_a_rule_is_written_as_json_and_leaves_the_model(tmp_path, capsys) -> Non
         (["fix", "pocket", *FIX, "--lr", "-1", "-o", "x.safetensors"], "--lr is -1"),
         (["fix", "pocket", *FIX, "--lr", "nan", "-o", "x.safetensors"], "--lr is nan"),
         (["fix", "pocket", *FIX, "--steps", "0", "-o", "x.safetensors"], "--steps is 0"),
+        (["fix", "pocket", *FIX, "--others", "none.txt", "-o", "x.safetensors"], "none.txt cannot be read"),
         (["fix", "pocket", *FIX, "--classes", "green", "red", "-o", "x.safetensors"], "no value 'green'"),
         (
             ["fix", "pocket", "--prompt", "red hair", "--attribute", "hair_colour", "-o", "x.safetensors"],
