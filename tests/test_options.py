@@ -85,6 +85,17 @@ def test_the_explanation_wraps_where_the_terminal_ends(
     assert most - 20 < max(map(len, shown)) <= most
 
 
+def test_a_list_stays_a_list(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    about = "Methods,\nfrom the cheapest:\n- one: " + "long " * 20 + "\n- two: short\n\nThen more."
+    with pytest.raises(SystemExit):
+        parse(Verb, ["--help"], "do", "dodgeburn do", about=about)
+    lines = capsys.readouterr().out.splitlines()
+    assert "  Methods, from the cheapest:" in lines and "  - two: short" in lines and "  Then more." in lines
+    first = next(i for i, line in enumerate(lines) if line.startswith("  - one: long"))
+    assert lines[first + 1].startswith("    long") and max(map(len, lines[first : first + 2])) <= 60
+
+
 @pytest.mark.parametrize("width", ["60", "200"])
 @pytest.mark.parametrize(
     ("args", "said"),

@@ -140,9 +140,17 @@ def _described(about: str, examples: Sequence[str]) -> str:
     no width.
     """
     width = min(shutil.get_terminal_size().columns, _WIDTH) - 2
-    parts = [textwrap.fill(" ".join(part.split()), width) for part in inspect.cleandoc(about).split("\n\n")]
+    parts = ["\n".join(_wrapped(part, width)) for part in inspect.cleandoc(about).split("\n\n")]
     parts.append(f"example: {examples[0]}" if len(examples) == 1 else "\n".join(["examples:", *examples]))
     return "\n\u200b\n".join(textwrap.indent(part, "  ") for part in parts)
+
+
+def _wrapped(paragraph: str, width: int) -> Iterator[str]:
+    """Its lines, wrapped anew; what begins with a hyphen stays an item of its own."""
+    first, *items = re.split(r"\n(?=- )", paragraph)
+    yield textwrap.fill(" ".join(first.split()), width)
+    for item in items:
+        yield textwrap.fill(" ".join(item.split()), width, subsequent_indent="  ")
 
 
 def _explained(kind: Any, everything: bool) -> Any:
