@@ -2,16 +2,19 @@
 
     python benchmarks/foresee.py --json                # collects its own trajectories first (hours on two cores)
     python benchmarks/foresee.py --train DIR --test DIR --new DIR --json      # of folders of `artifacts collect`
+    python benchmarks/foresee.py --estimator FILE --rules DIR --test DIR --new DIR --only trained graded --json
     python benchmarks/foresee.py --quick --json        # small: everything runs, the figures mean little
 
 Training trajectories have development prompts and labels by the reader; test trajectories held-out prompts, other seeds
 and labels by the judge; --new holds a generator that training never saw. Rules and funnels are chosen on prompts of the
 training list that nothing was fitted to; so is what the network sees (`ablation`). Intervals are over prompts. Finished
-parts stay in --folder.
+parts stay in --folder. --estimator takes a trained network; --rules: trajectories of further development prompts, on
+which alone rules and opinions are chosen then.
 
 srcc_*: rank correlation within a prompt and its settings at 25 and 50 % of the steps. ceiling_*: what carrying one
 state on several times with fresh noise (euler_a) leaves for anybody to foresee. margin_25: AUROC above the best of
 three trained baselines. saved_best_of_4: evaluations saved against as many complete pictures as are equally good.
+ahead: the same figures with looks ahead (foresee/ahead.py), and what they cost by then.
 original: the first attempt's recipe, with its 50 optimiser steps and with 1 500.
 """
 
@@ -24,30 +27,33 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from foresee_overhead import overhead
 
-from dodgeburn.foresee import features, original, scores
+from dodgeburn.foresee import original, scores
+from dodgeburn.foresee.ahead import CALLS, pocket_critic
 from dodgeburn.foresee.branching import branches, ceiling
-from dodgeburn.foresee.collect import CollectSettings, collect, moments, oracle
+from dodgeburn.foresee.collect import CollectSettings, collect, oracle
 from dodgeburn.foresee.drawn import draw
 from dodgeburn.foresee.estimator import Estimator
 from dodgeburn.foresee.evaluate import (
+    Judgements,
     against_baselines,
-    choose_rules,
     column,
     curves,
     figures,
     judge,
+    prices,
     rounded,
-    saved,
 )
 from dodgeburn.foresee.limits import limits
 from dodgeburn.foresee.network import NetworkSettings
-from dodgeburn.foresee.observe import Observer
+from dodgeburn.foresee.rules import RULES_ONLY, choose_rules, saved
 from dodgeburn.foresee.shards import Store, Trajectory
 from dodgeburn.foresee.train import FitSettings, fit, parts_of, usable
 from dodgeburn.foresee.truth import find_artifacts
@@ -58,7 +64,7 @@ from dodgeburn.measure.machine import machine
 from dodgeburn.models.loading import load_model
 from dodgeburn.models.model import Model
 from dodgeburn.pocket.reader import Reader
-from dodgeburn.sampling.loop import GenerateSettings, Step, generate
+from dodgeburn.sampling.loop import GenerateSettings
 from dodgeburn.training.pocket import development_prompts, gate_prompts
 
 FIRST_BRANCHING_SEED = 3_000_000
@@ -110,12 +116,16 @@ class Bench:
     """One run in one folder."""
 
     def __init__(self, size: Size, folder: Path, train: list[Path], test: list[Path], new: list[Path],
-                 only: Sequence[str] = ()) -> None:  # fmt: skip
+                 only: Sequence[str] = (), rules: Sequence[Path] = (),
+                 estimator: Path | None = None) -> None:  # fmt: skip
         self.size, self.only = size, only
         self.model: Model = load_model("pocket", device="cpu", dtype="fp32")
-        given = [[str(p) for p in paths] for paths in (train, test, new)]
-        self.parts = PartStore(folder, {"size": asdict(size), "model": self.model.sha256, "stores": given})
-        self.train = Store(*(train or [self._collect("train", size.train, "reader", 0)]))
+        given = [[str(p) for p in paths] for paths in (train, test, new, rules)]
+        self.estimator = estimator
+        named = {"estimator": None if estimator is None else sha256(estimator.read_bytes()).hexdigest()}
+        self.parts = PartStore(folder, {"size": asdict(size), "model": self.model.sha256, "stores": given, **named})
+        self.train = Store(*(train or rules or [self._collect("train", size.train, "reader", 0)]))
+        self.rules = Store(*rules) if rules else self.train
         self.test = Store(*(test or [self._collect("test", size.test, "judge", 1)]))
         self.new = Store(*(new or [self._collect("new", size.new, "judge", 2)]))
         self.settings = FitSettings(steps=size.steps, prompts=size.prompts, drawn=size.drawn)
@@ -128,9 +138,9 @@ class Bench:
         prompts = tuple(dict.fromkeys(row["prompt"] for row in rows))
         settings = CollectSettings(
             prompts, (str(zoo.held_out),) if name == "new" else sound, shards,
-            split="train" if name == "train" else "test", seed=seed,
+            split="train" if name == "train" else "test", seed=seed, ahead=CALLS,
         )  # fmt: skip
-        collect(zoo, settings, self.parts.folder / name, oracle(reader), reader)
+        collect(zoo, settings, self.parts.folder / name, oracle(reader), reader, critic=pocket_critic())
         return self.parts.folder / name
 
     def choice(self, record: Trajectory) -> bool:
@@ -152,24 +162,43 @@ class Bench:
     # -------------------- the estimator
 
     def trained(self) -> dict[str, Any]:
-        """Train the estimator, choose its rules, write it."""
+        """Train the estimator (or take the one given), choose its rules, write it."""
+        rules_settings = self.settings if self.rules is self.train else RULES_ONLY
+        if self.estimator is not None:
+            estimator = Estimator.load(self.estimator)
+            rules = choose_rules(estimator, self.rules, RULES_ONLY)
+            estimator.save(self.parts.path("foresee.safetensors"))
+            return {"train_s": estimator.record.get("train_s"), "drawing_s": None, "record": estimator.record,
+                    "rules": rules}  # fmt: skip
         began = time.process_time()
         drawings = draw(self.model, self.size.drawings)
         drawing = time.process_time() - began
         estimator = fit(self.train, self.parts.folder / "fit", self.settings, drawings=drawings)
         seconds = time.process_time() - began - drawing
         estimator.record |= {"model": self.model.name, "model_sha256": self.model.sha256}
-        rules = choose_rules(estimator, self.train, self.settings)
+        rules = choose_rules(estimator, self.rules, rules_settings)
         estimator.save(self.parts.path("foresee.safetensors"))
         return {"train_s": seconds, "drawing_s": drawing, "record": estimator.record, "rules": rules}
 
     def graded(self) -> dict[str, Any]:
         """All figures on held-out prompts."""
         estimator = Estimator.load(self.parts.path("foresee.safetensors"))
-        found = judge(estimator, self.test, lambda r: True)
-        fresh = judge(estimator, self.new, lambda r: True)
+        found = judge(estimator, self.test, lambda r: True, ())
+        fresh = judge(estimator, self.new, lambda r: True, ())
         g = column(0.5)
+
+        def auroc_new(of: Judgements) -> Any:
+            return scores.over_prompts(
+                lambda rows: scores.auroc(of.bad[rows, g], of.is_bad[rows]), of.prompt, self.size.resamples
+            )
+
+        ahead: dict[str, Any] | None = None
+        if estimator.ahead is not None:
+            looking, new_looking = (f.reading(estimator.ahead, estimator.ahead.plans[-1]) for f in (found, fresh))
+            ahead = {**figures(looking, self.size.resamples), "price": prices(looking), "curves": curves(looking),
+                     "auroc_new_generator_50": auroc_new(new_looking), "price_new": prices(new_looking)}  # fmt: skip
         return {
+            "ahead": ahead,
             "pictures": len(found.records), "prompts": len(set(found.prompt.tolist())),
             "bad_share": float(found.is_bad.mean()), "new_bad_share": float(fresh.is_bad.mean()),
             "figures": figures(found, self.size.resamples), "curves": curves(found),
@@ -177,8 +206,7 @@ class Bench:
                 str(percent): scores.calibration_floor(found.bad[:, column(percent / 100)]) for percent in (25, 50)
             },
             "saved": saved(estimator, found, self.size.resamples),
-            "auroc_new_generator_50": scores.over_prompts(
-                lambda rows: scores.auroc(fresh.bad[rows, g], fresh.is_bad[rows]), fresh.prompt, self.size.resamples),
+            "auroc_new_generator_50": auroc_new(fresh),
             "by_generator": {
                 name: {"pictures": int((names == name).sum()), "bad": float(found.is_bad[names == name].mean()),
                        "auroc_50": scores.auroc(found.bad[names == name, g], found.is_bad[names == name])}
@@ -257,64 +285,9 @@ class Bench:
         severity = np.array([f.severity for f in found]).reshape(len(every), -1)
         return asdict(ceiling(severity, every, share))
 
-    def overhead(self) -> dict[str, Any]:
-        """Processor time of pooling, observing and judging: 32 pictures of 20 guided steps in a batch. `overhead` is
-        against all the rest of making them; `per_look`, what one look costs against one guided U-Net call (both halves)
-        of the same pictures, `per_look_half` against one half of it."""
-        estimator = Estimator.load(self.parts.path("foresee.safetensors"))
-        settings = GenerateSettings(steps=20)
-        prompts = ["a waving old person"] * 32
-        times = {"pool": 0.0, "observe": 0.0, "judge": 0.0, "unet": 0.0}
-        at_looks, looked = 0.0, 0
-        pool = features.pooled
-
-        def timed(hidden: torch.Tensor) -> torch.Tensor:
-            begin = time.process_time()
-            found = pool(hidden)
-            times["pool"] += time.process_time() - begin
-            return found
-
-        clock = [0.0]
-
-        def enter(*_: Any) -> None:
-            clock[0] = time.process_time()
-
-        def leave(*_: Any) -> None:
-            times["unet"] += time.process_time() - clock[0]
-
-        generate(self.model, prompts[:2], [0, 1], settings.model_copy(update={"steps": 2}))  # warm up
-        handles = [self.model.unet.register_forward_pre_hook(enter), self.model.unet.register_forward_hook(leave)]
-        features.pooled = timed
-        try:
-            inputs, looks = estimator.inputs, estimator.looks
-            with Observer(self.model, settings.guidance, lambda i, total: i in moments(total, looks),
-                          "features" in inputs, "maps" in inputs) as observer:  # fmt: skip
-                state: Any = None
-
-                def callback(step: Step) -> None:
-                    nonlocal state, at_looks, looked
-                    begin = time.process_time()
-                    seen = observer(step)
-                    middle = time.process_time()
-                    times["observe"] += middle - begin
-                    if step.i in moments(step.total, looks):
-                        _, state = estimator.judge(seen, prompts, state)
-                        end = time.process_time()
-                        times["judge"] += end - middle
-                        at_looks, looked = at_looks + end - begin, looked + 1
-
-                begin = time.process_time()
-                generate(self.model, prompts, list(range(32)), settings, callback, 32)
-                whole = time.process_time() - begin
-        finally:
-            features.pooled = pool
-            for handle in handles:
-                handle.remove()
-        own = times["pool"] + times["observe"] + times["judge"]
-        call = (times["unet"] - times["pool"]) / settings.steps
-        look = (at_looks + times["pool"]) / looked
-        return {"overhead": own / (whole - own), "looks": looked, "steps": settings.steps, "per_look": look / call,
-                "per_look_half": 2 * look / call, "whole_s": whole, **times}  # fmt: skip
+    def overhead(self) -> dict[str, float]:
+        """What looking costs."""
+        return overhead(self.model, Estimator.load(self.parts.path("foresee.safetensors")))
 
 
 def half_way(store: Store) -> torch.Tensor:
@@ -354,8 +327,8 @@ def run(bench: Bench) -> dict[str, Any]:
         "sd_ratio_50": f["sd_ratio_50"],
         "saved_best_of_4": s.get("saved_best_of_4"), "saved_best_of_8_at_90": s.get("saved_best_of_8_at_90"),
         "gain_of_8": s.get("gain_of_8"), "good_rejected": s["good_rejected"],
-        "auroc_new_generator_50": graded["auroc_new_generator_50"], "train_s": trained["train_s"],
-        "drawing_s": trained["drawing_s"],
+        "auroc_new_generator_50": graded["auroc_new_generator_50"], "ahead": graded["ahead"],
+        "train_s": trained["train_s"], "drawing_s": trained["drawing_s"],
         "overhead": cost and cost["overhead"], "overhead_per_look": cost and cost["per_look"],
         "overhead_per_look_half": cost and cost["per_look_half"],
         "baselines": graded["baselines"], "margins": graded["margins"],
@@ -369,6 +342,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("train", "test", "new"):
         parser.add_argument(f"--{name}", type=Path, action="append", default=[], help=f"{name} folder(s)")
+    parser.add_argument("--rules", type=Path, action="append", default=[], help="folder(s) to choose rules on")
+    parser.add_argument("--estimator", type=Path, help="a trained estimator, whose rules are chosen anew")
     parser.add_argument("--only", nargs="*", default=[], help="parts to make now: trained graded overhead ceiling "
                         "limits original ablation (or ablation-10 ...) wise; the others are taken from --folder, or "
                         "left out")  # fmt: skip
@@ -377,7 +352,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
     size = QUICK if options.quick else Size()
-    found = run(Bench(size, options.folder, options.train, options.test, options.new, options.only))
+    bench = Bench(size, options.folder, options.train, options.test, options.new, options.only, options.rules,
+                  options.estimator)  # fmt: skip
+    found = run(bench)
     for key in ("srcc_25", "srcc_50", "auroc_25", "auroc_50", "margin_25", "sd_ratio_50", "good_rejected",
                 "saved_best_of_4", "auroc_new_generator_50"):  # fmt: skip
         print(f"{key:<24} {found.get(key)}")

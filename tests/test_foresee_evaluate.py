@@ -15,17 +15,16 @@ from dodgeburn.foresee.branching import branches, ceiling
 from dodgeburn.foresee.estimator import Estimator
 from dodgeburn.foresee.evaluate import (
     against_baselines,
-    choose_rules,
     curves,
     figures,
     judge,
     new_generators,
     rounded,
-    saved,
 )
 from dodgeburn.foresee.limits import limits
 from dodgeburn.foresee.network import Network, NetworkSettings
 from dodgeburn.foresee.policy import GRID
+from dodgeburn.foresee.rules import choose_rules, saved
 from dodgeburn.foresee.savings import Funnel, Slots
 from dodgeburn.foresee.shards import Shard, Space, Store, Trajectory, shard_name, write_shard
 from dodgeburn.foresee.train import FitSettings

@@ -53,6 +53,9 @@ class Collect:
     """Denoising steps, for all generators; none: each one's own."""
     fresh_noise: bool = False
     """New noise at each step: of stochastic samplers, and at each noise level of noised pictures."""
+    look_ahead: Annotated[int | None, tyro.conf.arg(metavar="CALLS")] = None
+    """Model calls of a look ahead at a quarter and half of the steps, read by a critic; none: 3 for the pocket, which
+    has a critic, 0 (no look) for others."""
     label: str = "auto"
     """Who says how bad a picture is: reader, judge (evaluations only), none; auto: the reader, for the pocket."""
     split: str = "train"
@@ -105,8 +108,8 @@ def _check(options: Collect) -> None:
         raise UserError(f"--part {i} {n}: expected I from 0 to N - 1")
     if options.images is not None and not options.ratings:
         raise UserError("--images has no effect without --ratings")
-    if options.ratings and (options.generators or options.prompts or options.label != "auto"):
-        raise UserError("--generators, --prompts and --label have no effect with --ratings")
+    if options.ratings and (options.generators or options.prompts or options.label != "auto" or options.look_ahead):
+        raise UserError("--generators, --prompts, --label and --look-ahead have no effect with --ratings")
 
 
 def _load(options: Collect) -> Model:
@@ -116,6 +119,7 @@ def _load(options: Collect) -> Model:
 
 
 def _zoo(options: Collect) -> dict[str, Any]:
+    from dodgeburn.foresee.ahead import CALLS, pocket_critic
     from dodgeburn.foresee.collect import CollectSettings, collect
     from dodgeburn.foresee.zoo import HELD_OUT, plain_zoo, pocket_zoo
     from dodgeburn.merge.compare_measure import speaks_pocket
@@ -138,10 +142,15 @@ def _zoo(options: Collect) -> dict[str, Any]:
         fresh_noise=options.fresh_noise,
         pictures=options.pictures,
         seed=options.seed,
+        ahead=(CALLS if of_pocket else 0) if options.look_ahead is None else options.look_ahead,
     )
+    if settings.ahead and not of_pocket:
+        raise UserError(f"--look-ahead {settings.ahead}: {options.model} is no model of the pocket world, and there is "
+                        "no critic of others' pictures")  # fmt: skip
+    critic = pocket_critic() if settings.ahead else None
     assert options.folder is not None
     with _bar(settings.trajectories, "trajectories") as progress:
-        counts = collect(zoo, settings, options.folder, label, labels, options.part, progress)
+        counts = collect(zoo, settings, options.folder, label, labels, options.part, progress, critic)
     return {**_summary(options.folder), **counts, "labels": labels, "held_out": held_out}
 
 

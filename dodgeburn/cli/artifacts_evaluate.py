@@ -66,20 +66,25 @@ def _run(options: Evaluate) -> dict[str, Any]:
         figures,
         judge,
         new_generators,
+        prices,
         rounded,
-        saved,
     )
+    from dodgeburn.foresee.rules import saved
     from dodgeburn.foresee.shards import Store
     from dodgeburn.foresee.train import FitSettings
 
     estimator, store = Estimator.load(options.estimator or PACKAGED), Store(*options.stores)
-    every = judge(estimator, store, lambda r: options.split in ("all", r.split))
+    every = judge(estimator, store, lambda r: options.split in ("all", r.split), ())
     new = new_generators(every, estimator.record.get("generators", []))
     known = every.rows(~new) if not new.all() else every
+    ahead = estimator.ahead
     out: dict[str, Any] = {
         "pictures": len(known.records), "prompts": len(set(known.prompt)), "bad_share": float(known.is_bad.mean()),
         "figures": figures(known), "curves": curves(known), "saved": saved(estimator, known), "broken": store.broken,
     }  # fmt: skip
+    if ahead is not None:
+        looking = known.reading(ahead, ahead.plans[-1])
+        out["ahead"] = {"figures": figures(looking), "price": prices(looking)}
     if new.any():
         other, g = every.rows(new), column(0.5)
         out["new_generators"] = {
@@ -100,9 +105,11 @@ def _print(found: dict[str, Any]) -> None:
         "srcc": "rank correlation within a prompt", "auroc": "AUROC of bad", "auroc_within": "AUROC within a prompt",
         "ece": "calibration error", "sd_ratio": "spread of estimates / labels",
     }  # fmt: skip
-    for key, name in names.items():
-        cells = [f"{percent} % {_span(found['figures'][f'{key}_{percent}'])}" for percent in (25, 50)]
-        print(f"{name:<34} {'   '.join(cells)}")
+    _figures(found["figures"], names)
+    if "ahead" in found:
+        price = found["ahead"]["price"]
+        print(f"and with looks ahead, which by then cost {price['25']:.0%} and {price['50']:.0%} of a picture's calls:")
+        _figures(found["ahead"]["figures"], names)
     saved = found["saved"]
     rule = saved["rule"]
     print(f"rule {rule['kind']}: gives up {rule['bad_rejected']} of the bad, {rule['good_rejected']} of the good ones")
@@ -114,6 +121,12 @@ def _print(found: dict[str, Any]) -> None:
         print(f"AUROC at 50 % on {', '.join(new['names'])} (not trained on): {_span(new['auroc_50'])}")
     for name, row in found.get("baselines", {}).items():
         print(f"baseline {name:<27} AUROC 25 % {row['auroc_25']:.3f}   50 % {row['auroc_50']:.3f}")
+
+
+def _figures(figures: dict[str, Any], names: dict[str, str]) -> None:
+    for key, name in names.items():
+        cells = [f"{percent} % {_span(figures[f'{key}_{percent}'])}" for percent in (25, 50)]
+        print(f"{name:<34} {'   '.join(cells)}")
 
 
 def _span(value: dict[str, float | None]) -> str:

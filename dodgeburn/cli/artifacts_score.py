@@ -70,8 +70,9 @@ def main(args: list[str]) -> int:
 def _score(options: Score) -> tuple[list[dict[str, Any]], dict[str, str]]:
     import numpy as np
 
+    from dodgeburn.foresee.ahead import with_readings
     from dodgeburn.foresee.estimator import PACKAGED, Estimator
-    from dodgeburn.foresee.evaluate import check_space
+    from dodgeburn.foresee.evaluate import calls_of, check_space, readings_of
     from dodgeburn.foresee.labels import TYPES
     from dodgeburn.foresee.policy import policy_of
     from dodgeburn.foresee.shards import Store
@@ -80,20 +81,24 @@ def _score(options: Score) -> tuple[list[dict[str, Any]], dict[str, str]]:
     store = Store(*options.stores)
     check_space(estimator, store)
     policy = policy_of(estimator.record.get("policy", {"kind": "never"}))
+    ahead, plan = estimator.ahead, tuple(estimator.record.get("policy_plan", ()))
     rows: list[dict[str, Any]] = []
     for batch in store.batches(64, tuple(dict.fromkeys((*estimator.tensors, "progress")))):
         judged = estimator.judge_batch(batch)
         for i, r in enumerate(batch.records):
             k = int(batch.there[i].sum())
             progress = batch.tensors["progress"][i, :k].numpy()
-            way = {n: getattr(judged, n)[i, :k].numpy() for n in ("bad", "exit", "hazard")} | {"progress": progress}
+            way = {n: getattr(judged, n)[i, :k].numpy() for n in ("bad", "severity", "rank", "exit", "hazard")}
+            way["progress"] = progress
             if not np.isfinite(way["bad"]).all():
                 raise UserError(f"trajectory {r.id!r} of {r.generator} has NaN or infinite features: collect it again")
+            if ahead is not None:
+                way = with_readings(way, readings_of(r, ahead.calls), ahead, plan, calls_of(r))
             stop = policy.first(way)
             rows.append({
                 "id": r.id, "prompt": r.prompt, "seed": r.seed, "generator": r.generator, "provenance": r.provenance,
                 "progress": progress.round(4).tolist(), "bad": way["bad"].round(4).tolist(),
-                "severity": judged.severity[i, :k].numpy().round(3).tolist(),
+                "severity": way["severity"].round(3).tolist(),
                 "types": [t for t, p in zip(TYPES, judged.types[i, k - 1].tolist(), strict=True) if p > 0.5],
                 "given_up_at": None if stop is None else round(float(progress[stop]), 4),
                 "label": None if r.label is None else round(r.label.severity, 3),

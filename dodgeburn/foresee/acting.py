@@ -3,31 +3,33 @@
 Each picture asked for is a slot with some candidates (seeds). Now and then the estimator looks at all of them; its
 rule (`policy.py`) gives up those that are likely to be bad, its funnel those that fall behind the others of their slot.
 What is given up leaves the batch with its solver's history, both halves of its guidance and its size conditioning, so
-the steps that follow are really cheaper. The best finished candidate of a slot is its picture.
+the steps that follow are really cheaper. The best finished candidate of a slot is its picture. Where that is cheaper, a
+slot's seeds are tried one after another (`search.py`) until a picture is good.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from torch import nn
 
 from dodgeburn.errors import UserError
+from dodgeburn.foresee.ahead import END, Plan, affordable, critic_of, due, finish
 from dodgeburn.foresee.collect import moments
 from dodgeburn.foresee.estimator import Estimator, State
 from dodgeburn.foresee.observe import Observer
 from dodgeburn.foresee.policy import Never, Policy, policy_of
 from dodgeburn.foresee.savings import Funnel
+from dodgeburn.foresee.search import Search
+from dodgeburn.models.latents import decode_pictures
 from dodgeburn.models.model import Model
 from dodgeburn.sampling.loop import Applied, Generated, GenerateSettings, Step, Tuned, default_batch_size, generate
 from dodgeburn.sampling.prompts import EncodedPrompt
-
-TWO_CALLS = ("heun", "dpm2", "dpm2_a", "dpmpp_2s_a", "dpmpp_sde")
-"""Samplers that ask the U-Net twice a step, except in the last one."""
+from dodgeburn.sampling.settings import TWO_CALLS
 
 KEPT, FINISHED, REJECTED, BEHIND = "kept", "finished", "rejected", "fell behind"
 
@@ -45,18 +47,20 @@ class Fate:
     risk: list[float] = field(default_factory=list)  # estimated P(bad) there
     rank: float = 0.0  # last; larger is worse, comparable within a slot
     severity: float = 0.0  # last estimate, 0..5
+    read: dict[float, float] = field(default_factory=dict)  # severity that the critic read, by share of the steps
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON, rounded."""
         return {
             "seed": self.seed, "slot": self.slot, "round": self.round, "fate": self.fate, "step": self.step,
             "looks": self.looks, "risk": [round(r, 3) for r in self.risk], "severity": round(self.severity, 2),
+            "read": {f"{share:g}": round(severity, 2) for share, severity in self.read.items()},
         }  # fmt: skip
 
 
 @dataclass
 class Foreseen:
-    """Pictures and what they cost."""
+    """Pictures and what they cost. Looks ahead are among the evaluations; what reading pictures costs is not."""
 
     pictures: list[Generated]  # one a slot, in order; a slot whose candidates were all given up has none
     slots: list[int]  # of `pictures`
@@ -72,20 +76,33 @@ class Foreseen:
         return sum(fate.risk[-1] <= 0.5 for fate in kept.values())
 
 
+@dataclass(frozen=True)
+class Rules:
+    """What decides over candidates. plan: shares of the steps at which pictures are read; spare: the last candidate of
+    a slot is never taken out."""
+
+    policy: Policy
+    funnel: Funnel
+    plan: Plan = ()
+    spare: bool = True
+
+
 class Watch:
     """The step callback: looks at every picture at the moments that the estimator was trained on, and says which go
     on."""
 
     def __init__(
-        self, estimator: Estimator, observer: Observer, prompts: Sequence[str], fates: Sequence[Fate], policy: Policy,
-        funnel: Funnel, spare: bool,
+        self, model: Model, estimator: Estimator, observer: Observer, prompts: Sequence[str], fates: Sequence[Fate],
+        rules: Rules, served: Collection[int] = (),
     ) -> None:  # fmt: skip
-        """`spare`: the last candidate of a slot is never taken out."""
-        self.estimator, self.observer = estimator, observer
-        self.prompts, self.fates, self.policy, self.funnel, self.spare = prompts, fates, policy, funnel, spare
+        """served: slots that have a picture already, so that none of their candidates is spared."""
+        self.model, self.estimator, self.observer = model, estimator, observer
+        self.prompts, self.fates, self.rules, self.served = prompts, fates, rules, served
+        self.ahead = estimator.ahead
         self.state: State | None = None
         self.seen_until = 0.0  # share of the steps at the last look
         self.ways: dict[int, dict[str, list[float]]] = {}
+        self.own: dict[int, dict[str, float]] = {}  # the estimator's last figures, without readings
 
     def __call__(self, step: Step) -> list[bool]:
         if step.i == 0:
@@ -96,30 +113,63 @@ class Watch:
         before = self.seen_until if step.i else 0.0
         self.seen_until = seen.progress
         judged, self.state = self.estimator.judge(seen, [self.prompts[i] for i in seen.indices], self.state)
-        figures = {name: getattr(judged, name).tolist() for name in ("bad", "exit", "hazard")}
+        self._read(step, seen.progress, before)
+        figures = {name: getattr(judged, name).tolist() for name in ("bad", "severity", "rank", "exit", "hazard")}
         for row, index in enumerate(seen.indices):
-            way = self.ways.setdefault(index, {name: [] for name in (*figures, "progress")})
-            for name, values in figures.items():
-                way[name].append(values[row])
-            way["progress"].append(seen.progress)
             fate = self.fates[index]
+            self.own[index] = {name: values[row] for name, values in figures.items()}
+            now = {**self._with_reading(index), "progress": seen.progress}
+            way = self.ways.setdefault(index, {name: [] for name in now})
+            for name, value in now.items():
+                way[name].append(value)
             fate.looks.append(step.i + 1)
-            fate.risk.append(figures["bad"][row])
-            fate.rank, fate.severity = float(judged.rank[row]), float(judged.severity[row])
+            fate.risk.append(now["bad"])
+            fate.rank, fate.severity = now["rank"], now["severity"]
         if step.i + 1 == step.total:
             return [True] * len(seen.indices)  # all is paid for
         self._reject(seen.indices, step)
         self._fall_behind(seen.indices, step, seen.progress, before)
         return [self.fates[index].fate == FINISHED for index in seen.indices]
 
+    def _read(self, step: Step, progress: float, before: float) -> None:
+        """Look ahead, if it is time: the critic reads what a few large steps lead to."""
+        share = due(progress, before, [s for s in self.rules.plan if s < END])
+        if self.ahead is None or share is None or not affordable(self.ahead.calls, step.total):
+            return
+        pictures = decode_pictures(self.model.vae, finish(step, self.ahead.calls)).numpy()
+        read = critic_of(self.ahead.critic)(pictures, [self.prompts[i] for i in step.indices])
+        for index, severity in zip(step.indices, read.tolist(), strict=True):
+            self.fates[index].read[share] = severity
+
+    def read_finished(self, made: Sequence[Generated]) -> None:
+        """The critic reads finished pictures; their last estimates follow."""
+        assert self.ahead is not None
+        read = critic_of(self.ahead.critic)(np.stack([np.asarray(g.image) for g in made]), [g.prompt for g in made])
+        for picture, severity in zip(made, read.tolist(), strict=True):
+            fate = self.fates[picture.index]
+            fate.read[END] = severity
+            now = self._with_reading(picture.index)
+            fate.risk[-1], fate.rank, fate.severity = now["bad"], now["rank"], now["severity"]
+
+    def _with_reading(self, index: int) -> dict[str, float]:
+        """The estimator's last figures of a picture, and what becomes of them by the last reading."""
+        own, read = self.own[index], self.fates[index].read
+        if self.ahead is None or not read:
+            return own
+        last = max(read)
+        bad, severity = self.ahead.opinions[last](*(np.array(v) for v in (read[last], own["bad"], own["severity"])))
+        return {**own, "bad": float(bad), "severity": float(severity), "rank": read[last]}
+
     def _reject(self, indices: Sequence[int], step: Step) -> None:
         for index in sorted(indices, key=lambda i: -self.fates[i].rank):
             way = {name: np.asarray(values) for name, values in self.ways[index].items()}
-            if self.policy.first(way) == len(way["bad"]) - 1 and not (self.spare and self._last(index, indices)):
+            if self.rules.policy.first(way) != len(way["bad"]) - 1:
+                continue
+            if not (self.rules.spare and self._last(index, indices)):
                 self._out(index, REJECTED, step)
 
     def _fall_behind(self, indices: Sequence[int], step: Step, progress: float, before: float) -> None:
-        keep = self.funnel.keep(progress, before)
+        keep = self.rules.funnel.keep(progress, before)
         if keep is None:
             return
         for slot in {self.fates[i].slot for i in indices}:
@@ -129,7 +179,8 @@ class Watch:
 
     def _last(self, index: int, indices: Sequence[int]) -> bool:
         slot = self.fates[index].slot
-        return sum(self.fates[i].slot == slot and self.fates[i].fate == FINISHED for i in indices) == 1
+        left = sum(self.fates[i].slot == slot and self.fates[i].fate == FINISHED for i in indices)
+        return left == 1 and slot not in self.served
 
     def _out(self, index: int, fate: str, step: Step) -> None:
         self.fates[index].fate, self.fates[index].step = fate, step.i + 1
@@ -142,12 +193,14 @@ class Candidates:
     best_of: as good as the best of so many complete pictures. How many seeds are begun for that, and how many go on
     when, is the estimator's funnel. restarts: how often a slot that has no good picture is begun anew, with seeds not
     used so far; with 0 the last candidate of a slot is never taken out. rules: False begins just best_of seeds, runs
-    all to their end and only chooses.
+    all to their end and only chooses. look_ahead: seeds are also looked ahead, which costs calls and finds more of the
+    bad ones early.
     """
 
     best_of: int = 4
     restarts: int = 0
     rules: bool = True
+    look_ahead: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.best_of <= 1000 or not 0 <= self.restarts <= 1000:
@@ -167,10 +220,9 @@ def foresee(
     """
     candidates = candidates or Candidates()
     estimator.check(model)
-    rules = candidates.rules
-    policy = policy_of(estimator.record["policy"]) if rules and "policy" in estimator.record else Never()
-    funnel = funnel_of(estimator, candidates.best_of) if rules else Funnel(candidates.best_of)
-    each = funnel.begin
+    search = search_of(estimator, candidates.best_of) if candidates.rules else None
+    rules = _rules(estimator, candidates, search)
+    each, rounds = rules.funnel.begin, 1 if search is None else search.rounds
     full_size = (settings.height or model.native_size, settings.width or model.native_size)
     size = batch_size or default_batch_size(*(side // model.vae_factor for side in full_size))
     size = max(each, size // each * each)  # candidates of a slot are compared, so they go together
@@ -179,23 +231,26 @@ def foresee(
     others: list[Generated] = []
     open_slots, seed = list(range(count)), first_seed
     with Counter(model.unet) as counter:
-        for number in range(candidates.restarts + 1):
+        last = rounds * (candidates.restarts + 1) - 1
+        for number in range(last + 1):
             batch = [Fate(seed + i, slot, number) for i, slot in enumerate(s for s in open_slots for _ in range(each))]
             seed += len(batch)
             fates += batch
-            made = _round(model, prompt, batch, settings, estimator, policy, funnel, number == candidates.restarts,
-                          size, adapters, encoded, tuned, progress)  # fmt: skip
+            # Where a search has a picture already, its last seed need not be finished.
+            spare = number == last
+            made = _round(model, prompt, batch, settings, estimator, replace(rules, spare=spare), size, adapters,
+                          encoded, tuned, progress, set(chosen))  # fmt: skip
             for picture in made:
                 fate = batch[picture.index]
                 best = chosen.get(fate.slot)
-                # Between rounds only calibrated risk compares; within one, rank.
-                if best is None or _better(fate, best[0]):
+                # Between rounds only what is calibrated compares; within one, rank.
+                if best is None or _better(fate, best[0], search is not None):
                     if best is not None:
                         others.append(best[1])
                     chosen[fate.slot] = (fate, picture)
                 else:
                     others.append(picture)
-            open_slots = [s for s in range(count) if s not in chosen or chosen[s][0].risk[-1] > 0.5]
+            open_slots = [s for s in range(count) if s not in chosen or not _good(chosen[s][0], search)]
             if not open_slots:
                 break
     for fate, _ in chosen.values():
@@ -205,17 +260,43 @@ def foresee(
     return Foreseen([chosen[s][1] for s in slots], slots, fates, counter.samples, full, others)
 
 
-def _better(fate: Fate, than: Fate) -> bool:
+def _rules(estimator: Estimator, candidates: Candidates, search: Search | None) -> Rules:
+    if not candidates.rules:
+        return Rules(Never(), Funnel(candidates.best_of))
+    record = estimator.record
+    if candidates.look_ahead:
+        if "ahead_policy" not in record:
+            raise UserError("this estimator does not look ahead: it was trained on trajectories without looks; collect "
+                            "with --look-ahead")  # fmt: skip
+        record = {**record, **record["ahead_policy"]}
+    elif search is not None:
+        return Rules(search.policy, Funnel(1), search.plan)
+    policy = policy_of(record["policy"]) if "policy" in record else Never()
+    plan = tuple(record.get("policy_plan", ()))
+    if search is not None:
+        return Rules(policy, Funnel(1), tuple(sorted({*plan, *search.plan})))
+    return Rules(policy, funnel_of(estimator, candidates.best_of), plan)
+
+
+def _good(fate: Fate, search: Search | None) -> bool:
+    """Whether a finished picture ends the trying of further seeds."""
+    return fate.risk[-1] <= 0.5 if search is None else fate.severity <= search.stop
+
+
+def _better(fate: Fate, than: Fate, one_by_one: bool) -> bool:
+    if one_by_one:
+        return fate.severity < than.severity
     if fate.round == than.round:
         return fate.rank < than.rank
     return fate.risk[-1] < than.risk[-1]
 
 
 def _round(
-    model: Model, prompt: str, batch: list[Fate], settings: GenerateSettings, estimator: Estimator, policy: Policy,
-    funnel: Funnel, spare: bool, size: int, adapters: Sequence[Applied], encoded: Mapping[str, EncodedPrompt] | None,
-    tuned: Tuned | None, progress: Callable[[Step], object] | None,
+    model: Model, prompt: str, batch: list[Fate], settings: GenerateSettings, estimator: Estimator, rules: Rules,
+    size: int, adapters: Sequence[Applied], encoded: Mapping[str, EncodedPrompt] | None, tuned: Tuned | None,
+    progress: Callable[[Step], object] | None, served: set[int],
 ) -> list[Generated]:  # fmt: skip
+    """Begin a batch's seeds and finish those that may go on. served: slots that have a picture already."""
     prompts = [prompt] * len(batch)
 
     def wanted(i: int, total: int) -> bool:
@@ -223,7 +304,7 @@ def _round(
 
     inputs = estimator.inputs
     with Observer(model, settings.guidance, wanted, "features" in inputs, "maps" in inputs) as observer:
-        watch = Watch(estimator, observer, prompts, batch, policy, funnel, spare)
+        watch = Watch(model, estimator, observer, prompts, batch, rules, served)
 
         def after(step: Step) -> list[bool]:
             if progress is not None:
@@ -231,13 +312,27 @@ def _round(
             return watch(step)
 
         seeds = [fate.seed for fate in batch]
-        return generate(model, prompts, seeds, settings, after, size, encoded, adapters, tuned)
+        made = generate(model, prompts, seeds, settings, after, size, encoded, adapters, tuned)
+    if END in rules.plan and made:
+        watch.read_finished(made)
+    return made
+
+
+def search_of(estimator: Estimator, best_of: int) -> Search | None:
+    """The estimator's search that is as good as the best of so many complete pictures; between the numbers it was
+    chosen for, the nearest one in proportion, with so many seeds more or fewer. None if there is none."""
+    found = {int(n): value for n, value in estimator.record.get("searches", {}).items() if n.isdigit()}
+    if best_of == 1 or not found:
+        return None
+    near = min(found, key=lambda n: abs(math.log(n / best_of)))
+    search = Search.of(found[near])
+    return replace(search, rounds=max(2, math.ceil(search.rounds * best_of / near)))
 
 
 def funnel_of(estimator: Estimator, best_of: int) -> Funnel:
     """The estimator's funnel that is as good as the best of so many complete pictures. Between the numbers it was
     chosen for, the nearest one in proportion."""
-    funnels = estimator.record.get("funnels", {})
+    funnels = {n: funnel for n, funnel in estimator.record.get("funnels", {}).items() if n.isdigit()}
     if best_of == 1 or not funnels:
         return Funnel(best_of)
     near = min(funnels, key=lambda n: abs(math.log(int(n) / best_of)))

@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 
 from dodgeburn.errors import UserError
+from dodgeburn.foresee.ahead import END, SHARES, Critic, affordable, due, finish
 from dodgeburn.foresee.labels import Label
 from dodgeburn.foresee.observe import Observer, Seen, space_of
 from dodgeburn.foresee.shards import MAP_TENSORS, Shard, Trajectory, prompt_id, shard_name, write_shard
 from dodgeburn.foresee.zoo import Drawn, Zoo, draw
 from dodgeburn.jobs import PartStore
+from dodgeburn.models.latents import decode_pictures
 from dodgeburn.sampling.loop import Step, generate
 from dodgeburn.sampling.settings import STOCHASTIC
 
@@ -51,7 +53,7 @@ class CollectSettings:
     prompts: the texts. shards: how many. prompts_per_shard x seeds_per_prompt trajectories each. moments: samples of a
     trajectory, spread evenly over its steps (fewer where it has fewer steps). members: names of the zoo's members to
     draw from. split: what the records are marked as. fresh_noise: stochastic samplers draw new noise at each step
-    instead of following one path a seed.
+    instead of following one path a seed. ahead: model calls of each look ahead (`ahead.py`); 0: nobody looks ahead.
     """
 
     prompts: tuple[str, ...]
@@ -65,6 +67,7 @@ class CollectSettings:
     fresh_noise: bool = False
     pictures: bool = True
     seed: int = 0
+    ahead: int = 0
 
     def __post_init__(self) -> None:
         if not self.prompts:
@@ -72,8 +75,9 @@ class CollectSettings:
         for name in ("shards", "prompts_per_shard", "seeds_per_prompt", "moments"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name.replace('_', ' ')} is {getattr(self, name)}: expected at least 1")
-        if self.seed < 0:
-            raise UserError(f"seed is {self.seed}: expected a number from 0 up")
+        for name in ("seed", "ahead"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} is {getattr(self, name)}: expected a number from 0 up")
         if self.steps is not None and not 1 <= self.steps[0] <= self.steps[1] <= 1000:
             raise UserError(f"steps are {self.steps[0]} to {self.steps[1]}: expected a rising range within 1 to 1000")
 
@@ -124,13 +128,16 @@ def moments(steps: int, wanted: int) -> list[int]:
 
 def collect(
     zoo: Zoo, settings: CollectSettings, folder: str | Path, label: Labeller, labels: str,
-    part: tuple[int, int] = (0, 1), progress: Callable[[int, int], None] | None = None,
+    part: tuple[int, int] = (0, 1), progress: Callable[[int, int], None] | None = None, critic: Critic | None = None,
 ) -> dict[str, int]:  # fmt: skip
     """Make the shards that are missing; returns how many were made and how many were there already.
 
     labels: what the labeller is, for the job's record. part: (i, n) makes only shards i, i + n, ...; progress: called
-    with (trajectories done, in all). Raises UserError for a folder that holds other settings.
+    with (trajectories done, in all). critic: who reads looks ahead and finished pictures. Raises UserError for a folder
+    that holds other settings, and for looks ahead without a critic.
     """
+    if settings.ahead and critic is None:
+        raise UserError("looking ahead needs somebody who reads the pictures: give a critic")
     store = PartStore(folder, job_settings(zoo, settings, labels))
     made = there = 0
     for number in range(part[0], settings.shards, part[1]):
@@ -138,7 +145,7 @@ def collect(
             there += 1
         else:
             one = plan(settings, zoo, number)
-            shard = trajectories(zoo, one, settings, label)
+            shard = trajectories(zoo, one, settings, label, critic)
             with store.writing(shard_name(number)) as path:
                 write_shard(path, shard)
             made += 1
@@ -155,15 +162,22 @@ def job_settings(zoo: Zoo, settings: CollectSettings, labels: str) -> dict[str, 
     return {"kind": "trajectories", "model": model, "members": members, "labels": labels, **asdict(settings)}
 
 
-def trajectories(zoo: Zoo, one: ShardPlan, settings: CollectSettings, label: Labeller) -> Shard:
-    """Draw one shard's pictures, and keep what was to be seen on the way."""
+def trajectories(
+    zoo: Zoo, one: ShardPlan, settings: CollectSettings, label: Labeller, critic: Critic | None = None
+) -> Shard:  # fmt: skip
+    """Draw one shard's pictures, and keep what was to be seen on the way and what the critic reads."""
     drawn = one.drawn
     kept: list[Seen] = []
+    guesses: dict[float, list[tuple[tuple[int, ...], Tensor]]] = {}
 
     def callback(step: Step) -> None:
         seen = observer(step)  # at every step: running figures need all of them
         if wanted(step.i, step.total):
+            before = kept[-1].progress if step.i and kept else 0.0
             kept.append(seen)
+            share = due(seen.progress, before, SHARES) if affordable(settings.ahead, step.total) else None
+            if share is not None:
+                guesses.setdefault(share, []).append((step.indices, finish(step, settings.ahead)))
 
     def wanted(i: int, total: int) -> bool:
         return i in moments(total, settings.moments)
@@ -172,13 +186,14 @@ def trajectories(zoo: Zoo, one: ShardPlan, settings: CollectSettings, label: Lab
         found = generate(zoo.model, one.prompts, one.seeds, drawn.settings, callback, adapters=adapters)
     pictures = np.stack([np.asarray(g.image) for g in found])
     said = label(pictures, one.prompts, drawn)
+    readings = _readings(zoo.model, pictures, guesses, one.prompts, settings.ahead, critic)
     records = [
         Trajectory(
             f"{drawn.member.name}-{one.number}-{i}", prompt, prompt_id(prompt), seed, drawn.member.name,
             drawn.settings.sampler, drawn.settings.steps, drawn.settings.guidance, say.label, drawn.settings.spacing,
-            split=settings.split, extra={"model": zoo.model.name, **drawn.described, **(say.extra or {})},
+            split=settings.split, extra={"model": zoo.model.name, **drawn.described, **(say.extra or {}), **read},
         )
-        for i, (prompt, seed, say) in enumerate(zip(one.prompts, one.seeds, said, strict=True))
+        for i, (prompt, seed, say, read) in enumerate(zip(one.prompts, one.seeds, said, readings, strict=True))
     ]  # fmt: skip
     tensors = samples(kept, len(records))
     if settings.pictures:
@@ -187,6 +202,24 @@ def trajectories(zoo: Zoo, one: ShardPlan, settings: CollectSettings, label: Lab
     if masks and all(mask is not None for mask in masks):
         tensors["mask"] = torch.from_numpy(np.stack([m for m in masks if m is not None]))
     return Shard(records, tensors, space_of(zoo.model))
+
+
+def _readings(
+    model: Any, pictures: np.ndarray, guesses: dict[float, list[tuple[tuple[int, ...], Tensor]]],
+    prompts: Sequence[str], calls: int, critic: Critic | None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """What records say of looks ahead: `ahead` is the calls of a look and the severity read by share, END included."""
+    if critic is None or not calls:
+        return [{}] * len(prompts)
+    found: list[dict[str, float]] = [{"calls": calls} for _ in prompts]
+    for share, parts in guesses.items():
+        for indices, guess in parts:
+            read = critic(decode_pictures(model.vae, guess).numpy(), [prompts[i] for i in indices])
+            for i, severity in zip(indices, read.tolist(), strict=True):
+                found[i][str(share)] = round(severity, 4)
+    for i, severity in enumerate(critic(pictures, prompts).tolist()):
+        found[i][str(END)] = round(severity, 4)
+    return [{"ahead": one} for one in found]
 
 
 def samples(kept: Sequence[Seen], n: int) -> dict[str, Tensor]:

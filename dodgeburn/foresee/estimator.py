@@ -25,6 +25,7 @@ from torch import Tensor
 
 from dodgeburn.checkpoint.tensorfile import TensorFile, load_tensors, save_tensors
 from dodgeburn.errors import DodgeburnWarning, UserError
+from dodgeburn.foresee.ahead import Ahead
 from dodgeburn.foresee.feed import words_of
 from dodgeburn.foresee.labels import BAD_FROM, TYPES
 from dodgeburn.foresee.network import BEFORE, ExitHeads, Network, NetworkSettings, Outputs, at_least
@@ -136,6 +137,11 @@ class Estimator:
     def looks(self) -> int:
         """How many moments of a trajectory it was trained on: at so many it looks while pictures are made."""
         return int(self.record.get("looks", 8))
+
+    @property
+    def ahead(self) -> Ahead | None:
+        """How it looks ahead; None if it doesn't."""
+        return Ahead.of(self.record["ahead"]) if "ahead" in self.record else None
 
     @property
     def tensors(self) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""How good an estimator is, on trajectories it has not seen: figures by share of the steps, savings, baselines.
+"""How good an estimator is, on trajectories it has not seen: figures by share of the steps, baselines.
 
 "Within a prompt" means: of one prompt, one generator and the same settings, so that only the seed differs. Intervals
 are over prompts (all pictures of a drawn prompt go together).
@@ -14,15 +14,15 @@ import numpy as np
 
 from dodgeburn.errors import UserError
 from dodgeburn.foresee import savings, scores
+from dodgeburn.foresee.ahead import Ahead, Plan, with_readings
 from dodgeburn.foresee.baselines import TRAINED, baseline_scores
 from dodgeburn.foresee.estimator import Estimator, judge_all
 from dodgeburn.foresee.feed import Where, whole
-from dodgeburn.foresee.policy import GRID, Outcome, Way, choose, described, on_grid, outcome, policy_of
+from dodgeburn.foresee.policy import GRID, NEAR, Way, on_grid
 from dodgeburn.foresee.shards import Store, Trajectory, slot_of
 from dodgeburn.foresee.train import FitSettings, parts_of, usable
 from dodgeburn.measure.intervals import Interval
-
-TARGETS = (2, 4, 8)  # best of so many complete pictures, for which funnels are chosen
+from dodgeburn.sampling.settings import TWO_CALLS
 
 
 @dataclass
@@ -47,24 +47,49 @@ class Judgements:
             self.severity[index], self.true[index], self.is_bad[index], self.prompt[index], self.slot[index],
         )  # fmt: skip
 
+    def reading(self, ahead: Ahead, plan: Plan) -> Judgements:
+        """The same where pictures are read at the shares of `plan`. Of judgements without readings only."""
+        ways = [with_readings(way, readings_of(r, ahead.calls), ahead, plan, calls_of(r))
+                for way, r in zip(self.ways, self.records, strict=True)]  # fmt: skip
+        return _gathered(ways, self.records)
+
     def slots(self, least: int = 4) -> savings.Slots | None:
         """As slots of equal size."""
         return savings.slots_of(self.rank, self.true, self.slot.tolist(), self.prompt.tolist(), least)
 
 
-def judge(estimator: Estimator, store: Store, where: Where) -> Judgements:
-    """Run an estimator over the labelled trajectories that `where` lets through. UserError if there are none."""
+def judge(estimator: Estimator, store: Store, where: Where, plan: Plan | None = None) -> Judgements:
+    """Run an estimator over the labelled trajectories that `where` lets through, reading pictures ahead at the shares
+    of `plan` (none: wherever it can), as far as that was collected. UserError if there are no trajectories."""
     check_space(estimator, store)
     names = tuple(dict.fromkeys((*estimator.tensors, "progress")))
     rows, records = judge_all(estimator, whole(store, where, names))
     if not rows:
         raise UserError(f"{', '.join(map(str, store.folders))}: no labelled trajectories to evaluate on there")
-    grid = {n: np.stack([on_grid(r[n], r["progress"]) for r in rows]) for n in ("bad", "rank", "severity")}
+    found = _gathered(rows, records)
+    if estimator.ahead is None:
+        return found
+    return found.reading(estimator.ahead, estimator.ahead.plans[-1] if plan is None else plan)
+
+
+def _gathered(ways: Sequence[Way], records: Sequence[Trajectory]) -> Judgements:
+    grid = {n: np.stack([on_grid(w[n], w["progress"], near=NEAR) for w in ways]) for n in ("bad", "rank", "severity")}
     return Judgements(
-        records, rows, grid["bad"], grid["rank"], grid["severity"], np.array([r.label.severity for r in records]),
-        np.array([r.label.bad for r in records]), np.array([r.prompt_id for r in records]),
-        np.array([slot_of(r) for r in records]),
+        list(records), ways, grid["bad"], grid["rank"], grid["severity"],
+        np.array([r.label.severity for r in records if r.label]), np.array([r.label.bad for r in records if r.label]),
+        np.array([r.prompt_id for r in records]), np.array([slot_of(r) for r in records]),
     )  # fmt: skip
+
+
+def readings_of(record: Trajectory, calls: int) -> dict[float, float]:
+    """The severities read of a picture, by share; none if looks took another number of calls."""
+    found = {k: v for k, v in record.extra.get("ahead", {}).items()}
+    return {float(k): float(v) for k, v in found.items() if k != "calls"} if found.get("calls") == calls else {}
+
+
+def calls_of(record: Trajectory) -> int:
+    """Model calls of a picture made to its end (guided ones count once)."""
+    return 2 * record.steps - 1 if record.sampler in TWO_CALLS else record.steps
 
 
 def check_space(estimator: Estimator, store: Store) -> None:
@@ -80,38 +105,6 @@ def check_space(estimator: Estimator, store: Store) -> None:
 def column(share: float) -> int:
     """Index in the grid of a share of the steps."""
     return max(0, round(share * GRID) - 1)
-
-
-def choose_rules(estimator: Estimator, store: Store, settings: FitSettings, limit: float = 0.05) -> dict[str, Any]:
-    """Choose the rule and the funnels on the prompts that were kept aside for it, and put them into the estimator's
-    record. Returns what each kind of rule did there."""
-    place = parts_of(store, settings)
-    found = judge(estimator, store, lambda r: usable(r, settings) and place.get(r.prompt_id) == "choice")
-    name, policy, every = choose(found.ways, found.is_bad, limit, groups=found.prompt)
-    estimator.record["policy"] = described(policy)
-    estimator.record["policy_limit"] = limit
-    estimator.record["funnels"] = {}
-    slots = found.slots()
-    if slots is not None:
-        n = slots.severity.shape[1]
-        curve = savings.best_of(slots).mean(0)
-        for target in (t for t in TARGETS if t <= n):
-            funnel = savings.cheapest(slots, float(curve[target - 1]), n)
-            estimator.record["funnels"][str(target)] = _plain(funnel)
-        if n >= 8:
-            ninety = savings.cheapest(slots, float(curve[0] - 0.9 * (curve[0] - curve[7])), 8)
-            estimator.record["funnel_90_of_8"] = _plain(ninety)
-    rules = {kind: {"rule": described(p), **_outcome(o)} for kind, (p, o) in every.items()}
-    return {"chosen": name, "pictures": len(found.ways), "rules": rules}
-
-
-def _plain(funnel: savings.Funnel) -> dict[str, Any]:
-    """As JSON has it."""
-    return {"begin": funnel.begin, "stages": [list(stage) for stage in funnel.stages]}
-
-
-def _outcome(o: Outcome) -> dict[str, float]:
-    return {k: round(v, 4) for k, v in vars(o).items()}
 
 
 def figures(found: Judgements, resamples: int = 300) -> dict[str, Interval]:
@@ -145,6 +138,12 @@ def _mean(values: np.ndarray) -> float:
     return float(known.mean()) if len(known) else float("nan")
 
 
+def prices(found: Judgements) -> dict[str, float]:
+    """Model calls made until 25 and 50 % of the steps, looks ahead among them, as a share of a picture's own."""
+    spent = [on_grid(way.get("spent", way["progress"]), way["progress"], near=NEAR) for way in found.ways]
+    return {str(p): float(np.mean([row[column(p / 100)] for row in spent])) for p in (25, 50)}
+
+
 def curves(found: Judgements) -> dict[str, list[float]]:
     """The same by share of the steps, 5 % apart, without intervals."""
     g = range(GRID)
@@ -156,51 +155,6 @@ def curves(found: Judgements) -> dict[str, list[float]]:
         "ece": [scores.calibration_error(found.bad[:, i], found.is_bad) for i in g],
         "sd_ratio": [scores.spread_ratio(found.severity[:, i], found.true) for i in g],
     }  # fmt: skip
-
-
-def saved(estimator: Estimator, found: Judgements, resamples: int = 300) -> dict[str, Any]:
-    """Savings of the estimator's funnels and rule, as they were chosen on other prompts.
-
-    saved_best_of_N: against as many complete pictures as reach the funnel's own quality here. saved_best_of_8_at_90:
-    against running all 8, with the share of the gain that was reached.
-    """
-    out: dict[str, Any] = {}
-    policy = policy_of(estimator.record.get("policy", {"kind": "never"}))
-    rule = outcome(policy, found.ways, found.is_bad)
-    out["rule"] = {"kind": policy.kind, **_outcome(rule)}  # type: ignore[attr-defined]
-    out["good_rejected"] = scores.over_prompts(
-        lambda rows: outcome(policy, [found.ways[i] for i in rows], found.is_bad[rows]).good_rejected, found.prompt,
-        min(resamples, 100),
-    )  # fmt: skip
-    slots = found.slots()
-    if slots is None:
-        return out
-    whole_ones, n = savings.best_of(slots), slots.severity.shape[1]
-    out["best_of"] = [round(float(v), 4) for v in whole_ones.mean(0)]
-    wanted = [(f"saved_best_of_{t}", value) for t, value in estimator.record.get("funnels", {}).items()]
-    for key, value in wanted:
-        funnel = savings.Funnel(value["begin"], tuple((s, k) for s, k in value["stages"]))
-        if funnel.begin > n:
-            continue
-        reached = savings.run(funnel, slots)
-
-        def share(rows: np.ndarray, reached: np.ndarray = reached, price: float = funnel.price) -> float:
-            return 1 - price / savings.equal_price(float(reached[rows].mean()), whole_ones[rows].mean(0))
-
-        out[key] = scores.over_prompts(share, slots.prompt, resamples)
-        out[f"{key}_detail"] = {
-            "funnel": value, "price": round(funnel.price, 3), "severity": round(float(reached.mean()), 4),
-            "equals_best_of": round(savings.equal_price(float(reached.mean()), whole_ones.mean(0)), 3),
-        }  # fmt: skip
-    if "funnel_90_of_8" in estimator.record and n >= 8:
-        value = estimator.record["funnel_90_of_8"]
-        funnel = savings.Funnel(value["begin"], tuple((s, k) for s, k in value["stages"]))
-        reached = savings.run(funnel, slots)
-        out["saved_best_of_8_at_90"] = 1 - funnel.price / 8
-        out["gain_of_8"] = scores.over_prompts(
-            lambda rows: savings.gain(float(reached[rows].mean()), whole_ones[rows].mean(0), 8), slots.prompt, resamples
-        )
-    return out
 
 
 def against_baselines(
@@ -244,7 +198,7 @@ def moments(store: Store, where: Where) -> tuple[list[Trajectory], np.ndarray]:
         for i, record in enumerate(batch.records):
             k = int(batch.there[i].sum())
             progress, scalars = batch.tensors["progress"][i, :k].numpy(), batch.tensors["scalars"][i, :k].numpy()
-            rows.append(on_grid(scalars, progress))
+            rows.append(on_grid(scalars, progress, near=NEAR))
             records.append(record)
     return records, np.stack(rows) if rows else np.zeros((0, GRID, 0))
 

@@ -7,6 +7,7 @@ Gauss-Newton steps move the continuous ones until the drawing lies over the pict
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,6 +61,12 @@ def nearest(picture: np.ndarray, start: Attributes, looks: tuple[Look, ...] = ("
     target = picture.astype(np.float32)
     fits = [_in_look(target, start, look) for look in looks]
     return min(fits, key=lambda fit: _cost(target - fit.pixels))
+
+
+def likeliest_look(picture: np.ndarray, start: Attributes, looks: Sequence[Look]) -> Look:
+    """The look in which a reader's reading, drawn as it is, lies nearest to the picture uint8 [64, 64, 3]."""
+    target = picture.astype(np.float32)
+    return min(looks, key=lambda look: _cost(target - _draw(start, look)))
 
 
 def _draw(a: Attributes, look: Look) -> np.ndarray:

@@ -1,7 +1,9 @@
 """When to give a picture up: rules over the estimates of its denoising steps, with a bound on good pictures lost.
 
-A way is what the estimator said of one picture: `bad` (P(severity >= 3)), `exit` (lambda), `hazard`, `progress`, each
-[k], one entry a step. A rule looks at a way up to some step and says where, if anywhere, it is given up. Four kinds:
+A way is what the estimator said of one picture: `bad` (P(severity >= 3)), `severity`, `exit` (lambda), `hazard`,
+`progress`, and `spent` (progress with looks ahead, if there are any), each [k], one entry a step. A rule looks at a way
+up to some step and says where, if anywhere, it is given up. Four kinds are chosen among (the fifth, `Looks`, is a
+search's: `search.py`):
 
 - **fixed**: at one share of the steps, where P(bad) > theta.
 - **exit** (PALBERT, arXiv 2204.03276): CDF_k = 1 - prod_{j<=k} (1 - lambda_j). At the first k with CDF_k >= q the
@@ -28,6 +30,7 @@ from dodgeburn.errors import UserError
 Way = Mapping[str, np.ndarray]
 GRID = 20  # shares of the steps at which backward induction has thresholds
 BINS = 12  # of P(bad), in backward induction
+NEAR = 0.04  # looks fall on whole steps, so up to this much before a share
 EARLIEST = 0.1  # share of the steps before which no rule gives up
 
 
@@ -124,8 +127,23 @@ class Induction:
         return int(out[0]) if len(out) else None
 
 
+@dataclass(frozen=True)
+class Looks:
+    """At the first moments from some shares of the way on: expected severity > theta, ((share, theta), ...)."""
+
+    looks: tuple[tuple[float, float], ...]
+    kind: str = "looks"
+
+    def first(self, way: Way) -> int | None:
+        for share, theta in sorted(self.looks):
+            ready = np.flatnonzero(way["progress"] >= share - NEAR)
+            if len(ready) and way["severity"][ready[0]] > theta:
+                return int(ready[0])
+        return None
+
+
 KINDS: dict[str, Callable[..., Policy]] = {
-    "never": Never, "fixed": Fixed, "exit": Exit, "hazard": Hazard, "induction": Induction,
+    "never": Never, "fixed": Fixed, "exit": Exit, "hazard": Hazard, "induction": Induction, "looks": Looks,
 }  # fmt: skip
 
 
@@ -184,7 +202,7 @@ def outcome(
     """Run a rule over whole ways with known ends. groups [n]: whose pictures are alike (a prompt's); none: nobody's."""
     bad = np.asarray(bad, bool)
     stops = [policy.first(way) for way in ways]
-    spent = np.array([1.0 if s is None else way["progress"][s] for s, way in zip(stops, ways, strict=True)])
+    spent = np.array([_spent(way, s) for s, way in zip(stops, ways, strict=True)])
     out = np.array([s is not None for s in stops])
     lost, good = int((out & ~bad).sum()), int((~bad).sum())
     delivered = int((~out & ~bad).sum())
@@ -196,6 +214,12 @@ def outcome(
         per_good=float(spent.sum() / delivered) if delivered else float("inf"),
         bad_delivered=float(bad[~out].mean()) if (~out).any() else float("nan"),
     )
+
+
+def _spent(way: Way, stop: int | None) -> float:
+    """Evaluations until there, in whole pictures; `spent` has those of looks ahead in it."""
+    made = way.get("spent", way["progress"])
+    return float(made[stop]) if stop is not None else float(made[-1]) if "spent" in way else 1.0
 
 
 # --------------------------------------------------------------------------------------------------- choosing
@@ -292,9 +316,10 @@ def backward_induction(ways: Sequence[Way], bad: np.ndarray, price: float) -> In
     return Induction(tuple(thetas), price)
 
 
-def on_grid(values: np.ndarray, progress: np.ndarray, points: int = GRID) -> np.ndarray:
-    """Values at shares 1/points, 2/points ... 1 of the way: the last known there, the first before that."""
-    at = np.searchsorted(progress, (np.arange(points) + 1) / points + 1e-6, side="right") - 1
+def on_grid(values: np.ndarray, progress: np.ndarray, points: int = GRID, near: float = 1e-6) -> np.ndarray:
+    """Values at shares 1/points, 2/points ... 1 of the way: the last known there, the first before that. near: by how
+    much a moment may lie after a share and still count as there (a quarter of 15 steps is 4 of them)."""
+    at = np.searchsorted(progress, (np.arange(points) + 1) / points + near, side="right") - 1
     return np.asarray(values)[np.maximum(at, 0)]
 
 

@@ -138,13 +138,20 @@ def slots_of(
     rank: np.ndarray, severity: np.ndarray, group: Sequence[str], prompt: Sequence[str], least: int = 4
 ) -> Slots | None:
     """Slots from pictures [n]: groups cut to the size that most have; None if no group has `least` pictures."""
+    index = members_of(group, least)
+    if not len(index):
+        return None
+    return Slots(rank[index], severity[index], np.array([prompt[rows[0]] for rows in index]))
+
+
+def members_of(group: Sequence[str], least: int = 4) -> np.ndarray:
+    """Indices [slots, n] of the pictures of each group, cut to the size that most have; none if no group has
+    `least`."""
     members: dict[str, list[int]] = {}
     for i, name in enumerate(group):
         members.setdefault(name, []).append(i)
     sizes = [len(rows) for rows in members.values() if len(rows) >= least]
     if not sizes:
-        return None
+        return np.zeros((0, 0), dtype=np.int64)
     size = max(set(sizes), key=lambda s: (s * sum(x >= s for x in sizes), s))
-    kept = [rows[:size] for rows in members.values() if len(rows) >= size]
-    index = np.array(kept)
-    return Slots(rank[index], severity[index], np.array([prompt[rows[0]] for rows in kept]))
+    return np.array([rows[:size] for rows in members.values() if len(rows) >= size])

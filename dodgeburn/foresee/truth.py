@@ -84,12 +84,13 @@ def find_artifacts(
     """
     if len(pictures) != len(prompts):
         raise ValueError(f"{len(pictures)} pictures but {len(prompts)} prompts")
-    small = pictures if pictures.shape[1] == SIZE else np.stack([_reduced(p) for p in pictures])
+    small = pictures if pictures.shape[1] == SIZE else np.stack([reduced(p) for p in pictures])
     readings = reader.read(small)
     return [_one(small[i], parse(prompts[i]), readings, i, looks) for i in range(len(small))]
 
 
-def _reduced(picture: np.ndarray) -> np.ndarray:
+def reduced(picture: np.ndarray) -> np.ndarray:
+    """A picture uint8 [k 64, k 64, 3] averaged to 64 pixels a side."""
     k = picture.shape[0] // SIZE
     return picture.reshape(SIZE, k, SIZE, k, 3).mean((1, 3)).round().astype(np.uint8)
 

@@ -50,6 +50,10 @@ class Generated:
     tuned: Tuned | None = None  # of which a part was added
 
 
+def _nobody(x: Tensor, sigma: float) -> Tensor:
+    raise RuntimeError("this step was not made by a sampler: there is no model to ask")
+
+
 @dataclass(frozen=True)
 class Step:
     """What a callback sees after each model call of a batch of n pictures.
@@ -67,6 +71,9 @@ class Step:
     indices: tuple[int, ...]  # the n pictures' positions in `prompts`
     batch: int  # 0-based batch
     batches: int
+    ask: Callable[[Tensor, float], Tensor] = _nobody
+    """`ask(x, sigma)`: the model's guess of the clean latents for other latents [n, c, h, w] (variance exploding) of
+    these pictures at another noise level; a model call like the sampler's own."""
 
 
 Callback = Callable[[Step], bool | Sequence[bool] | Tensor | None]
@@ -328,14 +335,18 @@ class _Batch:
     def _denoise(self, x: Tensor, denoiser: Denoiser | Blend, callback: Callback | None) -> tuple[Tensor, bool]:
         solver = SOLVERS[self.settings.sampler]
         plan = self.plan
-        history = History(self._noise, lambda x, sigma: denoiser(x, sigma, plan.timestep_at(sigma), i))
+
+        def ask(x: Tensor, sigma: float) -> Tensor:
+            return denoiser(x, sigma, plan.timestep_at(sigma), i)
+
+        history = History(self._noise, ask)
         for i, timestep in enumerate(plan.timesteps):
             sigma, sigma_next = plan.sigmas[i], plan.sigmas[i + 1]
             denoised = denoiser(x, sigma, timestep, i)
             if callback is not None:
                 seen = x * (1 / math.sqrt(sigma * sigma + 1))
                 step = Step(i, len(plan.timesteps), sigma, timestep, seen, denoised, tuple(self.indices),
-                            self.number, self.batches)  # fmt: skip
+                            self.number, self.batches, ask)  # fmt: skip
                 rows = _kept(callback(step), len(x))
                 if rows is None:
                     return x, True

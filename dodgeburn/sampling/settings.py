@@ -11,7 +11,9 @@ from dodgeburn.sampling.emphasis import SYNTAXES
 from dodgeburn.sampling.spelling import nearest, resolve
 from dodgeburn.sampling.thresholding import Thresholding
 
-__all__ = ["ALIASES", "SAMPLERS", "SPACINGS", "STOCHASTIC", "GenerateSettings", "Thresholding", "nearest"]
+__all__ = [
+    "ALIASES", "SAMPLERS", "SPACINGS", "STOCHASTIC", "TWO_CALLS", "GenerateSettings", "Thresholding", "nearest",
+]  # fmt: skip
 
 # Our name -> (name in A1111's infotext, name in ComfyUI's KSampler). For dpmpp_3m_sde_o3, which they don't have, the
 # nearest; what their names mean when read is in ALIASES.
@@ -37,6 +39,9 @@ STOCHASTIC = (
     "euler_a", "dpm2_a", "dpmpp_2s_a", "dpmpp_sde", "dpmpp_2m_sde", "dpmpp_2m_sde_heun", "dpmpp_3m_sde",
     "dpmpp_3m_sde_o3",
 )  # fmt: skip
+
+TWO_CALLS = ("heun", "dpm2", "dpm2_a", "dpmpp_2s_a", "dpmpp_sde")
+"""Samplers that ask the U-Net twice a step, except in the last one."""
 
 # Our name (diffusers' where there is one) -> (A1111 "Schedule type", ComfyUI scheduler). The three uniform
 # ones go by what the schedules do: trailing takes the same time steps as "Simple", linspace as
