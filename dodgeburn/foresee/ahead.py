@@ -39,6 +39,7 @@ END = 1.0
 """Stands for the finished picture, which is read without further calls."""
 CALLS = 3
 DOWN = 10.0  # by how much the noise level falls in those calls
+HAZE = 2.0  # grey levels
 MOST = 0.25  # of a picture's steps that one look may cost: with fewer steps there is none
 
 Critic = Callable[[np.ndarray, Sequence[str]], np.ndarray]
@@ -90,6 +91,12 @@ def pocket_critic(reader_name: str = "reader") -> Critic:
         return out
 
     return read
+
+
+def hazy(pictures: np.ndarray, seed: int) -> np.ndarray:
+    """Pictures uint8 with two grey levels of noise, which nobody sees."""
+    noisy = pictures + np.random.default_rng(seed).normal(0, HAZE, pictures.shape)
+    return noisy.round().clip(0, 255).astype(np.uint8)
 
 
 CRITICS: dict[str, Callable[[], Critic]] = {"pocket": pocket_critic}

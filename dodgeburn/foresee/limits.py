@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from dodgeburn.foresee import scores
+from dodgeburn.foresee.ahead import hazy
 from dodgeburn.foresee.feed import Where
 from dodgeburn.foresee.labels import BAD_FROM
 from dodgeburn.foresee.shards import Store, Trajectory, slot_of
@@ -23,7 +24,6 @@ from dodgeburn.models.model import Model
 from dodgeburn.pocket.reader import Reader
 
 SHARES = (0.25, 0.5, 0.75, 1.0)
-NOISE = 2.0  # grey levels: seen by nobody
 
 
 def limits(model: Model, store: Store, where: Where, most: int) -> dict[str, Any]:
@@ -60,6 +60,5 @@ def limits(model: Model, store: Store, where: Where, most: int) -> dict[str, Any
         decoded = decode_pictures(model.vae, torch.stack([g[k] for g in guesses])).numpy()
         out[f"oracle_{100 * share:.0f}"] = said(decoded)
     last = np.stack(pictures)
-    hazy = last + np.random.default_rng(0).normal(0, NOISE, last.shape)
-    out["noise"] = said(hazy.round().clip(0, 255).astype(np.uint8))
+    out["noise"] = said(hazy(last, 0))
     return {**out, "judge": said(last, "judge")}

@@ -143,7 +143,7 @@ class Looks:
 
 
 KINDS: dict[str, Callable[..., Policy]] = {
-    "never": Never, "fixed": Fixed, "exit": Exit, "hazard": Hazard, "induction": Induction, "looks": Looks,
+    "never": Never, "fixed": Fixed, "exit": Exit, "hazard": Hazard, "induction": Induction,
 }  # fmt: skip
 
 

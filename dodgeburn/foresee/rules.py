@@ -64,13 +64,13 @@ def _choose_numbers(estimator: Estimator, found: Judgements) -> None:
     if slots is None:
         return
     n = slots.severity.shape[1]
-    curve = savings.best_of(slots).mean(0)
-    wanted = {str(target): float(curve[target - 1]) for target in TARGETS if target <= n}
+    curve = savings.best_of(slots)
+    wanted = {str(target): curve[:, target - 1] for target in TARGETS if target <= n}
     if n >= 8:
-        wanted["90_of_8"] = float(curve[0] - 0.9 * (curve[0] - curve[7]))
+        wanted["90_of_8"] = curve[:, 0] - 0.9 * (curve[:, 0] - curve[:, 7])
     seeds = seeds_under(estimator, found)
     for key, quality in wanted.items():
-        funnel = savings.cheapest(slots, quality, n)
+        funnel = savings.cheapest(slots, float(quality.mean()), n)
         one_by_one = search.cheapest(seeds, quality, n)
         if one_by_one is not None and one_by_one[1] < funnel.price:
             plain = search.cheapest(seeds, quality, n, with_looks=False)

@@ -35,18 +35,21 @@ def show_rejection(
     estimator = Estimator.load()
     if space_of(model) != estimator.space:
         return None
-    looks: dict[int, list[np.ndarray]] = {}
+    looks: dict[int, list[np.ndarray]] = {}  # by the number of the fate
+    rounds = [0, 0]  # fates of the rounds before the running one, and of this one too
 
     def keep(step: Step) -> None:
+        if step.i == 0:  # one picture is asked for: a round is one batch
+            rounds[:] = [rounds[1], rounds[1] + len(step.indices)]
         if step.i in moments(step.total, estimator.looks):
             for index, picture in zip(step.indices, decode_pictures(model.vae, step.latents).numpy(), strict=True):
-                looks.setdefault(index, []).append(picture)
+                looks.setdefault(rounds[0] + index, []).append(picture)
 
     report.heading(HEADING)
     seeds = 0
     shown: tuple[str, Foreseen, dict[int, list[np.ndarray]], float] | None = None
     for prompt in prompts:
-        looks = {}
+        looks, rounds = {}, [0, 0]
         found = foresee(model, prompt, 1, 0, settings, estimator, Candidates(best_of), progress=keep)
         seeds += len(found.fates)
         if all(fate.step is None for fate in found.fates):
@@ -69,7 +72,7 @@ def show_rejection(
     own = f", and its own risk is {risk:.2f}: one has to be shown, however bad all look" if risk > GOOD else ""
     end = "was rejected" if fate.fate == REJECTED else fate.fate
     report.text(
-        f"{prompt!r}: {len(found.fates)} seeds were begun, and {len(out)} left the batch on the way. Seed {fate.seed} "
+        f"{prompt!r}: {len(found.fates)} seeds were begun, and {len(out)} were given up on the way. Seed {fate.seed} "
         f"{end} after step {fate.step} of {settings.steps}; the strip shows it until then. "
         f"{found.evaluations} U-Net evaluations were made instead of {found.full} for the best of {best_of} in full. "
         f"Guidance is {settings.guidance:g} here; the one kept is {why}{own}. "
