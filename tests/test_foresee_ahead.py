@@ -11,7 +11,7 @@ from tiny import tiny_model
 from dodgeburn.errors import UserError
 from dodgeburn.foresee import ahead as looking
 from dodgeburn.foresee.acting import KEPT, REJECTED, Candidates, Counter, foresee, search_of
-from dodgeburn.foresee.ahead import END, Ahead, Opinion, affordable, critic_of, due, finish, hazy, with_readings
+from dodgeburn.foresee.ahead import END, Ahead, Opinion, calls_for, critic_of, due, finish, hazy, with_readings
 from dodgeburn.foresee.collect import CollectSettings, collect, unlabelled
 from dodgeburn.foresee.evaluate import calls_of, readings_of
 from dodgeburn.foresee.rules import fit_opinions
@@ -67,21 +67,21 @@ def test_when_and_whether_to_look() -> None:
     assert [due(p, b, (0.25, 0.5)) for p, b in ((0.2, 0.1), (0.222, 0.1), (0.3, 0.222), (0.5, 0.3), (0.9, 0.1))] == [
         None, 0.25, None, 0.5, 0.5,
     ]  # fmt: skip
-    assert affordable(3, 12) and not affordable(3, 11) and not affordable(0, 20)
+    assert [calls_for(3, steps) for steps in (3, 4, 7, 8, 11, 12, 50)] == [0, 1, 1, 2, 2, 3, 3] and not calls_for(0, 20)
 
 
 def test_a_way_with_readings_by_hand() -> None:
     way = {"progress": np.array([0.222, 0.5, 0.75, 1.0]), "bad": np.full(4, 0.1), "severity": np.full(4, 1.0),
            "rank": np.array([5.0, 6, 7, 8])}  # fmt: skip
     ahead = Ahead(3, "pocket", {0.25: PLAIN, 0.5: PLAIN, END: PLAIN})
-    found = with_readings(way, {0.25: 4.0, 0.5: 2.0, END: 0.5}, ahead, (0.25, 0.5), 18)
+    found = with_readings(way, {0.25: 4.0, 0.5: 2.0, END: 0.5}, ahead, (0.25, 0.5), 18, 18)
     assert found["severity"].tolist() == [4, 2, 2, 2] and found["rank"].tolist() == [4, 2, 2, 2]
     np.testing.assert_allclose(found["bad"], 1 / (1 + np.exp(-np.array([3.0, -1, -1, -1]))))
     np.testing.assert_allclose(found["spent"], [0.222 + 3 / 18, 0.5 + 6 / 18, 0.75 + 6 / 18, 1 + 6 / 18])
     assert way["bad"].tolist() == [0.1] * 4, "the way handed in stays as it is"
-    last = with_readings(way, {0.25: 4.0, END: 0.5}, ahead, (END,), 18)
+    last = with_readings(way, {0.25: 4.0, END: 0.5}, ahead, (END,), 18, 18)
     assert last["severity"].tolist() == [1, 1, 1, 0.5] and last["spent"].tolist() == way["progress"].tolist()
-    nobody = with_readings(way, {}, ahead, (0.25, 0.5), 18)
+    nobody = with_readings(way, {}, ahead, (0.25, 0.5), 18, 18)
     assert nobody["rank"].tolist() == way["rank"].tolist() and nobody["spent"].tolist() == way["progress"].tolist()
 
 
@@ -152,8 +152,8 @@ def test_seeds_are_tried_until_one_is_good() -> None:
 
 
 @pytest.mark.usefixtures("critic")
-@pytest.mark.parametrize("steps, looks", [(12, 1), (11, 0)])
-def test_looks_are_paid_for_and_reject(steps: int, looks: int) -> None:
+@pytest.mark.parametrize("steps, looks, calls", [(12, 1, 3), (8, 1, 2), (3, 0, 0)])
+def test_looks_are_paid_for_and_reject(steps: int, looks: int, calls: int) -> None:
     model = tiny_model()
     record = searching(3, -1.0, ahead_policy={"policy": {"kind": "fixed", "at": 0.25, "theta": 0.0},
                                               "policy_plan": [0.25]})  # fmt: skip
@@ -161,8 +161,8 @@ def test_looks_are_paid_for_and_reject(steps: int, looks: int) -> None:
     found = foresee(model, WORDS, 1, 0, settings, untrained(model, **record), Candidates(4, look_ahead=True))
     assert [len([s for s in f.read if s < END]) for f in found.fates] == [looks] * 3
     quarter = found.fates[0].step or 0
-    assert [f.fate for f in found.fates] == [REJECTED, REJECTED, KEPT] and quarter == 3
-    assert found.evaluations == 2 * (2 * quarter + steps + 3 * 3 * looks)
+    assert [f.fate for f in found.fates] == [REJECTED, REJECTED, KEPT] and quarter == max(1, steps // 4)
+    assert found.evaluations == 2 * (2 * quarter + steps + 3 * calls * looks)
     with pytest.raises(UserError, match="does not look ahead"):
         foresee(model, WORDS, 1, 0, settings, untrained(model), Candidates(4, look_ahead=True))
 
@@ -187,7 +187,7 @@ def test_collected_looks_and_who_reads_them(tmp_path: object) -> None:
     assert len(records) == 9
     for r in records:
         read = readings_of(r, 3)
-        assert set(read) == ({0.25, 0.5, END} if r.steps >= 12 else {END}) and not readings_of(r, 2)
+        assert set(read) == ({0.25, 0.5, END} if r.steps >= 4 else {END}) and not readings_of(r, 2)
         assert calls_of(r) == (2 * r.steps - 1 if r.sampler in ("dpm2_a", "dpmpp_2s_a") else r.steps)
     with pytest.raises(UserError, match="ahead is -1"):
         CollectSettings(("a",), ("default",), 1, ahead=-1)

@@ -29,6 +29,12 @@ def test_train_score_and_evaluate(
     assert made["generators"] == ["damaged", "sound"] and made["rules"]["chosen"] in made["rules"]["rules"]
     assert out.stat().st_size < 1_000_000 and Estimator.load(out).record["policy"]
 
+    again = tmp_path / "again.safetensors"
+    assert main(["artifacts", "train", folder, "--network", str(out), "-o", str(again)]) == 0
+    assert f"the network is that of {out}; rules chosen on" in capsys.readouterr().out
+    old, new = Estimator.load(out), Estimator.load(again)
+    assert all(torch.equal(a, b) for a, b in zip(old.network.parameters(), new.network.parameters(), strict=True))
+
     lines = tmp_path / "scores.jsonl"
     assert main(["artifacts", "score", folder, "-e", str(out), "-o", str(lines), "--json"]) == 0
     said = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -49,6 +55,11 @@ def test_train_score_and_evaluate(
         (["train", "STORE", "-o", "x.json"], "must end in .safetensors"),
         (["train", "STORE", "--inputs", "pixels"], "inputs are pixels: expected some of x_t"),
         (["train", "nowhere"], "nowhere: no such folder"),
+        (["train", "STORE", "--network", "SHARD"], "no estimator of artifacts"),
+        (["train", "STORE", "--network", str(PACKAGED)], "28 features, the estimator was trained on"),
+        (["train", "STORE", "--network", str(PACKAGED), "--drawings", "9"], "have no effect with it"),
+        (["collect", "x", "--ratings", "r.jsonl", "--look-ahead", "3"], "have no effect with --ratings"),
+        (["collect", "x", "--look-ahead", "-1"], "ahead is -1"),
         (["score"], "no trajectories: name folders"),
         (["evaluate", "STORE", "--split", "some"], "--split is 'some'"),
         (["evaluate", "STORE", "-e", "SHARD"], "no estimator of artifacts"),
@@ -87,10 +98,20 @@ def test_generate_takes_seeds_out_and_says_so(tmp_path: Path, capsys: pytest.Cap
     assert Path(said["chart"]).read_bytes().startswith(b"\x89PNG")
 
 
+def test_generate_looks_ahead(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["generate", "a waving old person", "--best-of", "2", "--foresee", "--look-ahead", "--steps", "12"]
+    assert main([*args, "-o", str(tmp_path / "new"), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])["foresee"]
+    looked = [f for f in said["fates"] if set(f["read"]) - {"1"}]
+    assert looked and all(0 <= severity <= 5 for f in said["fates"] for severity in f["read"].values())
+    assert said["evaluations"] == 2 * sum((f["step"] or 12) + 3 * len(set(f["read"]) - {"1"}) for f in said["fates"])
+
+
 @pytest.mark.parametrize(
     "args, message",
     [
         (["--restarts", "2"], "--restarts does nothing without --foresee"),
+        (["--look-ahead"], "--look-ahead does nothing without --foresee"),
         (["--best-of", "0"], "--best-of is 0"),
         (["--foresee", "nowhere.safetensors"], "nowhere.safetensors"),
     ],
@@ -107,5 +128,6 @@ def test_the_packaged_estimator_is_small_and_says_where_it_comes_from() -> None:
     assert PACKAGED.stat().st_size <= 1_000_000
     record = estimator.record
     assert record["model"] == "pocket" and len(record["model_sha256"]) == 64 and record["seed"] == 0
+    assert estimator.ahead is not None and estimator.ahead.critic == "pocket" and "4" in record["searches"]
     assert record["training"]["steps"] >= 1500 and "pruned" not in record["generators"]
     assert all(torch.isfinite(p).all() for p in estimator.network.parameters())

@@ -93,7 +93,7 @@ def _score(options: Score) -> tuple[list[dict[str, Any]], dict[str, str]]:
             if not np.isfinite(way["bad"]).all():
                 raise UserError(f"trajectory {r.id!r} of {r.generator} has NaN or infinite features: collect it again")
             if ahead is not None:
-                way = with_readings(way, readings_of(r, ahead.calls), ahead, plan, calls_of(r))
+                way = with_readings(way, readings_of(r, ahead.calls), ahead, plan, r.steps, calls_of(r))
             stop = policy.first(way)
             rows.append({
                 "id": r.id, "prompt": r.prompt, "seed": r.seed, "generator": r.generator, "provenance": r.provenance,

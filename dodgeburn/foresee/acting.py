@@ -18,7 +18,7 @@ import numpy as np
 from torch import nn
 
 from dodgeburn.errors import UserError
-from dodgeburn.foresee.ahead import END, Plan, affordable, critic_of, due, finish
+from dodgeburn.foresee.ahead import END, Plan, calls_for, critic_of, due, finish
 from dodgeburn.foresee.collect import moments
 from dodgeburn.foresee.estimator import Estimator, State
 from dodgeburn.foresee.observe import Observer
@@ -134,9 +134,10 @@ class Watch:
     def _read(self, step: Step, progress: float, before: float) -> None:
         """Look ahead, if it is time: the critic reads what a few large steps lead to."""
         share = due(progress, before, [s for s in self.rules.plan if s < END])
-        if self.ahead is None or share is None or not affordable(self.ahead.calls, step.total):
+        calls = calls_for(self.ahead.calls, step.total) if self.ahead is not None else 0
+        if self.ahead is None or share is None or not calls:
             return
-        pictures = decode_pictures(self.model.vae, finish(step, self.ahead.calls)).numpy()
+        pictures = decode_pictures(self.model.vae, finish(step, calls)).numpy()
         read = critic_of(self.ahead.critic)(pictures, [self.prompts[i] for i in step.indices])
         for index, severity in zip(step.indices, read.tolist(), strict=True):
             self.fates[index].read[share] = severity

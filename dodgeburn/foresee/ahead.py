@@ -40,7 +40,7 @@ END = 1.0
 CALLS = 3
 DOWN = 10.0  # by how much the noise level falls in those calls
 HAZE = 2.0  # grey levels
-MOST = 0.25  # of a picture's steps that one look may cost: with fewer steps there is none
+MOST = 0.25  # of a picture's steps that one look may cost: of short ways the end is near anyway
 
 Critic = Callable[[np.ndarray, Sequence[str]], np.ndarray]
 """Pictures uint8 [n, h, w, 3] and their prompts -> severities [n], 0..5."""
@@ -48,9 +48,9 @@ Plan = tuple[float, ...]
 """Shares at which pictures are read, END included if finished ones are."""
 
 
-def affordable(calls: int, steps: int) -> bool:
-    """Whether a look is worth its calls in a picture of so many steps."""
-    return 0 < calls <= MOST * steps
+def calls_for(calls: int, steps: int) -> int:
+    """Calls of a look in a picture of so many steps: `calls` at most, fewer in a short one, none below four steps."""
+    return min(calls, int(MOST * steps))
 
 
 def due(progress: float, before: float, plan: Sequence[float]) -> float | None:
@@ -167,7 +167,7 @@ def _logit(p: np.ndarray) -> np.ndarray:
 class Ahead:
     """What belongs to looking ahead in an estimator's file: how far, who reads, and the opinions by share."""
 
-    calls: int
+    calls: int  # at most (`calls_for`)
     critic: str
     opinions: Mapping[float, Opinion]
 
@@ -194,13 +194,14 @@ class Ahead:
 
 
 def with_readings(
-    way: Mapping[str, np.ndarray], readings: Mapping[float, float], ahead: Ahead, plan: Plan, steps: int
+    way: Mapping[str, np.ndarray], readings: Mapping[float, float], ahead: Ahead, plan: Plan, steps: int,
+    whole: int,
 ) -> dict[str, np.ndarray]:  # fmt: skip
     """A way (`policy.py`) as it is when the picture is read at the shares of `plan`.
 
     From each reading on, `bad` and `severity` are the opinion's and `rank` is the reading, which tells seeds of one
     prompt apart best by itself; `spent` is the progress with the calls that were made. readings: severity by share,
-    where there are any. steps: model calls of a picture made to its end.
+    where there are any. steps: the sampler's; whole: model calls of a picture made to its end.
     """
     out = {name: np.array(values, dtype=float) for name, values in way.items()}
     out["spent"] = out["progress"].copy()
@@ -213,5 +214,5 @@ def with_readings(
         out["bad"][rows], out["severity"][rows] = ahead.opinions[share](read, own_bad, own_severity)
         out["rank"][rows] = readings[share]
         if share < END:
-            out["spent"][rows] += ahead.calls / steps
+            out["spent"][rows] += calls_for(ahead.calls, steps) / whole
     return out

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dodgeburn.errors import UserError
-from dodgeburn.foresee.ahead import END, SHARES, Critic, affordable, due, finish, hazy
+from dodgeburn.foresee.ahead import END, SHARES, Critic, calls_for, due, finish, hazy
 from dodgeburn.foresee.labels import Label
 from dodgeburn.foresee.observe import Observer, Seen, space_of
 from dodgeburn.foresee.shards import MAP_TENSORS, Shard, Trajectory, prompt_id, shard_name, write_shard
@@ -53,7 +53,7 @@ class CollectSettings:
     prompts: the texts. shards: how many. prompts_per_shard x seeds_per_prompt trajectories each. moments: samples of a
     trajectory, spread evenly over its steps (fewer where it has fewer steps). members: names of the zoo's members to
     draw from. split: what the records are marked as. fresh_noise: stochastic samplers draw new noise at each step
-    instead of following one path a seed. ahead: model calls of each look ahead (`ahead.py`); 0: nobody looks ahead.
+    instead of following one path a seed. ahead: model calls of a look ahead, at most (`ahead.py`); 0: none.
     """
 
     prompts: tuple[str, ...]
@@ -175,9 +175,9 @@ def trajectories(
         if wanted(step.i, step.total):
             before = kept[-1].progress if step.i and kept else 0.0
             kept.append(seen)
-            share = due(seen.progress, before, SHARES) if affordable(settings.ahead, step.total) else None
-            if share is not None:
-                guesses.setdefault(share, []).append((step.indices, finish(step, settings.ahead)))
+            calls, share = calls_for(settings.ahead, step.total), due(seen.progress, before, SHARES)
+            if calls and share is not None:
+                guesses.setdefault(share, []).append((step.indices, finish(step, calls)))
 
     def wanted(i: int, total: int) -> bool:
         return i in moments(total, settings.moments)

@@ -49,7 +49,7 @@ class Judgements:
 
     def reading(self, ahead: Ahead, plan: Plan) -> Judgements:
         """The same where pictures are read at the shares of `plan`. Of judgements without readings only."""
-        ways = [with_readings(way, readings_of(r, ahead.calls), ahead, plan, calls_of(r))
+        ways = [with_readings(way, readings_of(r, ahead.calls), ahead, plan, r.steps, calls_of(r))
                 for way, r in zip(self.ways, self.records, strict=True)]  # fmt: skip
         return _gathered(ways, self.records)
 

@@ -68,11 +68,14 @@ def show_rejection(
     index, fate = max(out, key=lambda item: item[1].risk[-1])
     become = generate(model, [prompt], [fate.seed], settings)[0]
     left = len(found.fates) - len(out)
-    why = "the last that was left" if left == 1 else f"the best of the {left} that were finished, by the last estimate"
+    why = (
+        "the only one that was finished" if left == 1 else f"the best of {left} finished ones, by the last estimate"
+    )
+    was = "1 was" if len(out) == 1 else f"{len(out)} were"
     own = f", and its own risk is {risk:.2f}: one has to be shown, however bad all look" if risk > GOOD else ""
     end = "was rejected" if fate.fate == REJECTED else fate.fate
     report.text(
-        f"{prompt!r}: {len(found.fates)} seeds were begun, and {len(out)} were given up on the way. Seed {fate.seed} "
+        f"{prompt!r}: {len(found.fates)} seeds were begun, and {was} given up on the way. Seed {fate.seed} "
         f"{end} after step {fate.step} of {settings.steps}; the strip shows it until then. "
         f"{found.evaluations} U-Net evaluations were made instead of {found.full} for the best of {best_of} in full. "
         f"Guidance is {settings.guidance:g} here; the one kept is {why}{own}. "
