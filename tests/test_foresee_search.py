@@ -15,9 +15,9 @@ def seeds(severity: np.ndarray, noise: float = 0.0, seed: int = 0) -> Seeds:
     return Seeds(seen, spent, severity + noise * rng.normal(size=severity.shape), np.ones(severity.shape), severity)
 
 
-def one_by_one(search: Search, s: Seeds, order: list[int], slot: int) -> tuple[float, float]:
+def one_by_one(search: Search, s: Seeds, order: list[int], slot: int) -> tuple[float, float, float]:
     """The same in plain words, for one slot and one order of its seeds."""
-    price, best, finished = 0.0, np.inf, np.inf
+    price, best, finished, handed = 0.0, np.inf, np.inf, np.nan
     for k, i in enumerate(order[: search.rounds]):
         spare = k == min(search.rounds, len(order)) - 1 and np.isinf(best)
         out = [share for share, theta in sorted(search.looks) if s.expected[share][slot, i] > theta and not spare]
@@ -25,10 +25,12 @@ def one_by_one(search: Search, s: Seeds, order: list[int], slot: int) -> tuple[f
             price += s.spent[out[0]][slot, i]
             continue
         price += s.whole[slot, i]
-        best, finished = min(best, s.end[slot, i]), min(finished, s.severity[slot, i])
+        if s.end[slot, i] < best:
+            best, handed = s.end[slot, i], s.severity[slot, i]
+        finished = min(finished, s.severity[slot, i])
         if best <= search.stop:
             break
-    return finished, price
+    return finished, price, handed
 
 
 @pytest.mark.parametrize("looks", [(), ((0.25, 2.0),), ((0.25, 3.0), (0.5, 1.0))])
@@ -38,12 +40,13 @@ def test_a_search_is_what_its_words_say(looks: tuple[tuple[float, float], ...], 
     search = Search(3, looks, stop)
     found = run(search, s, draws=7, seed=3)
     rng = np.random.default_rng(3)
-    said = np.zeros((5, 2))
+    said = np.zeros((5, 3))
     for _ in range(7):
         order = rng.permuted(np.tile(np.arange(4), (5, 1)), axis=1)
         said += [one_by_one(search, s, order[i].tolist(), i) for i in range(5)]
     np.testing.assert_allclose(found.severity, said[:, 0] / 7)
     np.testing.assert_allclose(found.price, said[:, 1] / 7)
+    np.testing.assert_allclose(found.chosen, said[:, 2] / 7)
 
 
 def test_without_looks_or_stop_it_is_the_best_of_n() -> None:

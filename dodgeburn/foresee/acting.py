@@ -192,7 +192,7 @@ class Candidates:
     """What each picture is to be as good as, and what happens when no seed is left.
 
     best_of: as good as the best of so many complete pictures. How many seeds are begun for that, and how many go on
-    when, is the estimator's funnel. restarts: how often a slot that has no good picture is begun anew, with seeds not
+    when, is the estimator's search, or its funnel. restarts: how often a slot that has no good picture is begun anew, with seeds not
     used so far; with 0 the last candidate of a slot is never taken out. rules: False begins just best_of seeds, runs
     all to their end and only chooses. look_ahead: seeds are also looked ahead, which costs calls and finds more of the
     bad ones early.
@@ -216,8 +216,9 @@ def foresee(
 ) -> Foreseen:  # fmt: skip
     """`count` pictures of a prompt, each the best of some seeds, the hopeless ones stopped on the way.
 
-    Picture j has as many seeds as the funnel begins with, counting up from first_seed; restarts take the next ones that
-    are free. `progress` is told of every step. Raises UserError for an estimator of another kind of model.
+    Picture j has as many seeds as the funnel begins with, counting up from first_seed; restarts and the further rounds
+    of a search, which begins one seed a picture, take the next ones that are free. `progress` is told of every step.
+    Raises UserError for an estimator of another kind of model, and for one that can't look ahead if that is wanted.
     """
     candidates = candidates or Candidates()
     estimator.check(model)

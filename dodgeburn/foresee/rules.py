@@ -188,7 +188,8 @@ def _reached(
         wanted = search.Search.of(value)
         seeds = next(s for s in seeds_under(estimator, found) if s.plan == wanted.plan)
         result = search.run(wanted, seeds)
-        return {"search": value}, result.severity, result.price
+        said = {"search": value, "severity_handed_out": round(float(result.chosen.mean()), 4)}
+        return said, result.severity, result.price
     funnel = savings.Funnel(funnel_value["begin"], tuple((s, k) for s, k in funnel_value["stages"]))
     n = slots.severity.shape
     reached = savings.run(funnel, slots) if funnel.begin <= n[1] else None

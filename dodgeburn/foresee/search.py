@@ -67,6 +67,7 @@ class Result(NamedTuple):
 
     severity: np.ndarray  # true one of the best finished picture: the user's eye chooses, as in `savings.py`
     price: np.ndarray
+    chosen: np.ndarray  # true severity of the one that is handed out: the least severe by its estimate
 
 
 def seeds_of(ways: Sequence[Way], severity: np.ndarray, members: np.ndarray, plan: Plan) -> Seeds:
@@ -89,10 +90,10 @@ def run(search: Search, seeds: Seeds, draws: int = 12, seed: int = 0) -> Result:
     rng = np.random.default_rng(seed)
     slots, n = seeds.severity.shape
     rounds = min(search.rounds, n)
-    severity, price = np.zeros(slots), np.zeros(slots)
+    severity, price, chosen = np.zeros(slots), np.zeros(slots), np.zeros(slots)
     for _ in range(draws):
         order = rng.permuted(np.tile(np.arange(n), (slots, 1)), axis=1)[:, :rounds]
-        best, finished = np.full(slots, math.inf), np.full(slots, math.inf)
+        best, finished, handed = np.full(slots, math.inf), np.full(slots, math.inf), np.zeros(slots)
         for k in range(rounds):
             rows = np.flatnonzero(best > search.stop)
             at = (rows, order[rows, k])
@@ -103,11 +104,11 @@ def run(search: Search, seeds: Seeds, draws: int = 12, seed: int = 0) -> Result:
                 cost[now] = seeds.spent[share][at][now]
                 out |= now
             price[rows] += cost
-            made = rows[~out]
-            best[made] = np.minimum(best[made], seeds.end[at][~out])
-            finished[made] = np.minimum(finished[made], seeds.severity[at][~out])
-        severity += finished
-    return Result(severity / draws, price / draws)
+            made, end, true = rows[~out], seeds.end[at][~out], seeds.severity[at][~out]
+            handed[made] = np.where(end < best[made], true, handed[made])
+            best[made], finished[made] = np.minimum(best[made], end), np.minimum(finished[made], true)
+        severity, chosen = severity + finished, chosen + handed
+    return Result(severity / draws, price / draws, chosen / draws)
 
 
 def searches(seeds: Seeds, most: int) -> list[Search]:

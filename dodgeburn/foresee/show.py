@@ -68,9 +68,7 @@ def show_rejection(
     index, fate = max(out, key=lambda item: item[1].risk[-1])
     become = generate(model, [prompt], [fate.seed], settings)[0]
     left = len(found.fates) - len(out)
-    why = (
-        "the only one that was finished" if left == 1 else f"the best of {left} finished ones, by the last estimate"
-    )
+    why = "the only one that was finished" if left == 1 else f"the best of {left} finished ones, by the last estimate"
     was = "1 was" if len(out) == 1 else f"{len(out)} were"
     own = f", and its own risk is {risk:.2f}: one has to be shown, however bad all look" if risk > GOOD else ""
     end = "was rejected" if fate.fate == REJECTED else fate.fate
