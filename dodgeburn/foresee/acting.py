@@ -192,10 +192,10 @@ class Candidates:
     """What each picture is to be as good as, and what happens when no seed is left.
 
     best_of: as good as the best of so many complete pictures. How many seeds are begun for that, and how many go on
-    when, is the estimator's search, or its funnel. restarts: how often a slot that has no good picture is begun anew, with seeds not
-    used so far; with 0 the last candidate of a slot is never taken out. rules: False begins just best_of seeds, runs
-    all to their end and only chooses. look_ahead: seeds are also looked ahead, which costs calls and finds more of the
-    bad ones early.
+    when, is the estimator's search, or its funnel. restarts: how often a slot that has no good picture is begun anew,
+    with seeds not used so far; in the last round the last candidate of a slot is never taken out. rules: False begins
+    just best_of seeds, runs all to their end and only chooses. look_ahead: seeds are also looked ahead, which costs
+    calls and finds more of the bad ones early.
     """
 
     best_of: int = 4
