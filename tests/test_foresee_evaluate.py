@@ -1,6 +1,7 @@
 """Savings at equal quality, ceilings, baselines, the first attempt's recipe: on worlds whose answer is known."""
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +22,11 @@ from dodgeburn.foresee.evaluate import (
     new_generators,
     rounded,
 )
+from dodgeburn.foresee.labels import one_opinion
 from dodgeburn.foresee.limits import limits
 from dodgeburn.foresee.network import Network, NetworkSettings
 from dodgeburn.foresee.policy import GRID
-from dodgeburn.foresee.rules import choose_rules, saved
+from dodgeburn.foresee.rules import RULES_ONLY, choose_rules, saved
 from dodgeburn.foresee.savings import Funnel, Slots
 from dodgeburn.foresee.shards import Shard, Space, Store, Trajectory, shard_name, write_shard
 from dodgeburn.foresee.train import FitSettings
@@ -111,6 +113,16 @@ def test_an_evaluation_has_all_figures(store: Store) -> None:
     assert abs(compared["baselines"]["settings only"]["srcc_50"]) < 0.2
     json_like = rounded(numbers)
     assert set(json_like["srcc_25"]) == {"value", "low", "high"}
+
+
+def test_rules_need_good_and_bad_pictures_to_be_chosen_on(tmp_path: Path) -> None:
+    store = made_up_store(tmp_path / "few", prompts=5)
+    for shard, path in zip(store.shards(), store.paths, strict=True):
+        records = [replace(r, split="train", label=one_opinion(4.0, "made up")) for r in shard.records]
+        write_shard(path, Shard(records, shard.tensors, shard.space))
+    network = Network(store.space, NetworkSettings(("scalars",), 8))
+    with pytest.raises(UserError, match=r"trajectories to choose rules on\): all 24 labels are 4"):
+        choose_rules(Estimator(network), Store(tmp_path / "few"), RULES_ONLY)
 
 
 def test_generators_that_are_new_are_told_apart(store: Store) -> None:

@@ -15,7 +15,7 @@ from dodgeburn.foresee import savings, scores, search
 from dodgeburn.foresee.ahead import END, Ahead, Opinion
 from dodgeburn.foresee.estimator import Estimator
 from dodgeburn.foresee.evaluate import Judgements, judge, readings_of, rounded
-from dodgeburn.foresee.feed import Where
+from dodgeburn.foresee.feed import Where, check_labels
 from dodgeburn.foresee.policy import NEAR, Outcome, choose, described, outcome, policy_of
 from dodgeburn.foresee.shards import Store
 from dodgeburn.foresee.train import FitSettings, parts_of, usable
@@ -29,7 +29,8 @@ TARGETS = (2, 4, 8)  # best of so many complete pictures, for which funnels are 
 def choose_rules(estimator: Estimator, store: Store, settings: FitSettings, limit: float = 0.05) -> dict[str, Any]:
     """Fit the opinions on looks ahead (if there are any) on the prompts of the calibration, choose the rule, the
     funnels and the searches on those that were kept aside for it, and put all into the estimator's record. Returns what
-    each kind of rule did there, under the plan that was chosen."""
+    each kind of rule did there, under the plan that was chosen. Raises UserError where labels teach nothing.
+    """
     place = parts_of(store, settings)
 
     def of(part: str) -> Judgements:
@@ -38,8 +39,12 @@ def choose_rules(estimator: Estimator, store: Store, settings: FitSettings, limi
 
     for key in ("ahead", "ahead_policy"):
         estimator.record.pop(key, None)
-    ahead = fit_opinions(of("calibration"))
-    found = of("choice")
+    opinion, found = of("calibration"), of("choice")
+    where = ", ".join(map(str, store.folders))
+    check_labels(found.records, f"{where} ({len(found.records)} trajectories to choose rules on)", 8)
+    if any("ahead" in r.extra for r in opinion.records):
+        check_labels(opinion.records, f"{where} ({len(opinion.records)} trajectories to learn from looks ahead)", 8)
+    ahead = fit_opinions(opinion)
     if ahead is not None:
         estimator.record["ahead"] = ahead.as_dict()
     under = {plan: found.reading(ahead, plan) for plan in ahead.plans} if ahead else {(): found}
