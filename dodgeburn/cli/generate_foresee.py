@@ -106,7 +106,8 @@ def record(found: Foreseen, options: Foresee, chart: Path | None) -> dict[str, A
     """What the JSON says of it."""
     return {
         "estimator": str(estimator_path(options)), "best_of": options.best_of,
-        "stops_early": options.foresee is not None, "evaluations": found.evaluations, "full_best_of": found.full,
+        "stops_early": options.foresee is not None, "search": None if found.search is None else found.search.as_dict(),
+        "evaluations": found.evaluations, "full_best_of": found.full,
         "saved": round(1 - found.evaluations / found.full, 4), "good": found.good,
         "fates": [fate.as_dict() for fate in found.fates], "chart": None if chart is None else str(chart),
     }  # fmt: skip
@@ -118,9 +119,10 @@ def summary(found: Foreseen, best_of: int) -> str:
     parts = ", ".join(f"{fates.count(name)} {name}" for name in dict.fromkeys(fates))
     share = 1 - found.evaluations / found.full
     saved = f"{share:.0%} less" if share >= 0 else f"{-share:.0%} more"
+    how = "" if found.search is None else ", tried one after another"
     return (
-        f"{len(fates)} seeds ({parts}): {found.evaluations:,} U-Net evaluations, {saved} than {found.full:,} for the "
-        f"best of {best_of} made in full; {found.good} of {len(found.pictures)} pictures good by estimate"
+        f"{len(fates)} seeds{how} ({parts}): {found.evaluations:,} U-Net evaluations, {saved} than {found.full:,} for "
+        f"the best of {best_of} made in full; {found.good} of {len(found.pictures)} pictures good by estimate"
     )
 
 

@@ -68,6 +68,7 @@ class Foreseen:
     evaluations: int  # samples that went through the U-Net
     full: int  # the same for `best_of` complete pictures a slot
     others: list[Generated]  # finished and not chosen
+    search: Search | None = None  # by which seeds were tried one after another; None: all of a slot at once
 
     @property
     def good(self) -> int:
@@ -259,7 +260,7 @@ def foresee(
         fate.fate = KEPT
     full = count * candidates.best_of * evaluations_of(settings)
     slots = sorted(chosen)
-    return Foreseen([chosen[s][1] for s in slots], slots, fates, counter.samples, full, others)
+    return Foreseen([chosen[s][1] for s in slots], slots, fates, counter.samples, full, others, search)
 
 
 def _rules(estimator: Estimator, candidates: Candidates, search: Search | None) -> Rules:
