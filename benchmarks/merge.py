@@ -5,12 +5,13 @@ again, also after Ctrl-C.
 
 `limit_s`: reading B plus `cp A OUT` in the same cache state; `limit_flushed_s`: the same with the copy flushed to the
 disk, which ours always is. `ours_s` hashes all files; `ours_kept_s` and `ratio_limit_kept` are the same merge with the
-inputs' hashes kept from a merge before (checkpoint/hash_cache.py); `cpu` is the processor time of both (all threads,
-imports included). `anon_mb`: the peak of anonymous memory (RssAnon: no
-mapped file pages) that a merge adds to what importing it takes, in a process of its own. `anon_mb_by_method`: the same
-of methods that look at whole tensors, on files with SDXL's names and its four largest tensors (the others are tiny),
-three models where a method takes them; `anon_mb_whole_tensor` is the largest of it, `whole_tensor_limit_mb` four times
-the largest tensor as float32. `fixed_s`: a merge of SDXL's 2 500 tensors cut to a few values each, imports not counted.
+inputs' hashes kept from a merge before (checkpoint/hash_cache.py). In these the system holds both inputs in memory if
+it can; `cold` are the same figures with the inputs put out of it before each job. `cpu` is the processor time of both
+(all threads, imports included). `anon_mb`: the peak of anonymous memory (RssAnon: no mapped file pages) that a merge
+adds to what importing it takes, in a process of its own. `anon_mb_by_method`: the same of methods that look at whole
+tensors, on files with SDXL's names and its four largest tensors (the others are tiny), three models where a method
+takes them; `anon_mb_whole_tensor` is the largest of it, `whole_tensor_limit_mb` four times the largest tensor as
+float32. `fixed_s`: a merge of SDXL's 2 500 tensors cut to a few values each, imports not counted.
 `ties_ratio`: TIES of three models over a base against the weighted sum of two, taking turns, at SD1.5's size (pocket's
 with --size pocket). `compare_*`: the 16 strategies x three bases put one after the other into a live pocket model, and
 how often that read all of both models' tensors. Medians of rounds. With --peer PYTHON, an interpreter with sd-mecha
@@ -117,6 +118,14 @@ def read(path: Path) -> float:
         while file.readinto(buffer):
             pass
     return time.perf_counter() - start
+
+
+def cold(job: Callable[[], float], *inputs: Path) -> float:
+    """The job's seconds where the system holds nothing of the inputs in memory."""
+    for path in inputs:
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return job()
 
 
 def copy(a: Path, out: Path, flush: bool = False) -> float:
@@ -263,6 +272,8 @@ def main() -> None:
         jobs = {
             "cp": lambda: copy(a, out), "cp_flushed": lambda: copy(a, out, flush=True), "read": lambda: read(b),
             "ours": run_ours, "ours_kept": lambda: run_ours(False),
+            "cp_cold": lambda: cold(lambda: copy(a, out), a), "read_cold": lambda: cold(lambda: read(b), b),
+            "ours_cold": lambda: cold(run_ours, a, b), "ours_kept_cold": lambda: cold(lambda: run_ours(False), a, b),
         }  # fmt: skip
         if options.peer:
             jobs["peer"] = lambda: peer(options.peer, a, b, out)
@@ -271,6 +282,7 @@ def main() -> None:
             found.clear()
         times = taking_turns(rounds, jobs)
         limits, flushed = ([x + y for x, y in zip(times[n], times["read"], strict=True)] for n in ("cp", "cp_flushed"))
+        limits_cold = [x + y for x, y in zip(times["cp_cold"], times["read_cold"], strict=True)]
         for path in (a, b, out):
             path.unlink()
         tiny = {key: tuple(min(side, 2) for side in shape) for key, shape in shapes_of("sdxl").items()}
@@ -281,26 +293,35 @@ def main() -> None:
         whole = whole_tensors(folder, WHOLE[:4] if options.quick else WHOLE)
     variants, live_s, reads = live_variants()
     median = statistics.median
+
+    def ratio(over: list[float], under: list[float]) -> float:
+        return median([x / y for x, y in zip(over, under, strict=True)])
+
     result: dict[str, Any] = {
         "size": size, "ours_s": median(times["ours"]), "limit_s": median(limits),
-        "ratio_limit": median([o / limit for o, limit in zip(times["ours"], limits, strict=True)]),
+        "ratio_limit": ratio(times["ours"], limits),
         "ours_kept_s": median(times["ours_kept"]),
-        "ratio_limit_kept": median([o / limit for o, limit in zip(times["ours_kept"], limits, strict=True)]),
+        "ratio_limit_kept": ratio(times["ours_kept"], limits),
         "cpu": {"ours": median(cpu[True]), "ours_kept": median(cpu[False])},
         "limit_flushed_s": median(flushed),
-        "ratio_limit_flushed": median([o / limit for o, limit in zip(times["ours"], flushed, strict=True)]),
+        "cold": {
+            "limit_s": median(limits_cold), "ours_s": median(times["ours_cold"]),
+            "ours_kept_s": median(times["ours_kept_cold"]), "ratio_limit": ratio(times["ours_cold"], limits_cold),
+            "ratio_limit_kept": ratio(times["ours_kept_cold"], limits_cold),
+        },
+        "ratio_limit_flushed": ratio(times["ours"], flushed),
         "peer_s": None, "ratio_peer": None, "anon_mb": max(anon), "anon_mb_whole_tensor": max(whole.values()),
         "whole_tensor_limit_mb": 4 * 4 * max(math.prod(shape) for shape in largest_only().values()) / 1e6,
         "anon_mb_by_method": {name: round(mb) for name, mb in whole.items()},
         "fixed_s": median(fixed), "tiny_tensors": len(tiny),
         "ties_size": ties_size, "ties_s": median(turns["ties"]), "sum_s": median(turns["sum"]),
-        "ties_ratio": median([t / s for t, s in zip(turns["ties"], turns["sum"], strict=True)]),
+        "ties_ratio": ratio(turns["ties"], turns["sum"]),
         "compare_variants": variants, "compare_s": live_s, "compare_full_reads": reads,
         "rounds": len(times["ours"]), "times": times, "machine": machine(),
     }  # fmt: skip
     if options.peer:
         result["peer_s"] = median(times["peer"])
-        result["ratio_peer"] = median([p / o for p, o in zip(times["peer"], times["ours"], strict=True)])
+        result["ratio_peer"] = ratio(times["peer"], times["ours"])
     for key, value in result.items():
         print(f"{key:<22} {value:.3f}" if isinstance(value, float) else f"{key:<22} {value}")
     if options.json:
