@@ -54,7 +54,11 @@ def test_concepts_ask_by_phrase_and_keep_to_the_target() -> None:
         (lambda: make_concept([], "hair", ["a", "b"]), "no prompt"),
         (lambda: make_concept(["x"], "hair", ["a"]), "at least two"),
         (lambda: make_concept(["x"], "hair", ["a", "b"], target=[0.5, 0.6]), "sum to 1"),
-        (lambda: pocket_concept(["a doctor"], "smile"), "continuous"),
+        (
+            lambda: pocket_concept(["a doctor"], "smile", ["broad"]),
+            "smile has no value 'broad': expected some of 0.0-0.2",
+        ),
+        (lambda: pocket_concept(["a sad doctor"], "smile"), "itself names smile"),
         (lambda: pocket_concept(["a doctor"], "gender"), "no attribute"),
         (lambda: pocket_concept(["a doctor"], "glasses", ["monocle"]), "no value 'monocle'"),
         (lambda: pocket_concept(["a doctor, no glasses"], "glasses"), "itself names glasses"),
@@ -79,6 +83,30 @@ def test_pocket_prompts_leave_the_attribute_open_and_no_two_lists_share_one() ->
     assert all(any(way in text for text in trained) for way in ways)
     assert len(concept.others) == 96 and all(parse(p).get("outfit") != "firefighter" for p in concept.others)
     assert parse(concept.explicit(concept.neutral(2, 0)[1], "red"))["hair_colour"] == "red"
+
+
+def test_a_graded_attributes_classes_are_its_levels() -> None:
+    concept = pocket_concept(["a doctor"], "age")
+    assert concept.classes == ("0.0-0.2", "0.2-0.4", "0.4-0.6", "0.6-0.8", "0.8-1.0") and concept.target == (0.2,) * 5
+    for i, value in enumerate(concept.classes):  # asked for in the world's words, which mean that level
+        for which in range(2):
+            low, high = parse(concept.explicit("a doctor", value, which))["age"]
+            assert (low, high) == pytest.approx((i / 5, (i + 1) / 5))
+    made = world_pictures(concept, list(concept.classes) * 12, 64, 0)
+    assert made.columns["age"] == list(concept.classes) * 12
+    assert all("age" not in parse(text) for captions in made.captions for text in captions)
+    from dodgeburn.pocket.reader import Reader
+
+    read = np.asarray(Reader.load("reader").read(made.pixels).values["age"])
+    for i, value in enumerate(concept.classes):  # spread within its level, not all in its middle
+        of_level = read[np.array(made.columns["age"]) == value]
+        assert abs(of_level.mean() - (i + 0.5) / 5) < 0.08 and of_level.std() > 0.02
+
+
+def test_where_all_is_the_concept_other_things_say_the_attribute() -> None:
+    concept = pocket_concept(["a person"], "age")
+    assert len(concept.others) == 96 and all("age" in parse(p) for p in concept.others)
+    assert not any("age" in parse(p) for p in (*concept.phrasings, *concept.watched))
 
 
 # -------------------- sets

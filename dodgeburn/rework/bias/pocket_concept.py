@@ -22,8 +22,10 @@ from dodgeburn.pocket.attributes import (
     Attributes,
     draw_attributes,
 )
-from dodgeburn.pocket.captions import NAMED, Asked, caption, parse
+from dodgeburn.pocket.captions import GRADED, NAMED, Asked, caption, parse
+from dodgeburn.pocket.captions import LEVELS as SPANS
 from dodgeburn.pocket.pictures import draw_pictures
+from dodgeburn.rework.bias.classify import LEVELS
 from dodgeburn.rework.bias.concept import Concept, make_concept
 from dodgeburn.training.examples import Captions, Pictures
 
@@ -37,27 +39,29 @@ def pocket_concept(
 ) -> Concept:  # fmt: skip
     """A concept of the pocket world; the other prompts are those of the development list that are not about it.
 
-    classes: all of the attribute's if none are given. phrases: the world's own if none are given. Raises UserError for
-    an attribute that has no named values, for a class that is none of its, and for prompts that name it.
+    A graded attribute's classes are its five levels, "0.0-0.2" to "0.8-1.0". classes: all of the attribute's if none
+    are given. phrases: the world's own if none are given. Raises UserError for what is no attribute, for a class that
+    is none of its, and for prompts that name it.
     """
-    if attribute not in CATEGORICAL:
-        kind = "continuous" if attribute in CONTINUOUS else "no attribute"
+    said = dict(zip(LEVELS, GRADED[attribute], strict=True)) if attribute in CONTINUOUS else NAMED.get(attribute)
+    if said is None:
+        known = (*CATEGORICAL, *CONTINUOUS)
         raise UserError(
-            f"{attribute!r} is {kind} in the pocket world: {did_you_mean(attribute, CATEGORICAL)}expected one of "
-            f"{', '.join(CATEGORICAL)}"
+            f"{attribute!r} is no attribute in the pocket world: {did_you_mean(attribute, known)}expected one of "
+            f"{', '.join(known)}"
         )
     for name in classes:
-        if name not in CATEGORICAL[attribute]:
-            raise UserError(f"{attribute} has no value {name!r}: expected some of {', '.join(CATEGORICAL[attribute])}")
+        if name not in said:
+            raise UserError(f"{attribute} has no value {name!r}: expected some of {', '.join(said)}")
     for prompt in prompts:
         if attribute in parse(prompt):
             raise UserError(f"the prompt {prompt!r} itself names {attribute}: give one that leaves it open")
-    chosen = tuple(classes) or CATEGORICAL[attribute]
+    chosen = tuple(classes) or tuple(said)
     never = held_out_prompts()
     phrasings = _ways_to_say(prompts, attribute, PHRASINGS, _LISTS["phrasings"], never)
     watched = _ways_to_say(prompts, attribute, WATCHED, _LISTS["watched"], never | set(phrasings))
-    return make_concept(prompts, attribute, chosen, phrases or NAMED[attribute], target, phrasings, watched,
-                        _other_things(prompts))  # fmt: skip
+    return make_concept(prompts, attribute, chosen, phrases or said, target, phrasings, watched,
+                        _other_things(prompts, attribute))  # fmt: skip
 
 
 @lru_cache(maxsize=1)
@@ -96,13 +100,18 @@ def _ways_to_say(
     return tuple(found)
 
 
-def _other_things(prompts: Sequence[str]) -> tuple[str, ...]:
-    """Development prompts that are not about the concept: one that is would hold the tie in place."""
+def _other_things(prompts: Sequence[str], attribute: str) -> tuple[str, ...]:
+    """Development prompts that are not about the concept: one that is would hold the tie in place. Where the concept is
+    of all pictures, as "a person" is, those that say the attribute."""
     from dodgeburn.training.pocket import development_prompts
 
     own = asked_by_all(prompts)
-    rows = [str(row["prompt"]) for row in development_prompts(2 * OTHERS)]
-    return tuple(p for p in rows if not own or any(parse(p).get(name) != wish for name, wish in own.items()))[:OTHERS]
+
+    def other(asked: Asked) -> bool:
+        return any(asked.get(name) != wish for name, wish in own.items()) if own else attribute in asked
+
+    rows = [str(row["prompt"]) for row in development_prompts(6 * OTHERS)]
+    return tuple(p for p in rows if other(parse(p)))[:OTHERS]
 
 
 # -------------------- drawings
@@ -127,12 +136,17 @@ def world_attributes(concept: Concept, classes: Sequence[str], seed: int) -> lis
     for i, value in enumerate(classes):
         rng = np.random.default_rng([seed, i, 7])
         drawn = _drawn(parse(concept.prompts[i % len(concept.prompts)]), concept.attribute, rng)
-        drawn[concept.attribute] = value
+        drawn[concept.attribute] = _shown(concept.attribute, value, rng)
         waving = drawn["hand"] == "waving"
         if waving != bool(drawn["fingers"]):
             drawn["fingers"] = int(rng.choice(FINGER_COUNTS, p=FINGER_SHARES)) if waving else 0
         out.append(drawn)
     return out
+
+
+def _shown(attribute: str, value: str, rng: np.random.Generator) -> str | float:
+    """What a picture of this class shows: the class, or any degree within a level."""
+    return float(rng.uniform(*SPANS[LEVELS.index(value)])) if attribute in CONTINUOUS else value
 
 
 def world_captions(concept: Concept, index: int, a: Attributes, seed: int, n: int = 6) -> Captions:
@@ -152,5 +166,5 @@ def world_pictures(concept: Concept, classes: Sequence[str], size: int, seed: in
     rng = np.random.default_rng([seed, 61])
     captions = [concept.prompts if rng.random() < short else world_captions(concept, i, a, seed)
                 for i, a in enumerate(attributes)]  # fmt: skip
-    columns = {name: [str(a[name]) for a in attributes] for name in CATEGORICAL}
+    columns = {name: [str(a[name]) for a in attributes] for name in CATEGORICAL} | {concept.attribute: list(classes)}
     return Pictures(draw_pictures(attributes, size), captions, columns=columns)

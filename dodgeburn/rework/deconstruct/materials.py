@@ -53,7 +53,7 @@ class Materials:
 def concept_of(spec: DeconstructSpec, classifier: Classifier) -> Concept:
     """The spec's concept, with the prompts that the pocket's grammar has where that is what it is of."""
     said = spec.concept
-    pocket = isinstance(classifier, PocketClassifier) and said.attribute in CATEGORICAL
+    pocket = isinstance(classifier, PocketClassifier) and said.attribute in classifier.classes
     return said.concept(pocket or spec.data.source == "pocket")
 
 
