@@ -53,6 +53,28 @@ def test_the_pocket_worlds_pictures_keep_other_ties_and_balance_this_one() -> No
     assert all("doctor" not in check.prompt for check in panel.others)
 
 
+def test_an_attribute_of_degrees_is_taken_apart_by_its_levels() -> None:
+    from dodgeburn.models.loading import load_model
+    from dodgeburn.pocket.reader import Reader
+    from dodgeburn.rework.bias.classify import LEVELS, PocketClassifier
+    from dodgeburn.rework.deconstruct.materials import gather, panel_of
+
+    values = dict(zip(LEVELS, ("very young", "young", "middle-aged", "old", "very old"), strict=True))
+    spec = make_spec({
+        "name": "ages", "model": "pocket", "concept": {"prompts": ["a doctor"], "attribute": "age", "values": values},
+        "data": {"each": 4, "others": 12, "held_out": 10},
+    })  # fmt: skip
+    classifier = PocketClassifier(Reader.load("reader"))
+    made = gather(load_model("pocket", device="cpu", dtype="fp32"), spec, classifier)
+    assert [len(made.rows(True, level)) for level in LEVELS] == [4] * 5
+    inside = made.rows(True)
+    shown = [LEVELS.index(v) for v in np.array(made.pool.columns["age"])[inside]]
+    read = [LEVELS.index(v) for v in classifier.labels(made.pool.pixels[inside])["age"]]
+    assert max(abs(a - b) for a, b in zip(shown, read, strict=True)) <= 1  # near a border either may be read
+    panel = panel_of(spec, classifier)
+    assert len(panel.concept.watched) > 100 and panel.explicit[4].prompt == "a doctor, very old"
+
+
 def folder_of(root: Path, rows: list[dict[str, object]]) -> Path:
     root.mkdir()
     for i, row in enumerate(rows):

@@ -22,7 +22,7 @@ from dodgeburn.pocket.attributes import (
     Attributes,
     draw_attributes,
 )
-from dodgeburn.pocket.captions import GRADED, NAMED, Asked, caption, parse
+from dodgeburn.pocket.captions import GRADED, NAMED, Asked, caption, level, parse
 from dodgeburn.pocket.captions import LEVELS as SPANS
 from dodgeburn.pocket.pictures import draw_pictures
 from dodgeburn.rework.bias.classify import LEVELS
@@ -147,6 +147,11 @@ def world_attributes(concept: Concept, classes: Sequence[str], seed: int) -> lis
 def _shown(attribute: str, value: str, rng: np.random.Generator) -> str | float:
     """What a picture of this class shows: the class, or any degree within a level."""
     return float(rng.uniform(*SPANS[LEVELS.index(value)])) if attribute in CONTINUOUS else value
+
+
+def class_of(attribute: str, shown: str | float) -> str:
+    """The class of what a picture shows of an attribute: the value, or the level of a degree."""
+    return shown if isinstance(shown, str) else LEVELS[level(shown)]
 
 
 def world_captions(concept: Concept, index: int, a: Attributes, seed: int, n: int = 6) -> Captions:

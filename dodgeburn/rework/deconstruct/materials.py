@@ -18,7 +18,13 @@ from dodgeburn.pocket.attributes import CATEGORICAL, PLANTED, Attributes, draw_a
 from dodgeburn.pocket.captions import parse
 from dodgeburn.rework.bias.classify import Classifier, PocketClassifier
 from dodgeburn.rework.bias.concept import Concept
-from dodgeburn.rework.bias.pocket_concept import agrees, asked_by_all, held_out_prompts, world_pictures
+from dodgeburn.rework.bias.pocket_concept import (
+    agrees,
+    asked_by_all,
+    class_of,
+    held_out_prompts,
+    world_pictures,
+)
 from dodgeburn.rework.deconstruct.meters import Check, Panel
 from dodgeburn.rework.deconstruct.spec import Data, DeconstructSpec
 from dodgeburn.sampling.settings import GenerateSettings
@@ -126,8 +132,9 @@ def _pocket(
         if not agrees(a, own):
             attributes.append(a)
     outside = pocket_pictures(attributes, model.native_size, seed, captions=4, never=held_out_prompts())
-    sets = ((inside, "yes"), (outside, ""))
-    return join([_columned(p, [said] * len(p), p.columns[concept.attribute], concept.attribute) for p, said in sets])
+    shown = [class_of(concept.attribute, a[concept.attribute]) for a in attributes]
+    sets = ((inside, "yes", classes), (outside, "", shown))
+    return join([_columned(p, [said] * len(p), values, concept.attribute) for p, said, values in sets])
 
 
 def _drawn(
