@@ -53,7 +53,7 @@ def test_concepts_ask_by_phrase_and_keep_to_the_target() -> None:
     [
         (lambda: make_concept([], "hair", ["a", "b"]), "no prompt"),
         (lambda: make_concept(["x"], "hair", ["a"]), "at least two"),
-        (lambda: make_concept(["x"], "hair", ["a", "b"], target=[0.5, 0.6]), "sum to 1"),
+        (lambda: make_concept(["x"], "hair", ["a", "b"], target=[0.5, 0.6]), "target 0.5 0.6: expected 2 shares"),
         (
             lambda: pocket_concept(["a doctor"], "smile", ["broad"]),
             "smile has no value 'broad': expected some of 0.0-0.2",

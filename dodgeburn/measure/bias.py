@@ -45,7 +45,7 @@ def target_shares(classes: int, target: Sequence[float] | np.ndarray | None = No
         return np.full(classes, 1 / classes)
     q = np.asarray(target, dtype=np.float64)
     if q.shape != (classes,) or not np.isfinite(q).all() or (q < 0).any() or abs(q.sum() - 1) > 1e-6:
-        raise ValueError(f"target {list(q)}: expected {classes} shares that sum to 1")
+        raise ValueError(f"target {' '.join(map(str, q.ravel().tolist()))}: expected {classes} shares that sum to 1")
     return q / q.sum()
 
 
