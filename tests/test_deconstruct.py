@@ -243,3 +243,4 @@ def test_a_model_that_does_not_show_what_it_is_asked_for_is_a_poor_teacher() -> 
         warnings.simplefilter("error")
         _check_teacher(Retrain(), concept, shows[0.81])
         _check_teacher(Retrain(taught=0.0), concept, shows[0.79])  # taught by the pictures
+        _check_teacher(Retrain(), pocket_concept(["a gardener"], "age"), shows[0.79])  # a neighbouring level is near
