@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated
 
 import pytest
@@ -112,3 +113,39 @@ def test_what_is_not_understood_is_one_line(
     with pytest.raises(UserError) as caught:
         parse(Verb, args, "do", "dodgeburn do")
     assert said in str(caught.value) and capsys.readouterr() == ("", "")
+
+
+@dataclass
+class Places:
+    """Where further things lie."""
+
+    masks: Path | None = None
+    """A folder of masks."""
+
+
+@dataclass
+class Files(Grouped):
+    """Read and write."""
+
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """Where to write."""
+    negative: str = "blurred"
+    """What is not wanted."""
+    places: Places = field(default_factory=Places)
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [(["-o", ""], "-o"), (["--out="], "--out"), (["--out", "here", "--masks", ""], "--masks")],
+)
+def test_an_empty_path_is_no_way_to_say_the_current_folder(args: list[str], named: str) -> None:
+    """Path("") is ".", so a variable that was not set would write there."""
+    with pytest.raises(UserError, match=rf"^{named} is empty: expected a path behind it, or leave {named} out$"):
+        parse(Files, args, "do", "dodgeburn do")
+
+
+def test_other_words_may_be_empty() -> None:
+    options = parse(Files, ["-o", "here", "--negative", ""], "do", "dodgeburn do")
+    assert (options.out, options.negative, options.masks) == (Path("here"), "", None)
+    with pytest.raises(UserError, match="expected a value behind it"):
+        parse(Files, ["-o"], "do", "dodgeburn do")

@@ -58,6 +58,7 @@ def parse(kind: type[T], args: Sequence[str], verb: str, *examples: str, about: 
     prog = f"dodgeburn {verb}"
     if _ALL in args or any(arg in _HELP for arg in args):
         _explain(kind, prog, _described(about or kind.__doc__ or "", examples), _ALL in args)
+    _check_paths(kind, args)
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -66,6 +67,27 @@ def parse(kind: type[T], args: Sequence[str], verb: str, *examples: str, about: 
         if not stopped.code:
             raise
         raise UserError(f"{_one_line(said.getvalue())} (`{prog} --help` explains)") from None
+
+
+def _check_paths(kind: Any, args: Sequence[str]) -> None:
+    """UserError where a path is an empty word, as of a variable that is not set: it would mean the current folder."""
+    ways = set(_path_options(kind))
+    for at, arg in enumerate(args):
+        name, given_here, value = arg.partition("=")
+        if name in ways and not (value if given_here else "".join(args[at + 1 : at + 2]) or at + 1 == len(args)):
+            raise UserError(f"{name} is empty: expected a path behind it, or leave {name} out")
+
+
+def _path_options(kind: Any) -> Iterator[str]:
+    """How options that are paths are written, those of groups among them: --out, -o."""
+    hints, inside = get_type_hints(kind, include_extras=True), {group.name for group in groups(kind)}
+    for one in fields(kind):
+        if one.name in inside:
+            yield from _path_options(one.default_factory)
+        elif "Path" in re.findall(r"\w+", str(hints[one.name])):
+            yield f"--{_name(one.name, hints[one.name])}"
+            for said in get_args(hints[one.name])[1:]:
+                yield from getattr(said, "aliases", None) or ()
 
 
 # What tyro says, and how our errors say it: the option, what was given, what was expected.
