@@ -1,7 +1,7 @@
 """Bias of known size: found, and taken away by constructive deconstruction (CD) and by plainer methods.
 
     python benchmarks/deconstruct.py --json             # the full size: hours on two cores
-    python benchmarks/deconstruct.py --reduced --json   # what docs/benchmarks.md shows
+    python benchmarks/deconstruct.py --reduced --json   # what docs/benchmarks/deconstruct.md shows
     python benchmarks/deconstruct.py --quick --json     # a few minutes: does it run
 
 Finished parts stay in --folder, and the same command goes on there; `--minutes N` stops (between parts) after so long
