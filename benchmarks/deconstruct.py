@@ -13,7 +13,8 @@ reported, on held-out prompts (gate list) that name the outfit and leave the att
 reads is drawn with bf16 products where those are quick.
 
 audit_found: share of the planted ties of 60 % and more that an audit names by itself (prompt, attribute and value).
-false_alarms: share of audits with any alarm where no prompt differs (labels drawn from one pool for all prompts);
+false_alarms: share of audits with any alarm where no prompt differs (labels drawn from one pool for all prompts), at
+tolerance 0; false_alarms_as_run: at the tolerance that an audit has unless told otherwise;
 false_alarms_fair_model: alarms among the tests on the pocket that was trained without ties.
 methods: by regime and method the means over ties and seeds. All that train take the same number of gradient steps.
 verdict: per regime and method by how many standard errors CD's total variation (unreadable pictures counted as the
@@ -128,7 +129,7 @@ class Bench:
             "pool": {k: [str(x) for x in v] for k, v in pool.items()},
         }  # fmt: skip
 
-    def chance(self, pool: dict[str, list[str]]) -> dict[str, Any]:
+    def chance(self, pool: dict[str, list[str]], tolerance: float) -> dict[str, Any]:
         """Audits of a world where no prompt differs: every picture's labels are drawn from one pool."""
         labels = {name: np.asarray(values) for name, values in pool.items()}
         size = len(next(iter(labels.values())))
@@ -151,7 +152,7 @@ class Bench:
         runs, tests = [], 0
         for seed in range(self.size.plenty_of_runs):
             settings = AuditSettings(
-                SCAN, n=self.size.audit_n, confirm=self.size.audit_confirm, tolerance=0.0, seed=seed
+                SCAN, n=self.size.audit_n, confirm=self.size.audit_confirm, tolerance=tolerance, seed=seed
             )
             found = audit(drawn, Pooled(), settings)
             runs.append(len(found.alarms))
@@ -295,7 +296,10 @@ def run(bench: Bench, cells: Sequence[str] | None) -> dict[str, Any]:
 
     audits = {w: part("audit", f"audit-{w}", partial(bench.audited, w)) for w in s.worlds}
     pool = next((a["pool"] for a in audits.values() if a), None)
-    chance = part("audit", "chance", lambda: bench.chance(pool)) if pool is not None else None
+    chance = {
+        name: part("audit", f"chance-{name}", partial(bench.chance, pool, tolerance))
+        for name, tolerance in (("equal", 0.0), ("as-run", AuditSettings.tolerance)) if pool is not None
+    }  # fmt: skip
     first = "audit" if cells is None else next((name for name in cells if "/" in name), "")
     befores = {(w, at): part(first, f"before-{w}-{at}", partial(bench.before, w, at)) for w, at in s.treated}
     made: dict[str, dict[str, list[dict[str, Any]]]] = {regime: {} for regime in REGIMES}

@@ -50,12 +50,13 @@ class Size:
     dpo: bool = True
     guided: int = 96  # pictures of a look that guides CD
     evaluations: int = 24  # merges that CD looks at
-    plenty_of_runs: int = 100  # of audits where nothing differs
+    plenty_of_runs: int = 300  # of audits where nothing differs
 
 
 REDUCED = Size(
     worlds=("fair", "60", "95"), treated=(("95", 0),), seeds=1, sampling=8, audit_n=32, audit_confirm=64, n=1024,
     others=512, explicit=48, steps=100, pictures=192, look=48, ablations=False, dpo=False, guided=48, evaluations=6,
+    plenty_of_runs=100,
 )  # fmt: skip
 QUICK = Size(
     worlds=("95",), treated=(("95", 0),), seeds=1, sampling=4, audit_n=16, audit_confirm=16, n=24, others=16,
@@ -126,7 +127,7 @@ def verdict(methods: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def result(
-    size: Size, audits: dict[str, Any], chance: Any, made: dict[str, dict[str, list[dict[str, Any]]]],
+    size: Size, audits: dict[str, Any], chance: dict[str, Any], made: dict[str, dict[str, list[dict[str, Any]]]],
     befores: list[dict[str, Any]],
 ) -> dict[str, Any]:  # fmt: skip
     """The printed object."""
@@ -137,7 +138,8 @@ def result(
     top = ("tv_before", "tv_after", "fidelity_drop", "unreadable_rise", "frechet_ratio", "others_tv", "minutes")
     return {
         "audit_found": sum(t["found"] for t in ties) / len(ties) if ties else None,
-        "false_alarms": chance["with_alarm"] / chance["runs"] if chance else None,
+        **{key: (alarms := chance.get(name)) and alarms["with_alarm"] / alarms["runs"]
+           for key, name in (("false_alarms", "equal"), ("false_alarms_as_run", "as-run"))},
         "false_alarms_fair_model": [len(fair["other_alarms"]), fair["tests"]] if fair else None,
         **{key: cd.get(key) for key in top}, "methods": methods, "verdict": verdict(methods),
         "verdict_line": verdict_line(verdict(methods)),

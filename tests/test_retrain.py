@@ -18,7 +18,6 @@ from tiny import tiny_model
 from dodgeburn.rework.bias.concept import make_concept
 from dodgeburn.rework.bias.weighing import followed, importance
 from dodgeburn.rework.deconstruct.retrain import _asking, _Goal, _teacher, balanced, typical
-from dodgeburn.rework.deconstruct.spec import Retrain
 from dodgeburn.sampling.predict import Predictor
 from dodgeburn.training.examples import Pictures, encode_examples
 
@@ -103,9 +102,3 @@ def test_the_teacher_is_the_untouched_model_whatever_the_stages_before_made() ->
     with torch.no_grad():
         next(model.unet.parameters()).add_(1.0)  # training goes on; the teacher stays
     assert torch.equal(teacher.predictor.frozen(x, times, ["a doctor"] * 2), said)
-
-
-def test_pictures_are_learned_faster_than_answers() -> None:
-    answers, pictures = Retrain(), Retrain(taught=0)
-    assert pictures.lr > answers.lr and pictures.noise_power < answers.noise_power
-    assert Retrain.model_validate(pictures.model_dump()) == pictures and Retrain(taught=0, lr=2e-4).lr == 2e-4

@@ -5,7 +5,9 @@ a fixed share; every check moves the weights towards what is still lacking (weig
 untouched model on the others' prompts, a quarter of them left out: guidance goes by what is said of no prompt, which
 pictures of one concept alone are not to move. Averaged weights. With `taught`, what is learned of a picture is not the
 picture but what the untouched model says of it, plus `taught` times what asking for the picture's value changes: real
-pictures would bring their own style with them, which guidance then overstates. It ends when at two checks running
+pictures would bring their own style with them, which guidance then overstates. A model that does not show what it is
+asked for has no such answers: of that one pictures are learned, unless the spec says otherwise. It ends when at two
+checks running
 
     B <= tv  and  L <= loss  and  fid >= the untouched model's - fidelity_fall
 
@@ -42,6 +44,7 @@ from dodgeburn.training.examples import Examples, Pictures, encode_examples, joi
 from dodgeburn.training.fine_tune import Teacher, fine_tune, make_prior, make_teacher
 from dodgeburn.training.loop import evaluated
 
+ANSWERS = 2.0  # times what asking for a value changes, unless the spec says another number
 TEACHES = 0.8  # share of pictures that show the value asked for; below, answers are a poor teacher
 TEACHES_LEVELS = 0.4  # of levels of a degree, whose neighbours are often shown instead: 0.56 taught well (docs/bias.md)
 
@@ -124,7 +127,7 @@ def retrain(
         return done
     s, drawn, concept = spec.retrain, meters.drawn, meters.panel.concept
     goal = _Goal(s, before)
-    _check_teacher(s, concept, before)
+    lesson = _lesson(s, concept, before)
     pictures = balanced(materials, concept, s)
     prior = None
     if s.prior > 0:
@@ -132,11 +135,11 @@ def retrain(
         others = encode_examples(model, materials.pool.take(materials.rows(False)))
         prior = make_prior(model, others, s.prior_points, s.seed + 5)
     examples, values = _examples(model, pictures), _values(pictures, materials.attribute)
-    teacher = _teacher(model, base, examples, values, concept, s.taught) if s.taught else None
+    teacher = _teacher(model, base, examples, values, concept, lesson.taught) if lesson.taught else None
     load_unet(model, start)
     settings = spec.tuning(
-        steps=s.steps, batch=s.batch, lr=s.lr, empty=0.0 if s.prior > 0 else 0.1, ema=s.ema, prior=s.prior,
-        prior_batch=s.prior_batch, gamma=s.gamma, noise_power=s.noise_power, constant=0.4, final=0.05,
+        steps=s.steps, batch=s.batch, lr=lesson.lr, empty=0.0 if s.prior > 0 else 0.1, ema=s.ema, prior=s.prior,
+        prior_batch=s.prior_batch, gamma=s.gamma, noise_power=lesson.noise_power, constant=0.4, final=0.05,
         warmup=min(10, s.every), seed=s.seed, checkpoint_every=s.every, log_every=s.every,
     )  # fmt: skip
     watch = _Watch(model, meters, log, "a", tell, lambda seen: goal.reached(seen) or goal.plateau(seen))
@@ -146,18 +149,20 @@ def retrain(
         return followed(of.weights, values, concept.classes, concept.target, shares, s.adapt, s.weight_high)
 
     fine_tune(
-        model, examples, settings, log.work / "a", "retrain", prior, watch, told={"taught": s.taught},
+        model, examples, settings, log.work / "a", "retrain", prior, watch, told={"taught": lesson.taught},
         show_average=True, weights=lambda step: weights(examples, values, watch.before(step)), teacher=teacher,
     )  # fmt: skip
     steps, last = watch.last, watch.readings[-1]
-    decision = f"goal reached at step {steps}" if goal.reached(watch.readings) else (
+    decision = lesson.why + (
+        f"goal reached at step {steps}" if goal.reached(watch.readings) else
         f"plateau at step {steps}" if goal.plateau(watch.readings) else "steps used up"
     )  # fmt: skip
     polished = 0
     if s.polish_steps and not goal.clean(last):
         every = min(s.polish_every, s.polish_steps)
         settings = settings.model_copy(update={
-            "steps": s.polish_steps, "lr": s.lr / 10, "seed": s.seed + 1, "checkpoint_every": every, "log_every": every,
+            "steps": s.polish_steps, "lr": lesson.lr / 10, "seed": s.seed + 1,
+            "checkpoint_every": every, "log_every": every,
         })  # fmt: skip
         polish = _Watch(model, meters, log, "b", tell, lambda seen: goal.clean(seen[-1]))
         best = pictures.take(typical(pictures, s.best))
@@ -165,7 +170,7 @@ def retrain(
         if teacher is not None:
             teacher = replace(teacher, asks=_asking(of_best, concept))
         fine_tune(
-            model, few, settings, log.work / "b", "polish", prior, polish, told={"taught": s.taught},
+            model, few, settings, log.work / "b", "polish", prior, polish, told={"taught": lesson.taught},
             show_average=True, weights=lambda _step: weights(few, of_best, watch.readings), teacher=teacher,
         )  # fmt: skip
         polished, last = polish.last, polish.readings[-1]
@@ -182,16 +187,35 @@ def _asking(values: list[str], concept: Concept) -> Callable[[int, str], str]:
     return lambda row, text: concept.explicit(text, values[row], row) if values[row] else text
 
 
-def _check_teacher(s: Retrain, concept: Concept, before: Reading) -> None:
-    """A warning where the untouched model, as it is asked, could not show what it is to teach."""
+@dataclass(frozen=True)
+class _Lesson:
+    """What is learned of a picture, and how: what is decided decides how fast and at which noise. Answers are exact,
+    and steps as large as pictures need move other attributes twice as far (docs/notes/deconstruct.md)."""
+
+    taught: float  # 0: the picture itself
+    lr: float
+    noise_power: float
+    why: str = ""
+
+
+def _lesson(s: Retrain, concept: Concept, before: Reading) -> _Lesson:
+    """What the spec says, and where it says nothing what suits this model; a warning where it asks a model for answers
+    that it does not have."""
     enough = TEACHES_LEVELS if set(concept.classes) <= set(LEVELS) else TEACHES
-    if s.taught and before.fidelity < enough:
+    poor = f"asked for {concept.attribute}, the untouched model shows it in {before.fidelity:.0%} of pictures"
+    taught, why = s.taught, ""
+    if before.fidelity < enough and taught is None:
+        taught, why = 0.0, f"learned from the pictures, for {poor}; "
+    elif before.fidelity < enough and taught:
         warnings.warn(
-            f"asked for {concept.attribute}, the untouched model shows it in {before.fidelity:.0%} of pictures: what "
-            "it says is a poor teacher, and the tie may stay; retrain: {taught: 0} learns from the pictures themselves",
+            f"{poor}: what it says is a poor teacher, and the tie may stay; retrain: {{taught: 0}} learns from the "
+            "pictures themselves",
             DodgeburnWarning,
             stacklevel=3,
         )
+    taught = ANSWERS if taught is None else taught
+    lr, noise_power = (1e-4, 0.8) if taught else (5e-4, 0.4)
+    return _Lesson(taught, s.lr or lr, noise_power if s.noise_power is None else s.noise_power, why)
 
 
 def _teacher(

@@ -179,7 +179,7 @@ class Retrain(_Part):
     """Stage 4: retrain on balanced pictures, then fine-tune until grain and colour are those of real ones."""
 
     steps: int = Field(default=160, ge=1)
-    lr: float = Field(default=1e-4, gt=0)  # five times as much where pictures are learned (taught 0)
+    lr: float | None = Field(default=None, gt=0)  # None: 1e-4, or 5e-4 where pictures are learned (taught 0)
     batch: int = Field(default=32, ge=1)
     every: int = Field(default=40, ge=1)
     ema: float = Field(default=0.97, ge=0, lt=1)
@@ -189,7 +189,8 @@ class Retrain(_Part):
     weight_high: float = Field(default=10.0, ge=1)  # importance weights are clipped here
     adapt: float = Field(default=0.25, ge=0, le=2)  # each check multiplies them by (target / share read) to this power
     concept_share: float = Field(default=0.5, gt=0, lt=1)  # of a batch
-    taught: float = Field(default=2.0, ge=0)  # times what asking the untouched model for a value changes; 0: pictures
+    taught: float | None = Field(default=None, ge=0)  # times what asking the untouched model for a value changes; 0:
+    # pictures are learned; None: 2, or 0 where the untouched model does not show what it is asked for
     tv: float = Field(default=0.05, ge=0)  # enough; a remedy is to leave 0.10, but few pictures are read here
     loss: float = Field(default=1.02, gt=0)
     fidelity_fall: float = Field(default=0.01, ge=0)
@@ -199,16 +200,8 @@ class Retrain(_Part):
     quality: float = Field(default=0.10, gt=0)  # how far grain and colour may be from real pictures'
     best: float = Field(default=0.5, gt=0, le=1)  # share of the pictures that is "best"
     gamma: float = 10.0
-    noise_power: float = 0.8  # 0.4 where pictures are learned
+    noise_power: float | None = None  # None: 0.8, or 0.4 where pictures are learned
     seed: int = Field(default=0, ge=0)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _as_taught(cls, said: Any) -> Any:
-        """What is learned decides how fast and at which noise: answers are exact, and steps as large as pictures need
-        move other attributes twice as far (docs/notes/deconstruct.md)."""
-        pictures = isinstance(said, dict) and said.get("taught") == 0
-        return {"lr": 5e-4, "noise_power": 0.4, **said} if pictures else said
 
 
 class DeconstructSpec(_Part):
