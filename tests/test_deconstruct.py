@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,16 +24,13 @@ from deconstruct_tiny import (
 from tiny import tiny_model
 
 from dodgeburn.checkpoint.tensorfile import load_tensors, sha256_tensors
-from dodgeburn.errors import DodgeburnWarning, UserError
-from dodgeburn.rework.bias.pocket_concept import pocket_concept
+from dodgeburn.errors import UserError
 from dodgeburn.rework.deconstruct.report import deconstruct_report
-from dodgeburn.rework.deconstruct.retrain import _lesson
 from dodgeburn.rework.deconstruct.run import SPEC, is_biased, read_state, write_model
-from dodgeburn.rework.deconstruct.spec import Retrain, load_spec, make_spec
+from dodgeburn.rework.deconstruct.spec import load_spec, make_spec
 from dodgeburn.rework.deconstruct.stage_log import unet_state
 
 HERE = Path(__file__).parent
-pytestmark = pytest.mark.filterwarnings("ignore:asked for light")  # the tiny model draws nothing that it is asked for
 
 
 def _process(folder: Path, *kill: str) -> subprocess.CompletedProcess[str]:
@@ -232,25 +228,3 @@ def test_the_example_reads_and_bad_specs_are_one_line(tmp_path: Path) -> None:
             load_spec(tmp_path / "bad.yaml")
     with pytest.raises(UserError, match="is not there"):
         load_spec(tmp_path / "none.yaml")
-
-
-def test_a_model_that_does_not_show_what_it_is_asked_for_is_a_poor_teacher() -> None:
-    concept = pocket_concept(["a gardener"], "background")
-    shows = {share: reading(fidelity=share) for share in (0.79, 0.81)}
-    with pytest.warns(DodgeburnWarning, match="asked for background, the untouched model shows it in 79% of pictures"):
-        assert _lesson(Retrain(taught=1.0), concept, shows[0.79]).taught == 1.0  # as it was asked to
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        answers, pictures = _lesson(Retrain(), concept, shows[0.81]), _lesson(Retrain(), concept, shows[0.79])
-        assert (answers.taught, pictures.taught, answers.why) == (2.0, 0.0, "") and "in 79% of pictures" in pictures.why
-        assert _lesson(Retrain(taught=0.0), concept, shows[0.81]) == _lesson(Retrain(taught=0.0), concept, shows[0.79])
-        levels = pocket_concept(["a gardener"], "age")
-        assert _lesson(Retrain(), levels, shows[0.79]).taught == 2.0  # a neighbouring level is near
-
-
-def test_pictures_are_learned_faster_than_answers() -> None:
-    concept, shown = pocket_concept(["a gardener"], "background"), reading(fidelity=0.9)
-    answers, pictures = _lesson(Retrain(), concept, shown), _lesson(Retrain(taught=0), concept, shown)
-    assert pictures.lr > answers.lr and pictures.noise_power < answers.noise_power
-    told = _lesson(Retrain(taught=0, lr=2e-4, noise_power=0.0), concept, shown)
-    assert (told.lr, told.noise_power) == (2e-4, 0.0)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,9 +17,12 @@ from deconstruct_tiny import (
 )
 from tiny import tiny_model
 
+from dodgeburn.errors import DodgeburnWarning
 from dodgeburn.rework.bias.concept import make_concept
+from dodgeburn.rework.bias.pocket_concept import pocket_concept
 from dodgeburn.rework.bias.weighing import followed, importance
-from dodgeburn.rework.deconstruct.retrain import _asking, _Goal, _teacher, balanced, typical
+from dodgeburn.rework.deconstruct.retrain import ASKED, _asking, _Goal, _lesson, _shown, _teacher, balanced, typical
+from dodgeburn.rework.deconstruct.spec import Retrain
 from dodgeburn.sampling.predict import Predictor
 from dodgeburn.training.examples import Pictures, encode_examples
 
@@ -102,3 +107,46 @@ def test_the_teacher_is_the_untouched_model_whatever_the_stages_before_made() ->
     with torch.no_grad():
         next(model.unet.parameters()).add_(1.0)  # training goes on; the teacher stays
     assert torch.equal(teacher.predictor.frozen(x, times, ["a doctor"] * 2), said)
+
+
+def test_a_model_that_does_not_show_what_it_is_asked_for_is_a_poor_teacher() -> None:
+    concept = pocket_concept(["a gardener"], "background")
+    with pytest.warns(DodgeburnWarning, match="asked for background, the untouched model shows it in 94% of pictures"):
+        assert _lesson(Retrain(taught=1.0), concept, 0.94).taught == 1.0  # as it was asked to
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        answers, pictures = _lesson(Retrain(), concept, 0.96), _lesson(Retrain(), concept, 0.94)
+        assert (answers.taught, pictures.taught, answers.why) == (2.0, 0.0, "") and "in 94% of pictures" in pictures.why
+        assert _lesson(Retrain(taught=0.0), concept, 1.0).why == ""
+        levels = pocket_concept(["a gardener"], "age")
+        assert _lesson(Retrain(), levels, 0.54).taught == 2.0  # a neighbouring level is near
+
+
+def test_pictures_are_learned_faster_than_answers() -> None:
+    concept = pocket_concept(["a gardener"], "background")
+    answers, pictures = _lesson(Retrain(), concept, 1.0), _lesson(Retrain(taught=0), concept, 1.0)
+    assert pictures.lr > answers.lr and pictures.noise_power < answers.noise_power
+    told = _lesson(Retrain(taught=0, lr=2e-4, noise_power=0.0), concept, 1.0)
+    assert (told.lr, told.noise_power) == (2e-4, 0.0)
+
+
+def test_whether_the_untouched_model_is_a_teacher_is_seen_in_its_own_pictures(tmp_path) -> None:
+    """Of a concept of two values it shows one always: half, whatever weights the model has come to."""
+    model = tiny_model()
+    base = {name: value.clone() for name, value in model.unet.state_dict().items()}
+    with torch.no_grad():
+        next(model.unet.parameters()).add_(1.0)
+    drawn: list[str] = []
+
+    class Fixed:
+        panel = SimpleNamespace(concept=make_concept(["a doctor"], "light", ["dark", "bright"]))
+        classifier = SimpleNamespace(labels=lambda pictures: {"light": np.full(len(pictures), "bright")})
+
+        @staticmethod
+        def sampled(prompts, seeds):
+            assert all(torch.equal(value, base[name]) for name, value in model.unet.state_dict().items())
+            drawn.extend(prompts)
+            return np.zeros((len(prompts), 8, 8, 3), np.uint8)
+
+    assert _shown(model, base, Fixed, tmp_path) == 0.5 and len(drawn) == 2 * ASKED
+    assert _shown(model, base, Fixed, tmp_path) == 0.5 and len(drawn) == 2 * ASKED  # kept

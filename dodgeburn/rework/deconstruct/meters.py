@@ -156,7 +156,7 @@ class Meters:
         """Take the model as it is now for the untouched one, or what that one's raw figures were."""
         if base is None:
             loss = self.held_out()
-            variety = self._variety(self._draw(*self._neutral(self.panel.quick)))
+            variety = self._variety(self.sampled(*self._neutral(self.panel.quick)))
             base = {"loss": loss, "variety": variety}
         self.base_loss, self.base_variety = base["loss"], base["variety"]
         return dict(base)
@@ -177,7 +177,7 @@ class Meters:
         if not np.isfinite(loss):
             return replace(Reading.of_loss(loss), unread=1.0)
         prompts, seeds = self._neutral(self.panel.quick)
-        pictures = self._draw(prompts, seeds)
+        pictures = self.sampled(prompts, seeds)
         bias = self._bias(prompts, pictures)
         return self._reading(loss, bias, pictures, variety=self._variety(pictures))
 
@@ -187,7 +187,7 @@ class Meters:
         if not np.isfinite(loss):
             return replace(Reading.of_loss(loss), unread=1.0, fidelity=0.0, others=0.0)
         prompts, seeds = self._neutral(self.panel.neutral)
-        neutral = self._draw(prompts, seeds)
+        neutral = self.sampled(prompts, seeds)
         explicit, fidelity = self._checked(self.panel.explicit)
         others, bleeding = self._checked(self.panel.others)
         everything = np.concatenate([neutral, explicit, others])
@@ -208,6 +208,12 @@ class Meters:
         concept = self.panel.concept
         excess = [reading.shares.get(v, 0.0) - q for v, q in zip(concept.classes, concept.target, strict=True)]
         return concept.classes[int(np.argmax(excess))]
+
+    def sampled(self, prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
+        """Pictures of the model as it is now, drawn as all readings are."""
+        self.drawn += len(prompts)
+        settings = GenerateSettings(steps=self.panel.steps, guidance=self.panel.guidance)
+        return draw(self.model, prompts, seeds, settings)
 
     # -------------------- parts
 
@@ -230,11 +236,6 @@ class Meters:
         again: dict[str, Iterator[int]] = {p: iter(seeds_for(p, n, 7, self.panel.seed)) for p in dict.fromkeys(prompts)}
         return prompts, [next(again[p]) for p in prompts]
 
-    def _draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
-        self.drawn += len(prompts)
-        settings = GenerateSettings(steps=self.panel.steps, guidance=self.panel.guidance)
-        return draw(self.model, prompts, seeds, settings)
-
     def _bias(self, prompts: Sequence[str], pictures: np.ndarray) -> list[BiasFigures]:
         """Of each prompt; with watched ones, of the short prompts and of these."""
         concept = self.panel.concept
@@ -248,7 +249,7 @@ class Meters:
             return np.zeros((0, *self.real.shape[1:]), np.uint8), _NAN
         rows = [checks[i % len(checks)] for i in range(self.panel.each)]
         seeds = [seeds_for(c.prompt, self.panel.each, 8, self.panel.seed)[i // len(checks)] for i, c in enumerate(rows)]
-        pictures = self._draw([c.prompt for c in rows], seeds)
+        pictures = self.sampled([c.prompt for c in rows], seeds)
         labels = self.classifier.labels(pictures)
         hits = [labels[name][i] == value for i, c in enumerate(rows) for name, value in c.wanted.items()]
         return pictures, float(np.mean(hits))
