@@ -225,7 +225,7 @@ def _lesson(s: Retrain, concept: Concept, shown: float) -> _Lesson:
             stacklevel=3,
         )
     taught = ANSWERS if taught is None else taught
-    lr, noise_power = (1e-4, 0.8) if taught else (5e-4, 0.4)
+    lr, noise_power = (1e-4, 0.8) if taught else (3e-4, 0.4)
     return _Lesson(taught, s.lr or lr, noise_power if s.noise_power is None else s.noise_power, why)
 
 

@@ -179,7 +179,7 @@ class Retrain(_Part):
     """Stage 4: retrain on balanced pictures, then fine-tune until grain and colour are those of real ones."""
 
     steps: int = Field(default=160, ge=1)
-    lr: float | None = Field(default=None, gt=0)  # None: 1e-4, or 5e-4 where pictures are learned (taught 0)
+    lr: float | None = Field(default=None, gt=0)  # None: 1e-4, or 3e-4 where pictures are learned (taught 0)
     batch: int = Field(default=32, ge=1)
     every: int = Field(default=40, ge=1)
     ema: float = Field(default=0.97, ge=0, lt=1)
