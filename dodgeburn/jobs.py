@@ -62,8 +62,8 @@ class PartStore:
             raise UserError(f"{record} cannot be read: remove the folder or give another one") from None
         if found == self.hash:
             return
-        keys = [k for k in {**before, **self.settings} if before.get(k) != self.settings.get(k)]
-        what = f"{keys[0]} was {_short(before.get(keys[0]))}, now {_short(self.settings.get(keys[0]))}" if keys else ""
+        name, was, now = _first_difference("", before, self.settings)
+        what = f"{name} was {_short(was)}, now {_short(now)}" if name else ""
         raise UserError(
             f"{self.folder} holds a run with other settings ({what}): give another folder, or the same to go on"
         )
@@ -156,6 +156,16 @@ def check_folder(folder: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise UserError(f"{folder} cannot be written to: {error.strerror or error}") from None
+
+
+def _first_difference(name: str, before: Any, now: Any) -> tuple[str, Any, Any]:
+    """The first setting that differs, looked for inside of settings that are tables, with both values."""
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        return name, before, now
+    key = next((k for k in {**before, **now} if before.get(k) != now.get(k)), None)
+    if key is None:
+        return "", None, None
+    return _first_difference(f"{name}.{key}" if name else key, before.get(key), now.get(key))
 
 
 def _short(value: Any) -> str:

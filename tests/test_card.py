@@ -103,6 +103,22 @@ def test_a_card_that_makes_its_own_pictures(tmp_path: Path, capsys: pytest.Captu
     assert main([*args, "--force"]) == 0
 
 
+def test_pictures_of_another_model_are_told_and_contact_sheets_left_out(
+    merged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in").mkdir()
+    made_by = {"own": sha256_file(merged)[:10], "other": "0123456789", "unknown": ""}
+    for name, digest in made_by.items():
+        model = {"Model": name, **({"Model hash": digest} if digest else {})}
+        picture(tmp_path / "in" / f"{name}.png", Infotext("a face", "", {"Steps": "4", **model}))
+    picture(tmp_path / "in" / "a-face-sheet.png")
+    picture(tmp_path / "in" / "a-face-sheet-2.png")
+    assert main(["card", str(merged), "--images", str(tmp_path / "in"), "-o", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr()
+    assert "1 of 3 pictures say that another model made them (other.png: other): a card is to show what" in said.err
+    assert "3 pictures" in said.out and not list((tmp_path / "out").rglob("*sheet*"))
+
+
 def test_hostile_texts_stay_texts(merged: Path) -> None:
     facts = facts_of(merged)
     evil = "x\n---\nlicense: mit\n<script>|`"

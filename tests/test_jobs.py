@@ -41,6 +41,12 @@ def test_other_settings_are_refused_by_name(tmp_path) -> None:
         PartStore(tmp_path / "job", {"steps": 12, "seeds": [0]})
 
 
+def test_what_differs_inside_of_a_setting_is_named(tmp_path) -> None:
+    PartStore(tmp_path / "job", {"generate": {"guidance": 4.0, "steps": 20, "size": {"width": 64}}, "seeds": [0]})
+    with pytest.raises(UserError, match=r"\(generate\.size\.width was 64, now 96\)"):
+        PartStore(tmp_path / "job", {"generate": {"guidance": 4.0, "steps": 20, "size": {"width": 96}}, "seeds": [0]})
+
+
 def test_foreign_folder_and_file_are_refused(tmp_path) -> None:
     (tmp_path / "mine.txt").write_text("precious")
     with pytest.raises(UserError, match="mine.txt"):

@@ -13,6 +13,7 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
+from dodgeburn.checkpoint.naming import find_checkpoint
 from dodgeburn.checkpoint.tensorfile import (
     load_tensors,
     read_header,
@@ -275,3 +276,21 @@ def test_devices_and_types() -> None:
         choose_device("gpu")
     with pytest.raises(UserError, match="expected fp32"):
         choose_dtype("half", torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("pockett", "perhaps you meant the packaged pocket"),
+        ("someone/model", "`dodgeburn convert someone/model -o FILE`"),
+    ],
+)
+def test_jobs_on_weights_say_what_a_name_may_mean(
+    name: str, said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"^{name} does not exist.*{said}"):
+        find_checkpoint(name)
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(b"")
+    assert find_checkpoint(name) == Path(name)  # a file of that name is that file

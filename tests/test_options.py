@@ -103,6 +103,7 @@ def test_a_list_stays_a_list(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     [
         (["--steps", "many"], "--steps is 'many': expected a whole number; How long (`dodgeburn do --help` explains)"),
         (["--eta", "big"], "--eta is 'big': expected a number"), (["--steps"], "--steps: expected a value behind it"),
+        (["--width", "wide"], "--width is 'wide': expected a whole number; How wide it is"),
         (["--stepz", "3"], "not understood: --stepz, 3; perhaps you meant --steps"),
     ],
 )  # fmt: skip

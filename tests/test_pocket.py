@@ -1,6 +1,7 @@
 """The shipped pocket models and the verb `pocket`, end to end."""
 
 import json
+import math
 import warnings
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from dodgeburn.checkpoint.naming import find_checkpoint
 from dodgeburn.checkpoint.packaged import CACHE
 from dodgeburn.checkpoint.tensorfile import read_header, sha256_tensors
 from dodgeburn.cli.main import main
+from dodgeburn.cli.pocket import _numbers
 from dodgeburn.errors import DodgeburnWarning
 from dodgeburn.merge.run import merge
 from dodgeburn.models.loading import find_model, load_model
@@ -156,3 +158,10 @@ def test_a_config_that_cannot_be_meant_is_refused(config: str, said: str, tmp_pa
     (tmp_path / "c.json").write_text(config)
     assert main(["pocket", "train", "-o", str(tmp_path / "run"), "--config", str(tmp_path / "c.json")]) == 2
     assert said in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_what_no_picture_shows_is_null_in_the_json() -> None:
+    assert _numbers({"a": [math.nan, 1.5, {"b": math.inf}], "c": (2, "x")}) == {
+        "a": [None, 1.5, {"b": None}],
+        "c": [2, "x"],
+    }

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+
+from dodgeburn.errors import UserError, near_names
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def find_checkpoint(name: str | Path) -> Path:
@@ -16,4 +21,9 @@ def find_checkpoint(name: str | Path) -> Path:
         from dodgeburn.checkpoint.packaged import packaged_checkpoint
 
         return packaged_checkpoint(str(name))
-    return Path(name).expanduser()  # a path that does not exist is told of where it is read
+    path = Path(name).expanduser()
+    if not path.exists() and (near := near_names(str(name), NAMES, 1, 0.8)):
+        raise UserError(f"{name} does not exist: perhaps you meant the packaged {near[0]}")
+    if HUB_ID.fullmatch(str(name)) and not path.suffix and not path.parent.exists():
+        raise UserError(f"{name} does not exist; of a model of the hub `dodgeburn convert {name} -o FILE` makes a file")
+    return path  # what does not exist is told of where it is read

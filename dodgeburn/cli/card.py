@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from dodgeburn.checkpoint.card import Shown, card_text, facts_of
+from dodgeburn.checkpoint.card import Facts, Shown, card_text, facts_of
 from dodgeburn.checkpoint.naming import find_checkpoint
 from dodgeburn.cli.options import parse
 from dodgeburn.cli.picture_files import slug, writable_folder
-from dodgeburn.errors import UserError
+from dodgeburn.cli.warned import said_at_once
+from dodgeburn.errors import DodgeburnWarning, UserError
 from dodgeburn.images.png import KINDS, read_png
 
 if TYPE_CHECKING:
@@ -83,6 +86,8 @@ def main(args: list[str]) -> int:
     facts = facts_of(find_checkpoint(options.checkpoint), options.title)
     card_text(facts, (), options.license, options.base_model)  # bad ids are refused before any work
     given = _given(options.images) if options.images is not None else []
+    with said_at_once():
+        _check_models(facts, given)
     writable_folder(options.out / "images")
     (options.out / "images").mkdir(parents=True, exist_ok=True)
     shown = _copy(given, options.out) if options.images is not None else _make(options, facts.stock)
@@ -95,16 +100,35 @@ def main(args: list[str]) -> int:
     return 0
 
 
+_SHEET = re.compile(r"-sheet(-\d+)?$")
+
+
 def _given(folder: Path) -> list[tuple[Path, Shown]]:
     """The folder's pictures with what they say; UserError when there are none."""
     if not folder.is_dir():
         raise UserError(f"no folder {folder}: --images takes a folder with pictures")
-    paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in KINDS and not p.stem.endswith("-sheet"))
+    paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in KINDS and not _SHEET.search(p.stem))
     if not paths:
         raise UserError(f"{folder} has no pictures: expected {', '.join(KINDS)}")
     if len(paths) > MOST_PICTURES:
         raise UserError(f"{folder} has {len(paths)} pictures: a gallery takes at most {MOST_PICTURES}, choose some")
     return [(path, _said(path)) for path in paths]
+
+
+def _check_models(facts: Facts, given: list[tuple[Path, Shown]]) -> None:
+    """A warning where pictures say that another model made them: a card shows what its own model does."""
+    others = [
+        (path.name, shown.settings["Model"])
+        for path, shown in given
+        if shown.settings.get("Model hash", facts.sha256[:10]) != facts.sha256[:10] and "Model" in shown.settings
+    ]
+    if others:
+        warnings.warn(
+            f"{len(others)} of {len(given)} pictures say that another model made them ({others[0][0]}: "
+            f"{others[0][1]}): a card is to show what {facts.file} draws",
+            DodgeburnWarning,
+            stacklevel=3,
+        )
 
 
 def _said(path: Path) -> Shown:

@@ -50,6 +50,9 @@ def inspect_file(name: str) -> dict[str, Any]:
     if path.suffix.lower() in KINDS:
         raise UserError(f"{path} is named as a picture: expected a .safetensors file, a folder of PEFT's or a packaged "
                         f"model; a picture's settings are read by `dodgeburn generate --from {path}`")  # fmt: skip
+    if (path / "model_index.json").is_file():
+        raise UserError(f"{path} is a diffusers folder: inspect one of its files, as {path}/unet/*.safetensors, or the "
+                        f"single file that `dodgeburn convert {path} -o FILE` makes of it")  # fmt: skip
     if path.is_dir():
         path = adapter_file(path)
     if is_index(path):

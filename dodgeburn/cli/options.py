@@ -92,6 +92,14 @@ def _path_options(kind: Any) -> Iterator[str]:
 
 # What tyro says, and how our errors say it: the option, what was given, what was expected.
 _REWORDED = (
+    (
+        r"Error parsing (\S+): no type matching .*: invalid literal for int\(\) with base 10: (.*)",
+        r"\1 is \2: expected a whole number",
+    ),
+    (
+        r"Error parsing (\S+): no type matching .*: could not convert string to float: (.*)",
+        r"\1 is \2: expected a number",
+    ),
     (r"Error parsing (\S+): invalid literal for int\(\) with base 10: (.*)", r"\1 is \2: expected a whole number"),
     (r"Error parsing (\S+): could not convert string to float: (.*)", r"\1 is \2: expected a number"),
     (r"invalid choice (.*) for argument '(.*)'\. Expected one of \((.*?),?\)\.", r"\2 is \1: expected one of \3"),
@@ -99,7 +107,7 @@ _REWORDED = (
     (r"Unrecognized options: (.*)", r"not understood: \1"),
     (r"Missing from dodgeburn [^:]*: (\S+) (.*?) ?\(required\).*", r"\1 is missing: \2"),
     (r"Perhaps you meant: (\S+).*", r"perhaps you meant \1"),
-    (r"Argument helptext: \S+ (?:(?:[A-Z]+|\{\S+\}) )?(.*?)(?: \(default: .*)?", r"\1"),
+    (r"Argument helptext: \S+ (?:(?:\{\S+\}\|[A-Z]+|[A-Z]+|\{\S+\}) )?(.*?)(?: \(default: .*)?", r"\1"),
 )
 
 

@@ -228,13 +228,22 @@ def _evaluate(settings: Evaluate) -> int:
             settings.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot make the folder {settings.out}: {error.strerror}") from error
-        write_atomic(settings.out / f"{name}.json", json.dumps(result, indent=1).encode())
+        write_atomic(settings.out / f"{name}.json", json.dumps(_numbers(result), indent=1).encode())
         if pictures is not None:
             with atomic_path(settings.out / f"{name}-sheet.png") as temporary:
                 sheet_of(pictures).save(temporary, format="PNG")
     if settings.json:
-        print(json.dumps(result))
+        print(json.dumps(_numbers(result)))
     return 0
+
+
+def _numbers(value: Any) -> Any:
+    """Plain values for JSON, which knows no NaN: null, as of what too few pictures show."""
+    if isinstance(value, dict):
+        return {key: _numbers(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_numbers(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _print_table(result: dict[str, Any], gate: Any, readers: bool) -> None:

@@ -1,7 +1,6 @@
 """A model from its name: a packaged one, a single file (also shards, .ckpt), a diffusers folder or a hub id."""
 
 import json
-import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from dodgeburn.checkpoint.convert import fit_names, single_file_to_diffusers, unet_key_map
 from dodgeburn.checkpoint.layout import detect_layout
 from dodgeburn.checkpoint.metadata import CONFIGS
+from dodgeburn.checkpoint.naming import HUB_ID
 from dodgeburn.checkpoint.packaged import packaged_checkpoint
 from dodgeburn.checkpoint.sources import open_tensors, weights_in
 from dodgeburn.checkpoint.unet_keys import UNET
@@ -26,7 +26,6 @@ from dodgeburn.models.tokenizers import find_tokenizers, load_tokenizer
 from dodgeburn.pocket.model import NAMES
 
 _CONFIGS = Path(__file__).parent / "configs"
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 _CLASSES = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
 _PIPELINES = (
@@ -75,7 +74,7 @@ def find_model(name_or_path: str | Path) -> Path:
         return path.with_name(f"{path.name}.index.json")
     if path.suffix == ".safetensors" or path.parent.is_dir() and path.parent != Path("."):
         raise UserError(f"no model at {name}: the file or folder does not exist")
-    if _HUB_ID.fullmatch(name):
+    if HUB_ID.fullmatch(name):
         return _download(name)
     raise UserError(_unknown(name))
 

@@ -109,7 +109,9 @@ class Method:
             wanted = str(least) if least == most else f"{least} to {most}"
             raise UserError(f"{self.name} takes {wanted} models besides a base model, {count} were given")
         if self.needs_base and not has_base:
-            raise UserError(f"{self.name} needs the model that the others were tuned from: give it as base model")
+            raise UserError(
+                f"{self.name} needs the model that the others were tuned from: give it as base model (--base-model)"
+            )
         if has_base and not self.needs_base:
             raise UserError(f"the base model has no effect: {self.name} takes none")
 

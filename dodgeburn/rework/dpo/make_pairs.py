@@ -206,8 +206,11 @@ def choose_by(drawn: Drawn, rating: Rating, near: float = NEAR_TIE, pairs: int =
     range and if no picture can be rated.
     """
     prompts, best_of = drawn.pictures.shape[:2]
-    if not near >= 0 or not 1 <= pairs <= best_of // 2:
-        raise UserError(f"near ties {near:g}, {pairs} pairs a prompt: expected >= 0, and 1 to {best_of // 2}")
+    if not near >= 0:
+        raise UserError(f"near ties {near:g}: expected at least 0")
+    if not 1 <= pairs <= best_of // 2:
+        raise UserError(f"{pairs} pairs a prompt (--pairs-per-prompt) of the best of {best_of} pictures (--best-of): "
+                        f"expected 1 to {best_of // 2}, for a pair takes two")  # fmt: skip
     flat = drawn.pictures.reshape(-1, *drawn.pictures.shape[2:])
     words = [prompt for prompt in drawn.settings.prompts for _ in range(best_of)]
     scores = np.asarray(rating.scores(flat, words), dtype=np.float64)
