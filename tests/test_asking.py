@@ -1,11 +1,14 @@
 """A class said in the prompt: the rule that says it, and chances that even out what is not drawn as it is asked for."""
 
+import json
+
 import numpy as np
 import pytest
 from hair import CONCEPT, Hair
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dodgeburn.errors import UserError
 from dodgeburn.jobs import KeptRows
 from dodgeburn.rework.bias.asking import PromptRule, chances_to_ask, shown_when_asked
 
@@ -61,3 +64,36 @@ def test_what_is_shown_when_asked_is_counted_once_and_kept(tmp_path) -> None:
     said = [rule.rewrite("a doctor", seed) for seed in range(400)]
     assert sum("red" in s for s in said) > 360
     assert [row["chance"] for row in rule.as_json()["append_one_of"]] == pytest.approx([0.0, 1.0], abs=0.01)
+
+
+def test_a_rule_is_read_as_it_was_written(tmp_path) -> None:
+    rule = PromptRule(CONCEPT, Hair().named, chances_to_ask(np.array([[1.0, 0.0], [0.2, 0.8]]), [0.5, 0.5]))
+    path = tmp_path / "rule.json"
+    path.write_text(json.dumps(rule.as_json()))
+    again = PromptRule.read(path)
+    prompts = ["portrait of a doctor", "a cat", "a doctor, red"]
+    assert [again.rewrite(p, s) for s in range(200) for p in prompts] == [
+        rule.rewrite(p, s) for s in range(200) for p in prompts
+    ]
+    assert again.as_json()["append_one_of"] == rule.as_json()["append_one_of"]
+    assert rule.as_json()["dynamic_prompts"] == "a doctor, {0.3755::{black hair|dark hair}|0.6245::red}"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "no JSON"),
+        ("[]", "no rule"),
+        ('{"where": ["doctor"], "attribute": "hair"}', "append_one_of is missing"),
+        ('{"where": ["doctor"], "attribute": "hair", "append_one_of": []}', "append_one_of"),
+        ('{"where": ["doctor"], "attribute": "hair", "append_one_of": [{"class": "a", "chance": 0.5, "phrases": ["a"]},'
+         '{"class": "b", "chance": 0.2, "phrases": ["b"]}]}', "shares that sum to 1"),
+        ('{"where": ["doctor"], "attribute": "hair", "append_one_of": [{"class": "a", "chance": NaN, "phrases": ["a"]},'
+         '{"class": "b", "chance": 0.2, "phrases": ["b"]}]}', "chance is nan"),
+    ],
+)  # fmt: skip
+def test_what_is_no_rule_is_refused(tmp_path, text, said) -> None:
+    path = tmp_path / "rule.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=said):
+        PromptRule.read(path)

@@ -54,6 +54,33 @@ def test_pictures_sheet_and_json(model_file: Path, tmp_path: Path, capsys: pytes
         assert np.abs(np.asarray(again.image).astype(int) - np.asarray(picture).astype(int)).max() <= 1
 
 
+def test_a_rule_gives_each_seed_its_prompt(
+    model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rule = {"where": ["red hat"], "attribute": "brim", "append_one_of": [
+        {"class": name, "chance": 0.5, "phrases": [f"{name} brim"]} for name in ("wide", "no")
+    ]}  # fmt: skip
+    file, out = tmp_path / "rule.json", tmp_path / "out"
+    file.write_text(json.dumps(rule))
+    assert run(model_file, out, "-n", "8", "--rule", str(file), "--json") == 0
+    made = json.loads(capsys.readouterr().out.splitlines()[-1])["pictures"]
+    assert {p["prompt"] for p in made} == {"A red hat!, wide brim", "A red hat!, no brim"}
+    again = tmp_path / "again"
+    picture = Path(made[3]["path"])
+    assert main(["generate", "--from", str(picture), "--model", str(model_file), "-o", str(again)]) == 0
+    (copy,) = again.iterdir()
+    assert np.array_equal(np.asarray(Image.open(copy)), np.asarray(Image.open(picture)))
+
+    for refused, said in (
+        (["--from", str(out / "a-red-hat-sheet.png"), "--model", str(model_file)], "give one of its pictures"),
+        (["a cat", "--model", str(model_file), "--rule", str(file)], "leave --rule out"),
+        (["a red hat", "--model", str(model_file), "--rule", str(file), "--best-of", "2"], "leave one out"),
+    ):
+        assert main(["generate", *refused, "-o", str(tmp_path / "no")]) == 2
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
+
+
 def test_again_gives_the_same_files_and_others_are_kept(model_file: Path, tmp_path: Path) -> None:
     assert run(model_file, tmp_path, "-n", "2") == 0
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}

@@ -31,7 +31,8 @@ class Bake:
     """
 
     checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
-    """A single-file checkpoint (SD1.5 or SDXL), an index of shards, or a packaged model such as pocket."""
+    """A single-file checkpoint (SD1.5 or SDXL), an index of shards, a diffusers folder, or a packaged model such as
+    pocket."""
     loras: Annotated[list[str], tyro.conf.Positional, tyro.conf.arg(metavar="LORA[:STRENGTH]")] = field(
         default_factory=list
     )

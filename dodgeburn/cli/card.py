@@ -80,10 +80,10 @@ def main(args: list[str]) -> int:
     options = parse(Card, args, "card", EXAMPLE)
     if options.images is not None and options.prompt:
         raise UserError("--prompt has no effect with --images: those pictures are made already")
+    facts = facts_of(find_checkpoint(options.checkpoint), options.title)
     readme = options.out / "README.md"
     if readme.exists() and not options.force:
         raise UserError(f"{readme} is there already: choose another folder, or replace it with --force")
-    facts = facts_of(find_checkpoint(options.checkpoint), options.title)
     card_text(facts, (), options.license, options.base_model)  # bad ids are refused before any work
     given = _given(options.images) if options.images is not None else []
     with said_at_once():

@@ -32,7 +32,7 @@ def main(args: list[str]) -> int:
         raise UserError(f"-n is {options.n}: give a number of pictures from 1 to 100000")
     if f".{options.format}" not in KINDS:
         raise UserError(f"--format is {options.format!r}: expected {', '.join(k[1:] for k in KINDS)}")
-    early.check(options.seeds, options.source, options.batch_size)
+    early.check(options.seeds, options.source, options.rule)
     plan = plan_of(options)
     writable_folder(options.out)
     with said_at_once():
@@ -59,13 +59,14 @@ def _run(options: Generate, plan: Plan) -> dict[str, Any]:
     tell_source(plan, model)
     adapters = apply(plan.loras, options.lora_blocks, model)
     tuned = None if plan.tuned is None else plan.tuned.load(options.device, plan.dtype, options.tokenizer)
-    prompts = [plan.prompt] * len(plan.seeds)
     began = time.perf_counter()
     made: list[Generated] = []
     pictures = []
     said: dict[str, Any] = {}
     # disable=None: a bar on a terminal only
-    with tqdm(total=len(prompts) * plan.settings.steps, unit="step", disable=None, file=sys.stderr, leave=False) as bar:
+    with tqdm(
+        total=len(plan.seeds) * plan.settings.steps, unit="step", disable=None, file=sys.stderr, leave=False
+    ) as bar:
 
         def progress(step: Step) -> None:
             bar.update(len(step.indices))
@@ -78,7 +79,14 @@ def _run(options: Generate, plan: Plan) -> dict[str, Any]:
             )
         else:
             found = stream(
-                model, prompts, plan.seeds, plan.settings, progress, plan.batch_size, adapters=adapters, tuned=tuned
+                model,
+                plan.prompts,
+                plan.seeds,
+                plan.settings,
+                progress,
+                plan.batch_size,
+                adapters=adapters,
+                tuned=tuned,
             )
         for picture in found:
             if plan.row is not None and picture.index != plan.row:
@@ -87,7 +95,8 @@ def _run(options: Generate, plan: Plan) -> dict[str, Any]:
             options.out.mkdir(parents=True, exist_ok=True)
             path = free_name(options.out, stem, options.format, record_of(picture, model))
             save_picture(path, picture, model)
-            pictures.append({"path": str(path), "seed": picture.seed, "settings": picture.settings.model_dump()})
+            pictures.append({"path": str(path), "prompt": picture.prompt, "seed": picture.seed,
+                             "settings": picture.settings.model_dump()})  # fmt: skip
             made.append(picture)
     sheet = (
         write_sheet(options.out, options.format, plan.prompt, made, model) if options.sheet and len(made) > 1 else None

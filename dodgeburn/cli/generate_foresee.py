@@ -48,7 +48,7 @@ def spelled_out(args: list[str]) -> list[str]:
     return out
 
 
-def check(options: Foresee, source: Path | None, batch_size: int | None) -> None:
+def check(options: Foresee, source: Path | None, rule: Path | None) -> None:
     """UserError for options that contradict each other."""
     if options.best_of < 1 or options.restarts < 0:
         raise UserError(f"--best-of is {options.best_of}, --restarts {options.restarts}: give at least 1 and 0")
@@ -58,6 +58,10 @@ def check(options: Foresee, source: Path | None, batch_size: int | None) -> None
         raise UserError("--look-ahead does nothing without --foresee: nothing is given up")
     if source is not None and asked(options):
         raise UserError("--best-of and --foresee choose among seeds, --from makes one picture again: leave one out")
+    if rule is not None and asked(options):
+        raise UserError(
+            "--best-of and --foresee choose among one prompt's seeds, --rule gives each its own: leave one out"
+        )
 
 
 def asked(options: Foresee) -> bool:

@@ -144,6 +144,8 @@ class Generate(Grouped):
     """Folder for the pictures; made if it is not there."""
     negative: str = ""
     """What to keep away from."""
+    rule: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """A rule that `bias fix --method random-prompt` wrote: each seed draws a class to say in the prompt."""
     steps: int = 20
     """Denoising steps."""
     guidance: float = 4.0

@@ -15,6 +15,7 @@ from dodgeburn.errors import DodgeburnWarning, UserError
 
 if TYPE_CHECKING:
     from dodgeburn.models.model import Model
+    from dodgeburn.rework.bias.asking import PromptRule
     from dodgeburn.sampling.loras import LoraUse
     from dodgeburn.sampling.reproduce import Request
     from dodgeburn.sampling.settings import GenerateSettings, Thresholding
@@ -27,7 +28,7 @@ OPTIONS = {"fraction": "threshold_fraction"}
 class Plan:
     """What to make: the pictures' prompt and seeds, and where they came from."""
 
-    prompt: str
+    prompt: str  # what files are named after
     seeds: list[int]
     settings: GenerateSettings
     model: str
@@ -38,6 +39,12 @@ class Plan:
     tuned: TunedUse | None = None
     not_honoured: list[str] = field(default_factory=list)  # of the picture's settings
     row: int | None = None  # only this row of the batch is kept: the picture that is made again
+    rule: PromptRule | None = None
+
+    @property
+    def prompts(self) -> list[str]:
+        """Each seed's prompt."""
+        return [self.prompt if self.rule is None else self.rule.rewrite(self.prompt, seed) for seed in self.seeds]
 
 
 def _settings(options: Generate) -> GenerateSettings:
@@ -104,7 +111,21 @@ def _with_loras(plan: Plan, options: Generate) -> Plan:
     if plan.settings.prompt_syntax != "plain":
         plan.prompt = finder.tags(plan.prompt)
     plan.loras = finder.found
+    if options.rule is not None:
+        plan.rule = _rule(options.rule, plan)
     return plan
+
+
+def _rule(path: Path, plan: Plan) -> PromptRule:
+    """The rule of a file; UserError where it has nothing to say of the prompt."""
+    from dodgeburn.rework.bias.asking import PromptRule
+
+    rule = PromptRule.read(path)
+    if all(rule.rewrite(plan.prompt, seed) == plan.prompt for seed in plan.seeds):
+        subjects = " or ".join(repr(p) for p in rule.concept.prompts)
+        raise UserError(f"{path} is a rule for prompts with {subjects} that leave {rule.concept.attribute} open: "
+                        f"{plan.prompt!r} is none, leave --rule out")  # fmt: skip
+    return rule
 
 
 def tell_source(plan: Plan, model: Model) -> None:

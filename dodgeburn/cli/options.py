@@ -16,7 +16,7 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, Field, field, fields, is_dataclass, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
@@ -90,8 +90,15 @@ def _path_options(kind: Any) -> Iterator[str]:
                 yield from getattr(said, "aliases", None) or ()
 
 
+def _choices(match: re.Match[str]) -> str:
+    """tyro's choices stand in no order, with None among them where an option may be left out."""
+    option, value, known = match[2], match[1], match[3]
+    names = sorted(name for name in re.findall(r"'(.*?)'", known) if name != "None")
+    return f"{option} is {value}: expected one of {', '.join(names)}"
+
+
 # What tyro says, and how our errors say it: the option, what was given, what was expected.
-_REWORDED = (
+_REWORDED: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (
         r"Error parsing (\S+): no type matching .*: invalid literal for int\(\) with base 10: (.*)",
         r"\1 is \2: expected a whole number",
@@ -102,7 +109,7 @@ _REWORDED = (
     ),
     (r"Error parsing (\S+): invalid literal for int\(\) with base 10: (.*)", r"\1 is \2: expected a whole number"),
     (r"Error parsing (\S+): could not convert string to float: (.*)", r"\1 is \2: expected a number"),
-    (r"invalid choice (.*) for argument '(.*)'\. Expected one of \((.*?),?\)\.", r"\2 is \1: expected one of \3"),
+    (r"invalid choice (.*) for argument '(.*)'\. Expected one of \((.*?),?\)\.", _choices),
     (r"Missing value for argument '(.*)'\. Expected .*", r"\1: expected a value behind it"),
     (r"Unrecognized options: (.*)", r"not understood: \1"),
     (r"Missing from dodgeburn [^:]*: (\S+) (.*?) ?\(required\).*", r"\1 is missing: \2"),
@@ -129,7 +136,7 @@ def _one_line(box: str) -> str:
         if part and not part.startswith("For full helptext"):
             for pattern, form in _REWORDED:
                 if match := re.fullmatch(pattern, part):
-                    part = match.expand(form)
+                    part = match.expand(form) if isinstance(form, str) else form(match)
                     break
             said.append(part.rstrip("."))
     return "; ".join(said)

@@ -66,6 +66,8 @@ def write_sheet(folder: Path, ending: str, prompt: str, made: Sequence[Generated
     labels = [f"from seed {shown[i].seed}" for i in range(0, len(shown), columns)]
     sheet = contact_sheet(rows, row_labels=labels if len(labels) > 1 else None, title=prompt)
     record = {**record_of(made[0], model), "seeds": [m.seed for m in shown]}
+    if len({m.prompt for m in shown}) > 1:
+        record["prompts"] = [m.prompt for m in shown]
     path = free_name(folder, f"{slug(prompt)}-sheet", ending, record)
     write_picture(path, sheet, infotext_of(made[0], model), record)
     return path

@@ -162,6 +162,8 @@ def block_weights(layout: Layout, texts: Sequence[str]) -> dict[str, float]:
             continue
         name, equals, number = item.partition("=")
         if not equals:
+            if ":" in item and any(fnmatchcase(block, item.partition(":")[0].upper()) for block in layout.all_blocks):
+                raise UserError(f"block weight {item!r} is not NAME=NUMBER: write {item.replace(':', '=', 1)}")
             out |= dict(zip(layout.blocks, preset_alphas(item, layout.n_in, layout.n_out), strict=True))
             continue
         blocks = [block for block in layout.all_blocks if fnmatchcase(block, name.strip().upper())]

@@ -86,6 +86,8 @@ def _own(record: dict[str, Any]) -> Request:
         settings = GenerateSettings(**known)
     except ValueError as error:  # pydantic's, of values of a wrong type
         raise UserError(f"dodgeburn's record is damaged ({str(error).splitlines()[0]})") from error
+    if "prompts" in record:
+        raise UserError("it is a sheet of pictures with prompts of their own: give one of its pictures")
     seeds, batch = record.get("seeds", [record.get("seed")]), record.get("batch", [0, 1])
     if not (isinstance(seeds, list) and seeds and all(type(s) is int for s in seeds)):
         raise UserError("dodgeburn's record has no whole-number seed")

@@ -7,20 +7,47 @@ q solve S' p = q.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any, Self
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
+from dodgeburn.errors import UserError
+from dodgeburn.given_settings import first_problem
 from dodgeburn.jobs import KeptRows
 from dodgeburn.measure.bias import counts_of
 from dodgeburn.rework.bias.before_after import DrawPictures
 from dodgeburn.rework.bias.classify import Classifier
-from dodgeburn.rework.bias.concept import Concept
+from dodgeburn.rework.bias.concept import Concept, make_concept
 
 ASK_SEED = 37_000_000
 _HOLD = 0.05  # how firmly chances keep to the target, so that a few pictures' luck does not move them far
+_Text = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
+
+
+class _Class(BaseModel):
+    """One class of a rule's file."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: _Text = Field(alias="class")
+    chance: float = Field(ge=0, le=1, allow_inf_nan=False)
+    phrases: list[_Text] = Field(min_length=1)
+
+
+class _RuleFile(BaseModel):
+    """What `PromptRule.as_json` writes."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    where: list[_Text] = Field(min_length=1)
+    attribute: _Text
+    append_one_of: list[_Class] = Field(min_length=2)
+    dynamic_prompts: str = ""
 
 
 @dataclass(frozen=True)
@@ -46,11 +73,40 @@ class PromptRule:
         return lambda prompts, seeds: draw([self.rewrite(p, s) for p, s in zip(prompts, seeds, strict=True)], seeds)
 
     def as_json(self) -> dict[str, Any]:
-        """The rule, for programs that make prompts."""
+        """The rule, for `read` and for programs that make prompts. `dynamic_prompts` is a prompt with the choice in it,
+        as the Dynamic Prompts extension writes it for A1111 and others: {weight::this|weight::that}."""
         c = self.concept
+        chances = dict(zip(c.classes, self.chances or c.target, strict=True))
+        choice = "|".join(f"{p:.4g}::{_one_of(c.phrases[k])}" for k, p in chances.items() if p > 0)
         return {"where": [_subject(p) for p in c.prompts], "attribute": c.attribute,
-                "append_one_of": [{"class": k, "chance": p, "phrases": list(c.phrases[k])}
-                                  for k, p in zip(c.classes, self.chances or c.target, strict=True)]}  # fmt: skip
+                "append_one_of": [{"class": k, "chance": p, "phrases": list(c.phrases[k])} for k, p in chances.items()],
+                "dynamic_prompts": f"{c.prompts[0]}, {{{choice}}}"}  # fmt: skip
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """A rule that `bias fix --method random-prompt` wrote. A prompt names the attribute where it has one of the
+        phrases of the rule in it. UserError for anything else."""
+        try:
+            said = _RuleFile.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+        except ValidationError as error:
+            raise UserError(f"{path} is no rule for prompts: {first_problem(error, _RuleFile)}") from None
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path} is no rule for prompts: no JSON ({error})") from None
+        classes = said.append_one_of
+        concept = make_concept(said.where, said.attribute, [c.name for c in classes],
+                               {c.name: c.phrases for c in classes}, [c.chance for c in classes])  # fmt: skip
+        phrases = [phrase.lower() for c in classes for phrase in c.phrases]
+
+        def named(prompt: str) -> frozenset[str]:
+            return frozenset([said.attribute] if any(p in prompt.lower() for p in phrases) else [])
+
+        return cls(concept, named)
+
+
+def _one_of(phrases: Sequence[str]) -> str:
+    return phrases[0] if len(phrases) == 1 else f"{{{'|'.join(phrases)}}}"
 
 
 def _subject(prompt: str) -> str:
