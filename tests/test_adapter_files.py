@@ -118,6 +118,7 @@ def test_every_spelling_is_read(kind: str, spelling: str, tmp_path: Path) -> Non
     else:
         with open_adapter(tmp_path / "k.safetensors") as file:
             rewrite_adapter(file, path, "sgm" if spelling == "mixed" else spelling)
+        assert read_header(path).metadata["sshs_model_hash"] == sha256_tensors(path)
         if spelling == "mixed":
             made = {k: v for k, v in load_tensors(path).items() if "input_blocks" in k}
             there = {parse_key(key).module for key in made}  # type: ignore[union-attr]
@@ -239,7 +240,7 @@ def test_the_card_is_read_back_and_told(tmp_path: Path, capsys: pytest.CaptureFi
         "1.0 = one natural standard deviation of smile, read exactly (0.29)", "safe range: -3 to 3",
         "start: from time step 700 on", "-1: -1.02, 0: +0.00, 1: +0.98",
         "certificate (judge, 64 sweeps, 2 seeds): monotone 99.0% [97.0%, 100.0%], Spearman 0.998, selectivity 4.50",
-        "leakage, in deviations: zoom -0.20, age +0.10",
+        "leakage at one deviation: zoom 0.20, age 0.10",
         "trained: 2,800 U-Net samples, 18.5 s, seed 3, rank 4, lr 0.0002\n",
         "made for pocket",
     ):  # fmt: skip

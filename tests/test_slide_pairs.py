@@ -94,6 +94,13 @@ def test_a_bad_folder_gets_a_list_of_all_that_is_wrong(tmp_path: Path) -> None:
         assert part in said, part
 
 
+def test_a_pair_of_the_same_picture_is_no_pair(tmp_path: Path) -> None:
+    root = two_folders(tmp_path)
+    (root / "after" / "a.png").write_bytes((root / "before" / "a.png").read_bytes())
+    with pytest.raises(UserError, match=r"before/a.png and its counterpart are the same picture$"):
+        read_pairs(root, 64 * 64, 8)
+
+
 def test_a_long_list_is_cut(tmp_path: Path) -> None:
     for i in range(11):
         picture(tmp_path, f"before/{i}.png")
@@ -126,9 +133,9 @@ def test_no_folder(tmp_path: Path) -> None:
 
 
 def test_turned_and_transparent_pictures(tmp_path: Path) -> None:
-    for side in ("before", "after"):
+    for side, grey in (("before", 0), ("after", 128)):
         (tmp_path / side).mkdir()
-        image = Image.new("RGBA", (48, 32), (255, 0, 0, 0))
+        image = Image.new("RGBA", (48, 32), (255, 0, 0, grey))
         exif = Image.Exif()
         exif[0x0112] = 6  # a quarter turn
         image.save(tmp_path / side / "a.png", exif=exif)

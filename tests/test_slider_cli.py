@@ -106,6 +106,7 @@ def test_unmix_writes_combinations(calibrated, tmp_path, capsys) -> None:
     for k, path in enumerate(found["written"]):
         made = open_slider(path, model)
         assert made.card.method == "unmixed" and made.card.attribute == parents[k].card.attribute
+        assert made.card.safe_range is None and not made.card.curve and not made.calibrated
         assert [p.scale for p in made.card.parents] == pytest.approx([w for w in weights[k] if w], abs=1e-4)
         wanted = sum(w * change(parent.adapter) for w, parent in zip(weights[k], parents, strict=True))
         assert torch.allclose(change(made.adapter), wanted, atol=1e-4)
@@ -157,6 +158,8 @@ def test_sweep_draws_strips_grids_compositions_and_animations(calibrated, tmp_pa
     (["evaluate", "FILE", "--clip", "OUT", "--certify"], "no certificate"),
     (["calibrate", "FILE"], "-o OUT.safetensors"),
     (["calibrate", "FILE", "-o", "FILE"], "input"),
+    (["sweep", "FILE", "-o", "x.png", "--cell", "0"], "--cell 0"),
+    (["evaluate", "FILE", *"--prompts 1 --seeds 1 --scales 3 --steps 1".split()], "take more prompts or seeds"),
     (["unmix", "FILE", "-o", "OUT"], "at least two"),
     (["unmix", "FILE", "FILE", "-o", "OUT"], "same name"),
     (["sweeep"], "did you mean sweep"),
@@ -168,7 +171,7 @@ def test_bad_input_is_one_line_and_exit_code_2(files, tmp_path, capsys, monkeypa
     assert dodgeburn(["slider", *args]) == 2
     err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert len(err) == 1 and said in err[0], err
-    assert files[0].read_bytes() == before and not list(tmp_path.glob("*.png"))
+    assert files[0].read_bytes() == before and not list(tmp_path.glob("*.png")) and not (tmp_path / "out").exists()
 
 
 def test_another_worlds_model_is_not_read(files, tmp_path, capsys) -> None:

@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 from tiny import tiny_model
 
-from dodgeburn.checkpoint.tensorfile import sha256_tensors
 from dodgeburn.cli.main import main
 from dodgeburn.errors import UserError
 from dodgeburn.models.adapters import layers_of
@@ -61,6 +60,10 @@ def small(name: str = "smile", **more: object) -> SliderSpec:
         ("name: smile\ntarget: a\npositive: b\nnegative: b", "there is no direction"),
         ("name: smile\ntarget: a\npositive: b\nnegative: c\nlayers: all", "unknown layer set"),
         ("name: smile\ntarget: a\npositive: b\nnegative: c\nrank: 0", "rank is 0: expected a whole number from 1"),
+        ("name: smile\ntarget: a\npositive: b\nnegative: c\nalpha: 0", "alpha is 0: expected a number above 0"),
+        ("name: smile\ntarget: a\npositive: b\nnegative: c\neta: .inf", "eta is inf: expected a finite number"),
+        ("name: smile\ntarget: a\npositive: b\nnegative: c\nlr: .nan", "lr is nan: expected a finite number"),
+        ("name: smile\ntarget: a\npositive: b\nnegative: c\ncontexts: 2", "contexts is 2, but 0 attributes"),
         ("name: a/b\ntarget: a\npositive: b\nnegative: c", "no name for a file"),
         ("name: smile\ntarget: a\npositive: ''\nnegative: c", "positive is empty"),
         ("name: smile\ntarget: a\npositive: b\nnegative: c\nranks: 3", "ranks is not known"),
@@ -131,10 +134,10 @@ def test_alpha_bar_falls_to_the_schedules_end(pocket: Model) -> None:
 
 def test_stops_when_nothing_gets_better(tmp_path: Path) -> None:
     values = iter([-1.0, -0.5, -0.499, -0.4989, -0.2])
-    watch = Watch(lambda: next(values), tmp_path / "seen.json", every=10, least=0.02, patience=2)
+    watch = Watch(lambda: next(values), tmp_path / "seen.json", int, 10, least=0.02, patience=2)
     assert [watch.look(step) for step in (5, 10, 20, 30, 40)] == [False, False, False, False, True]
     # A resumed run decides from what was seen, without measuring again.
-    again = Watch(lambda: 1 / 0, tmp_path / "seen.json", every=10, least=0.02, patience=2)
+    again = Watch(lambda: 1 / 0, tmp_path / "seen.json", int, 10, least=0.02, patience=2)
     assert [again.look(step) for step in (10, 20, 30, 40)] == [False, False, False, True]
 
 
@@ -214,14 +217,19 @@ def test_a_killed_training_ends_with_the_same_file(tmp_path: Path) -> None:
     running.wait()
     assert not cut.exists() and (folder / "smile.checkpoint.pt").exists()
     assert subprocess.run([*command, str(cut)], capture_output=True).returncode == 0
-    assert sha256_tensors(whole) == sha256_tensors(cut) and not folder.exists()
+    assert whole.read_bytes() == cut.read_bytes() and not folder.exists()
 
 
 def test_a_loss_that_is_not_finite_stops_with_a_line(pocket: Model, tmp_path: Path) -> None:
     out = tmp_path / "smile.safetensors"
     with pytest.raises(UserError, match="no longer finite.*smaller lr"):
         list(SliderMaker(pocket).text([small(lr=1e30, steps=10, stop="never")], lambda s: out))
-    assert not out.exists()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_rank_beyond_every_layer_is_refused(pocket: Model, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="rank 600: expected 1 to"):
+        list(SliderMaker(pocket).text([small(rank=600)], lambda s: tmp_path / "smile.safetensors"))
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -232,14 +240,32 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         "- {name: age, positive: a very old face, negative: a very young face}\n"
     )
     folder = tmp_path / "sliders"
-    assert main(["slider", "train", str(spec), "-o", str(folder), "--strips", "5", "--json"]) == 0
+    assert main(["slider", "train", str(spec), "-o", str(folder), "--strips", "2", "--json"]) == 0
     found = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["sliders"]
     assert [one["name"] for one in found] == ["smile", "age"]
     assert found[0]["shared"] == found[1]["shared"] == 3 * 2 * 2 + 6
     assert sorted(path.name for path in folder.glob("*.safetensors")) == ["age.safetensors", "smile.safetensors"]
-    assert (folder / "smile.safetensors.strips" / "step-0005.png").exists()
+    strips = [path.stem for path in sorted((folder / "smile.safetensors.strips").iterdir())]
+    assert strips == ["step-0002", "step-0004", "step-0005"]
+    # The same again leaves what is finished.
+    (folder / "age.safetensors").unlink()
+    kept = (folder / "smile.safetensors").stat().st_mtime_ns
+    assert main(["slider", "train", str(spec), "-o", str(folder), "--json"]) == 0
+    said = capsys.readouterr().out
+    assert "there already: smile" in said and [one["name"] for one in json.loads(said.splitlines()[-1])["sliders"]] == [
+        "age"
+    ]
+    assert (folder / "smile.safetensors").stat().st_mtime_ns == kept
+    assert main(["slider", "train", str(spec), "-o", str(folder), "--seed", "1", "--dtype", "fp32"]) == 0
+    assert "there already" not in capsys.readouterr().out
     assert main(["slider", "train", str(spec), "-o", str(tmp_path / "one.safetensors")]) == 2
     assert "give a folder" in capsys.readouterr().err
+    for option, value in (("--seed", "-1"), ("--strips", "-3")):
+        assert main(["slider", "train", str(spec), "-o", str(folder), option, value]) == 2
+        assert "expected 0 or more" in capsys.readouterr().err
+    spec.write_text(spec.read_text().replace("smiling broadly,", "smiling broadly, attribute: grin,"))
+    assert main(["slider", "train", str(spec), "-o", str(tmp_path / "new")]) == 2
+    assert "no attribute 'grin'" in capsys.readouterr().err and not (tmp_path / "new").exists()
     assert main(["slider", "train", str(tmp_path / "none.yaml"), "-o", str(folder)]) == 2
     assert "none.yaml" in capsys.readouterr().err
 
@@ -270,6 +296,12 @@ def test_pairs_and_closed_form_on_the_command_line(tmp_path: Path, capsys: pytes
     assert main(arguments) == 0
     (found,) = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["sliders"]
     assert found["forwards"] > 0 and found["unit"] == ""
+    capsys.readouterr()
+    assert main([*arguments, "--attribute", "grin"]) == 2
+    assert "no attribute 'grin'" in capsys.readouterr().err
+    assert not (tmp_path / "p.safetensors.training").exists()
+    assert main(["slider", "train", str(spec), "-o", str(out), "--closed-form", "--strips", "5"]) == 2
+    assert "which has no steps" in capsys.readouterr().err
     assert main(["slider", "train", "-o", str(out)]) == 2
     assert "one of the two" in capsys.readouterr().err
     (tmp_path / "pairs" / "after" / "1.png").unlink()

@@ -31,7 +31,8 @@ ADAPTER_SPEC = {"sdxl": "stable-diffusion-xl-v1-base/lora", "sd15": "stable-diff
 
 
 def rewrite_adapter(adapter: Adapter, out: str | Path, spelling: str = "kohya") -> None:
-    """Write an open adapter under the keys of a spelling; metadata are kept but for hashes of the old keys.
+    """Write an open adapter under the keys of a spelling; metadata are kept but for hashes of the old
+    keys, which are worked out anew.
 
     Raises UserError if keys could not be understood (they would be lost), for a spelling that has no names for the
     adapter's algorithm (PEFT: LoRA only), and as `write_pieces`.
@@ -54,7 +55,7 @@ def rewrite_adapter(adapter: Adapter, out: str | Path, spelling: str = "kohya") 
         kept[DIFFUSERS_ALPHAS] = to_json(peft_config(adapter.modules.values()))
     if adapter.architecture in ADAPTER_SPEC:
         kept.setdefault("modelspec.architecture", ADAPTER_SPEC[adapter.architecture])
-    write_pieces(out, pieces, kept, files_of(adapter.source))
+    write_pieces(out, pieces, kept, files_of(adapter.source), lora_hashes)
 
 
 def check_spelling(spelling: str) -> str:
@@ -140,7 +141,12 @@ def adapter_metadata(
         out |= {"modelspec.usage_hint": card.usage_hint()} | card.as_metadata()
     if spelling == "peft":
         out[DIFFUSERS_ALPHAS] = to_json(peft_config(modules))
-    return out | {"sshs_model_hash": digest, SPEC_HASH: "0x" + digest}
+    return out | lora_hashes(digest)
+
+
+def lora_hashes(digest: str) -> dict[str, str]:
+    """Metadata that hold the sha256 of all bytes after the header, as A1111 and ModelSpec name it."""
+    return {"sshs_model_hash": digest, SPEC_HASH: "0x" + digest}
 
 
 def _alpha_of(module: AdapterModule) -> float:

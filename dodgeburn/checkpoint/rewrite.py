@@ -5,12 +5,13 @@ Bytes that stay as they are are copied in pieces; only a transposed or cast tens
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dodgeburn.checkpoint.header import FLOAT_DTYPES, torch_dtype
+from dodgeburn.checkpoint.metadata import NO_HASH
 from dodgeburn.checkpoint.moves import Move
 from dodgeburn.checkpoint.sources import Tensors, files_of
 from dodgeburn.checkpoint.tensorfile import TensorWriter, byte_view
@@ -63,9 +64,11 @@ def chosen_dtype(option: str, component: str, shape: Sequence[int]) -> str:
 
 
 def write_pieces(
-    path: str | Path, pieces: Mapping[str, Piece], metadata: Mapping[str, str], inputs: Iterable[str | Path] = ()
-) -> None:
-    """Write the pieces to a .safetensors file, atomically; `format: pt` is added.
+    path: str | Path, pieces: Mapping[str, Piece], metadata: Mapping[str, str], inputs: Iterable[str | Path] = (),
+    hashes: Callable[[str], Mapping[str, str]] | None = None,
+) -> None:  # fmt: skip
+    """Write the pieces to a .safetensors file, atomically; `format: pt` is added. hashes: metadata that hold the sha256
+    of all bytes after the header, which they are made of.
 
     The files read are inputs, which the output may not be. Raises UserError as TensorWriter, and for values that the
     new type cannot hold.
@@ -75,7 +78,8 @@ def write_pieces(
     sources = {id(piece.source): piece.source for piece in pieces.values() if piece.source is not None}
     read = [file for source in sources.values() for file in files_of(source)]
     infos = {name: (piece.dtype, piece.shape) for name, piece in pieces.items()}
-    with TensorWriter(path, infos, {"format": "pt", **metadata}, [*inputs, *read]) as writer:
+    said = {"format": "pt", **metadata}
+    with TensorWriter(path, infos, said | dict(hashes(NO_HASH) if hashes else {}), [*inputs, *read]) as writer:
         total = sum(info.nbytes for info in writer.infos.values())
         with tqdm(total=total, unit="B", unit_scale=True, desc=Path(path).name, disable=None) as bar:
             for name, piece in pieces.items():
@@ -86,6 +90,8 @@ def write_pieces(
                     bar.update(len(data))
         for source in sources.values():
             source.check_unchanged()
+        if hashes is not None:
+            writer.replace_metadata(said | dict(hashes(writer.sha256_tensors())))
 
 
 def _bytes_of(name: str, piece: Piece) -> Iterator[bytes | memoryview]:

@@ -33,7 +33,13 @@ class Certificate(BaseModel):
     spearman: FiniteFloat | None = None  # mean rank correlation of scale and reading, -1..1
     selectivity: FiniteFloat | None = None  # own movement over the others' mean movement, in natural deviations
     unreadable: FiniteFloat | None = None  # share of pictures that could not be read, counted as failures above
-    leakage: dict[str, FiniteFloat] = {}  # other attribute -> its movement, in its own natural deviations
+    calibration_error: FiniteFloat | None = None  # in natural deviations, at 0.5, 1 and 2 of them
+    range_sigma: FiniteFloat | None = None  # end to end, in natural deviations
+    symmetry: FiniteFloat | None = None  # smaller over larger of the moves at +s and -s
+    linearity: FiniteFloat | None = None  # R^2 of moves that are proportional to the scale
+    identity: FiniteFloat | None = None  # share of the other attributes that a picture keeps at one deviation
+    leakage: dict[str, FiniteFloat] = {}  # other attribute -> how far it moves at one deviation, without sign: a graded
+    # one in its own deviations, a named one as a share of how often seeds differ in it
     intervals: dict[str, Interval] = {}  # 95 %, by field: "monotone", "leakage.age", …
 
 
@@ -141,26 +147,30 @@ def card_lines(card: SliderCard) -> list[str]:
     return lines
 
 
+_CERTIFIED = {
+    "monotone": ("monotone", ".1%"), "spearman": ("Spearman", ".3f"), "selectivity": ("selectivity", ".2f"),
+    "unreadable": ("unreadable", ".1%"), "calibration_error": ("calibration error", ".2f"),
+    "range_sigma": ("range", ".1f"), "symmetry": ("symmetry", ".2f"), "linearity": ("linearity", ".2f"),
+    "identity": ("identity", ".1%"),
+}  # fmt: skip
+
+
 def _certificate_lines(found: Certificate) -> list[str]:
     def value(name: str, number: float, pattern: str) -> str:
         between = found.intervals.get(name)
         spread = f" [{between[0]:{pattern}}, {between[1]:{pattern}}]" if between else ""
         return f"{number:{pattern}}{spread}"
 
-    parts = []
-    if found.monotone is not None:
-        parts.append(f"monotone {value('monotone', found.monotone, '.1%')}")
-    if found.spearman is not None:
-        parts.append(f"Spearman {value('spearman', found.spearman, '.3f')}")
-    if found.selectivity is not None:
-        parts.append(f"selectivity {value('selectivity', found.selectivity, '.2f')}")
-    if found.unreadable is not None:
-        parts.append(f"unreadable {value('unreadable', found.unreadable, '.1%')}")
+    parts = [
+        f"{label} {value(name, number, pattern)}"
+        for name, (label, pattern) in _CERTIFIED.items()
+        if (number := getattr(found, name)) is not None
+    ]
     seeds = f"{len(set(found.seeds))} seeds"
     lines = [f"  certificate ({found.reader}, {found.n} sweeps, {seeds}): {', '.join(parts) or 'nothing measured'}"]
     if found.leakage:
         worst = sorted(found.leakage.items(), key=lambda item: -abs(item[1]))
-        lines.append("  leakage, in deviations: " + _few([f"{name} {moved:+.2f}" for name, moved in worst]))
+        lines.append("  leakage at one deviation: " + _few([f"{name} {abs(moved):.2f}" for name, moved in worst]))
     return lines
 
 

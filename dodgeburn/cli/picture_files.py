@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,21 @@ def writable_folder(folder: Path) -> None:
             pass
     except OSError as error:
         raise UserError(f"cannot write to folder {folder}: {error.strerror or error}") from error
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[None]:
+    """The folder, made if it is not there, and taken away again after an error that left nothing in it."""
+    there = folder.exists()
+    writable_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        if not there:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 def slug(prompt: str) -> str:

@@ -74,6 +74,8 @@ def main(args: list[str]) -> int:
             check_output(path)  # before minutes of work
     if not 20 <= options.milliseconds <= 10_000:
         raise UserError(f"--milliseconds {options.milliseconds}: expected 20 to 10000")
+    if options.cell is not None and not 8 <= options.cell <= 4096:
+        raise UserError(f"--cell {options.cell}: expected 8 to 4096 pixels")
     seeds = seeds_of(options.seeds)
     scales = numbers(options.scales, "scales") if options.scales is not None else None
     found = _run(options, seeds, scales)

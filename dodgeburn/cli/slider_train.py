@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -31,7 +31,8 @@ class Train:
 
     A file with one slider needs name, target, positive and negative. One with `sliders: [...]` trains them all on one
     cache. On the pocket, a slider with an attribute is calibrated: 1.0 of the written file is one natural standard
-    deviation, in every program. Interrupted, the same command goes on.
+    deviation, in every program. Interrupted, the same command goes on;
+    of several sliders it leaves those that are finished.
     """
 
     spec: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="SPEC.yaml")] = None
@@ -76,6 +77,10 @@ def main(args: list[str]) -> int:
         raise UserError("--prompt and --attribute are for --pairs: a YAML file says its own")
     if settings.pairs is not None and (settings.closed_form or settings.strips):
         raise UserError("--closed-form and --strips have no effect on pairs: leave them out")
+    if settings.closed_form and settings.strips:
+        raise UserError("--strips has no effect with --closed-form, which has no steps: leave it out")
+    if settings.strips < 0 or (settings.seed or 0) < 0:
+        raise UserError(f"--strips is {settings.strips}, --seed {settings.seed}: expected 0 or more")
     made = _from_pairs(settings, settings.pairs, settings.out) if settings.pairs else _from_text(settings)
     if settings.json:
         print(json.dumps({"sliders": [_row(one) for one in made]}))
@@ -84,6 +89,7 @@ def main(args: list[str]) -> int:
 
 def _from_text(settings: Train) -> list[Made]:
     from dodgeburn.checkpoint.tensorfile import check_weights_output
+    from dodgeburn.cli.picture_files import new_folder
     from dodgeburn.slide.spec import load_specs
     from dodgeburn.slide.strips import StripSaver
 
@@ -92,14 +98,20 @@ def _from_text(settings: Train) -> list[Made]:
     if settings.seed is not None:
         specs = [spec.model_copy(update={"seed": settings.seed}) for spec in specs]
     paths = _paths(specs, settings.out)
-    for path in paths.values():
-        check_weights_output(path, [settings.spec])
     found = []
-    with _maker(settings, [settings.spec]) as maker:
+    alone = settings.out.suffix == ".safetensors"
+    with nullcontext() if alone else new_folder(settings.out), _maker(settings, [settings.spec]) as maker:
+        for path in paths.values():
+            check_weights_output(path, [settings.spec])
         made: Iterable[Made]
         if settings.closed_form:
             made = (maker.closed_form(spec, paths[spec.name]) for spec in specs)
         else:
+            if len(specs) > 1:  # of a run that was cut off, or has got one more
+                there = [spec for spec in specs if maker.is_there(spec, paths[spec.name])]
+                if there:
+                    print(f"there already: {', '.join(spec.name for spec in there)}")
+                specs = [spec for spec in specs if spec not in there]
             strips = StripSaver(maker.model, paths, settings.strips) if settings.strips else None
             made = maker.text(specs, lambda spec: paths[spec.name], strips)
         for one in made:
@@ -127,7 +139,6 @@ def _paths(specs: list[SliderSpec], out: Path) -> dict[str, Path]:
         raise UserError(f"output {out}: the YAML file names {len(specs)} sliders, give a folder for them")
     if out.suffix and not out.is_dir():
         raise UserError(f"output {out}: sliders are written as .safetensors, name it so, or give a folder")
-    out.mkdir(parents=True, exist_ok=True)
     return {spec.name: out / f"{spec.name}.safetensors" for spec in specs}
 
 

@@ -52,7 +52,10 @@ def main(args: list[str]) -> int:
         raise UserError("no output folder: say where to write with -o DIR")
     if not 0 < options.scale <= 100:
         raise UserError(f"--scale {options.scale:g}: expected more than 0, 100 at most")
-    found = _run(options, options.out)
+    from dodgeburn.cli.picture_files import new_folder
+
+    with new_folder(options.out):
+        found = _run(options, options.out)
     for name, lines in (("before, slider by attribute", "matrix"), ("weights, new by old slider", "weights")):
         print(f"{name}:")
         for target, row in zip(found["targets"], found[lines], strict=True):
@@ -66,7 +69,6 @@ def main(args: list[str]) -> int:
 def _run(options: Unmix, out: Path) -> dict[str, Any]:
     from dodgeburn.checkpoint.slider_card import SliderParent
     from dodgeburn.checkpoint.tensorfile import check_weights_output
-    from dodgeburn.cli.picture_files import writable_folder
     from dodgeburn.pocket.reader import Reader
     from dodgeburn.slide.calibrate import calibrate, reader_scorer
     from dodgeburn.slide.edits import AdapterEdit
@@ -75,8 +77,6 @@ def _run(options: Unmix, out: Path) -> dict[str, Any]:
     from dodgeburn.slide.splits import FIRST_CALIBRATION_SEED, calibration_split
     from dodgeburn.slide.unmix import check_targets, measure_mixing, unmixed, unmixing
 
-    writable_folder(out)
-    out.mkdir(parents=True, exist_ok=True)
     names = [f"{Path(file).stem}.safetensors" for file in options.files]
     if len(set(names)) < len(names):
         raise UserError("two files have the same name, and so would what is made of them: rename one")
@@ -105,7 +105,10 @@ def _run(options: Unmix, out: Path) -> dict[str, Any]:
                 for s, w in zip(sliders, weights[k], strict=True)
                 if w and s.adapter.origin is not None
             ]
-            card = slider.card.model_copy(update={"method": "unmixed", "parents": parents, "certificate": None})
+            # What was found out about the slider is not true of what is made of it.
+            gone: dict[str, Any] = {"certificate": None, "training": None, "safe_range": None, "curve": []}
+            gone |= {"unit": "", "sigma": None, "method": "unmixed"}
+            card = slider.card.model_copy(update={**gone, "parents": parents})
             if options.calibrate:
                 edit = AdapterEdit(model, adapter, slider.start, unedited=unedited)
                 sigma = known_sigma(model, targets[k])

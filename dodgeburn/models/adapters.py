@@ -154,14 +154,16 @@ def new_adapter(
     """A fresh adapter that changes nothing yet: down drawn as PyTorch initialises a layer, up zero.
 
     components: modules by folder name (`unet`, `text_encoder`, …); layers: full names, `unet.…`. alpha: the rank by
-    default, so scale 1 is the plain product. Raises UserError for a rank below 1 or a layer that is not there.
+    default, so scale 1 is the plain product. Raises UserError for a rank below 1 or beyond what the widest layer can
+    hold, or a layer that is not there.
     """
-    if rank < 1:
-        raise UserError(f"rank {rank}: expected at least 1")
+    found = {layer: layer_at(components, layer) for layer in layers}
+    widest = max((min(m.weight.shape[0], m.weight.shape[1:].numel()) for m in found.values()), default=rank)
+    if not 1 <= rank <= widest:
+        raise UserError(f"rank {rank}: expected 1 to {widest}, which changes the widest layer in every way there is")
     generator = torch.Generator().manual_seed(seed)
     made = {}
-    for layer in layers:
-        module = layer_at(components, layer)
+    for layer, module in found.items():
         shape = module.weight.shape
         fan_in = shape[1:].numel()
         down = torch.empty(rank, *shape[1:]).uniform_(-1, 1, generator=generator) / fan_in**0.5

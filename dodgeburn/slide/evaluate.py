@@ -72,7 +72,7 @@ def per_sweep(sweep: SweepReadings, natural: Natural, target: str) -> dict[str, 
     }
 
 
-SHARES = ("monotone", "monotone_drawdown")
+SHARES = ("monotone", "monotone_drawdown", "identity", "unreadable")
 
 
 def figures_of(sweep: SweepReadings, natural: Natural, target: str, others: Sequence[str] | None = None,

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from scipy.stats import rankdata
 
+from dodgeburn.errors import UserError
 from dodgeburn.pocket.attributes import CATEGORICAL, CONTINUOUS
 from dodgeburn.slide.readings import SweepReadings, others_of
 
@@ -41,9 +42,12 @@ def natural_spread(
 
     sigma: standard deviation (n - 1) over all readable ones, prompts and seeds together. differ: over all pairs of two
     seeds of one prompt, the share whose values differ, at least one half pair (so that a change of what never changes
-    weighs much, but not infinitely). targets: categorical targets ("hat=crown") that need a sigma as well.
+    weighs much, but not infinitely). targets: categorical targets ("hat=crown") that need a sigma as well. Raises
+    UserError for a sweep of one picture.
     """
     zero, ok = sweep.zero, ~sweep.unreadable[:, :, sweep.zero]
+    if ok.size < 2:
+        raise UserError("one picture has no spread to measure moves by: take more prompts or seeds")
     sigma = {}
     for name in (*CONTINUOUS, *(t for t in targets if t not in CONTINUOUS)):
         read = sweep.of(name)[:, :, zero]

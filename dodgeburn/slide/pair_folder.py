@@ -45,7 +45,7 @@ def read_pairs(folder: str | Path, area: int, multiple: int) -> list[Pair]:
     """All pairs of a folder, scaled to about `area` pixels and cropped to multiples of `multiple`.
 
     Raises UserError with a list of everything that is wrong: pictures without a counterpart, unreadable ones, sizes
-    that differ within a pair, layouts mixed, or no pairs at all.
+    that differ within a pair, pairs of the same picture twice, layouts mixed, or no pairs at all.
     """
     root = Path(folder)
     if not root.is_dir():
@@ -73,7 +73,10 @@ def read_pairs(folder: str | Path, area: int, multiple: int) -> list[Pair]:
                 )
                 continue
             size = fitted(before.width, before.height, area, multiple)
-            pairs.append(Pair(name, magnitude, *(cropped(picture, size) for picture in (before, after))))
+            pair = Pair(name, magnitude, *(cropped(picture, size) for picture in (before, after)))
+            if np.array_equal(pair.before, pair.after):
+                faults.append(f"{_shown(found[0], root)} and its counterpart are the same picture")
+            pairs.append(pair)
     if faults:
         more = f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
         raise UserError(f"{root}: {'; '.join(faults[:SHOWN])}{more}")

@@ -39,14 +39,14 @@ from dodgeburn.training.loop import LoopSettings, train
 class PairSpec(BaseModel):
     """One slider from pictures. The defaults were chosen on the pocket."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: str
     prompt: str = ""  # what the pictures show, without what differs; may be empty
     attribute: str | None = None  # pocket: what the readers measure
     objective: Literal["difference", "noise"] = "difference"
     rank: int = Field(default=4, ge=1)
-    alpha: float | None = None  # None: the rank
+    alpha: float | None = Field(default=None, gt=0)  # None: the rank
     layers: str = "noxattn"
     eta: float = Field(default=2.0, gt=0)  # difference: how much of it at a pair's own scale
     start: int = Field(default=850, ge=1, le=1000)  # trained, and to be used, at time steps up to this
@@ -101,6 +101,7 @@ def train_pairs(
     for module in components.values():
         module.requires_grad_(False)
     made = PairPoints(model, buckets, spec)
+    frozen = sum(bucket.predictor.forwards for bucket in buckets)
 
     with attached(components, [adapter], trains=True) as attachment:
 
@@ -122,10 +123,10 @@ def train_pairs(
         settings = LoopSettings(
             steps=spec.steps, lr=spec.lr, weight_decay=0.0, warmup=max(1, spec.steps // 20), constant=0.3, final=0.02,
             ema=0.9, precision="no", seed=spec.seed, checkpoint_every=25, log_every=5,
-            settings={**spec.model_dump(), "pictures": made.digest()},
+            settings={**spec.model_dump(exclude={"name", "attribute"}), "pictures": made.digest()},
         )  # fmt: skip
         means = train(spec.name, {"adapter": adapter}, batch, losses, folder, settings, callback, str(model.device))
-    forwards = sum(bucket.predictor.forwards for bucket in buckets)
+    forwards = frozen + spec.steps * spec.batch * 2  # of all steps, also those before an interruption
     return TrainedPairs(adapter, means.get("loss", float("nan")), len(pairs), forwards, time.perf_counter() - began)
 
 

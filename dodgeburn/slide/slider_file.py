@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dodgeburn.checkpoint.metadata import SPEC_HASH
+from dodgeburn.checkpoint.lora_write import lora_hashes
 from dodgeburn.checkpoint.slider_card import Certificate, SliderCard
 from dodgeburn.checkpoint.tensorfile import TensorFile, TensorWriter
 from dodgeburn.errors import UserError
@@ -135,5 +135,5 @@ def write_card(path: str | Path, card: SliderCard) -> None:
             source.check_unchanged()
             # Another program may have laid the tensors out in another order: hashes are of the bytes as they lie.
             digest = writer.sha256_tensors()
-            hashes = {"sshs_model_hash": digest, SPEC_HASH: "0x" + digest}
+            hashes = lora_hashes(digest)
             writer.replace_metadata({key: hashes.get(key, value) for key, value in said.items()})

@@ -23,7 +23,7 @@ Said = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 class SliderSpec(BaseModel):
     """One text slider. The defaults were chosen on the pocket's development prompts; lengths are in U-Net calls."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: Said
     target: Said  # the class that the slider is for; what the trained U-Net is asked for
@@ -36,7 +36,7 @@ class SliderSpec(BaseModel):
     eta: float = Field(default=1.0, gt=0)  # strength of the target at scale 1
     reach: float = Field(default=1.5, gt=0)  # scales from -reach to reach are trained
     rank: int = Field(default=4, ge=1)
-    alpha: float | None = None  # None: the rank
+    alpha: float | None = Field(default=None, gt=0)  # None: the rank
     layers: str = "noxattn"
     start: int = Field(default=875, ge=1, le=1000)  # trained at time steps up to this
     late: bool = True  # used at those alone, which keeps the layout; False: from the first step on
@@ -74,6 +74,8 @@ class SliderSpec(BaseModel):
         strangers = [one for one in self.changes if one not in self.preserve]
         if strangers:
             raise ValueError(f"changes names {strangers[0]!r}, which is none of the preserved attributes")
+        if self.contexts > max(1, len(self.preserve)):
+            raise ValueError(f"contexts is {self.contexts}, but {len(self.preserve)} attributes are preserved")
         if self.positive == self.negative:
             raise ValueError(f"positive and negative are both {self.positive!r}: there is no direction between them")
         return self

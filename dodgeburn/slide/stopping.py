@@ -13,25 +13,32 @@ class Watch:
     """A held-out figure, the higher the better, looked at every `every` steps.
 
     `done` once `patience` looks in a row have each bettered the best before them by less than `least` of its size. What
-    was seen is kept in a file, so that a resumed training stops where an uninterrupted one does.
+    was seen is kept in a file, so that a resumed training stops where an uninterrupted one does. spent: a running count
+    of samples through the U-Net; `samples` are those that the looks took, before an interruption too.
     """
 
     def __init__(
-        self, measure: Callable[[], float], path: Path, every: int = 10, least: float = 0.02, patience: int = 2
-    ) -> None:
-        self.measure, self.path, self.every, self.least, self.patience = measure, path, every, least, patience
+        self, measure: Callable[[], float], path: Path, spent: Callable[[], int] = int, every: int = 10,
+        least: float = 0.02, patience: int = 2,
+    ) -> None:  # fmt: skip
+        self.measure, self.path, self.spent = measure, path, spent
+        self.every, self.least, self.patience = every, least, patience
         self.seen: dict[int, float] = {}
+        self.samples = 0
         if path.exists():
-            self.seen = {int(step): value for step, value in json.loads(path.read_text(encoding="utf-8")).items()}
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            self.seen, self.samples = {int(step): value for step, value in kept["seen"].items()}, kept["samples"]
 
     def look(self, step: int) -> bool:
         """Measure after this step if it is one to look at; whether training is to end."""
         if step % self.every:
             return False
         if step not in self.seen:
+            before = self.spent()
             self.seen[step] = float(self.measure())
+            self.samples += self.spent() - before
             with atomic_path(self.path) as temporary:
-                temporary.write_text(json.dumps(self.seen), encoding="utf-8")
+                temporary.write_text(json.dumps({"seen": self.seen, "samples": self.samples}), encoding="utf-8")
         return self.done(step)
 
     def done(self, step: int) -> bool:

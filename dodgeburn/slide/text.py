@@ -83,19 +83,22 @@ def train_text(
     first: Adapter | None = None,
     measure: Callable[[Adapter], float] | None = None,
     shuffled: bool = False,
+    spent: Callable[[], int] = int,
 ) -> Trained:
     """Train a slider on a class's points.
 
     folder: for the checkpoint to resume from. first: a start other than 0. measure: what early stopping looks at where
-    the spec asks for it (the higher the better); the loss on held-out points otherwise. progress(step, adapter) is
-    called every 5 steps. shuffled: a control, positive and negative changed about at random points. Raises UserError
-    for layers or a rank that cannot be, and where the loss is no longer finite.
+    the spec asks for it (the higher the better); the loss on held-out points otherwise. spent: samples through the
+    U-Net that measures have taken so far. progress(step, adapter) is called after every step. shuffled: a control,
+    positive and negative changed about at random points. Raises UserError for layers or a rank that cannot be, and
+    where the loss is no longer finite.
     """
     began, before = time.perf_counter(), predictor.forwards
     components = model.components()
     layers = [f"unet.{name}" for name in layers_of(model.unet, spec.layers)]
     adapter = first or new_adapter(components, layers, spec.rank, spec.alpha, spec.seed, spec.name)
     shift = directions(predictor, points, spec) * spec.eta
+    targets = predictor.forwards - before
     if shuffled:
         shift *= torch.randn(len(shift), 1, 1, 1, generator=torch.Generator().manual_seed(spec.seed)).sign()
     for module in components.values():
@@ -137,7 +140,8 @@ def train_text(
         by_measure = measure is not None and (spec.stop == "measure" or (spec.stop == "auto" and long))
         watch = None
         if spec.stop != "never" and (by_measure or held):
-            watch = Watch(measured if by_measure else held_out, folder / f"{spec.name}.held-out.json")
+            samples = spent if by_measure else lambda: predictor.forwards
+            watch = Watch(measured if by_measure else held_out, folder / f"{spec.name}.held-out.json", samples)
 
         def after(step: int, _: dict[str, float]) -> bool:
             nonlocal reached
@@ -150,8 +154,10 @@ def train_text(
         precision = "bf16" if bf16_is_quick(model) else "no"
         settings = LoopSettings(
             steps=spec.steps, lr=spec.lr, weight_decay=0.0, warmup=max(1, spec.steps // 20), constant=0.3, final=0.02,
-            ema=0.9, precision=precision, seed=spec.seed, checkpoint_every=10, log_every=5, settings=spec.model_dump(),
+            ema=0.9, precision=precision, seed=spec.seed, checkpoint_every=10, log_every=5 if progress is None else 1,
+            settings=spec.model_dump(),
         )  # fmt: skip
         means = train(spec.name, {"adapter": adapter}, batch, losses, folder, settings, after, str(model.device))
-    forwards = predictor.forwards - before
+    # Of all steps and looks, also those before an interruption: the number stands in the file.
+    forwards = targets + reached * spec.batch + (watch.samples if watch is not None else 0)
     return Trained(adapter, means.get("loss", float("nan")), reached, forwards, time.perf_counter() - began)

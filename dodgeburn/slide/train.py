@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from dodgeburn.checkpoint.slider_card import SliderCard, Training
+from dodgeburn.checkpoint.lora_file import open_adapter
+from dodgeburn.checkpoint.slider_card import SliderCard, Training, slider_of
 from dodgeburn.errors import UserError
-from dodgeburn.models.adapter_file import save_adapter
+from dodgeburn.models.adapter_file import STORED, save_adapter
 from dodgeburn.models.adapters import Adapter
 from dodgeburn.models.model import Model
 from dodgeburn.sampling.adapted import ALWAYS
@@ -132,14 +134,34 @@ class SliderMaker:
             if spec.cache_key() not in cached:
                 cached[spec.cache_key()] = make_points(self.model, predictor, spec), predictor.forwards
             points, shared = cached[spec.cache_key()]
-            look, drawn = self._look_text(spec, spec.used_from), sum(self._drawn)
-            trained = train_text(
-                self.model, predictor, points, spec, _folder(path),
-                None if progress is None else partial(progress, spec), begin(self.model, predictor, points, spec),
-                self._displacement(spec, look),
-            )  # fmt: skip
-            forwards = trained.forwards + sum(self._drawn) - drawn  # early stopping may have looked at pictures
-            yield self._finish("text", spec, trained.adapter, path, look, (shared, forwards), began)
+            look = self._look_text(spec, spec.used_from)
+            with _left_clean(_folder(path)) as folder:
+                trained = train_text(
+                    self.model, predictor, points, spec, folder, None if progress is None else partial(progress, spec),
+                    begin(self.model, predictor, points, spec), self._displacement(spec, look),
+                    spent=lambda: sum(self._drawn),
+                )  # fmt: skip
+            yield self._finish("text", spec, trained.adapter, path, look, (shared, trained.forwards), began)
+
+    def is_there(self, spec: SliderSpec, path: Path) -> bool:
+        """Whether the file is what `text` would write: trained so, on this model, and spelled, rounded and calibrated
+        as asked for. UserError for a file that is no adapter."""
+        if not path.is_file():
+            return False
+        with open_adapter(path) as found:
+            card = slider_of(found.metadata)
+            if (
+                card is None
+                or card.training is None
+                or card.method != "text"
+                or set(found.spellings) != {self.spelling}
+            ):
+                return False
+            key = next(module.keys["up"] for module in found.modules.values())
+            stored = found.source.info(key).dtype == STORED[self.dtype]
+        calibrated = bool(card.unit) == (self._scores(spec) is not None)
+        said = card.training.settings == spec.model_dump(mode="json") and card.base_sha256 == self.model.sha256
+        return said and stored and calibrated
 
     def closed_form(self, spec: SliderSpec, out: Path) -> Made:
         """A slider from prompts by least squares, without training."""
@@ -150,8 +172,10 @@ class SliderMaker:
     def pairs(self, spec: PairSpec, pictures: Path, out: Path) -> Made:
         """A slider from pictures before and after."""
         began, path = time.perf_counter(), _checked(out)
-        trained = train_pairs(self.model, spec, pictures, _folder(path))
         look = self._look(spec, [spec.prompt], spec.start)
+        self._scores(spec)  # an attribute that is none is refused before the work
+        with _left_clean(_folder(path)) as folder:
+            trained = train_pairs(self.model, spec, pictures, folder)
         return self._finish("pairs", spec, trained.adapter, path, look, (0, trained.forwards), began)
 
     # -------------------- what all have in common
@@ -210,7 +234,7 @@ class SliderMaker:
             adapter, cost = found.applied(adapter), sum(self._drawn) - before
         seconds = time.perf_counter() - began
         start = None if look.start >= ALWAYS else look.start
-        card = _card(self.model, method, spec, found, start, sum(forwards) + cost, seconds)
+        card = _card(self.model, method, spec, found, start, sum(forwards) + cost)
         save_adapter(adapter, path, self.model.layout.name, self.spelling, self.dtype, card, inputs=tuple(self.inputs))
         shutil.rmtree(_folder(path), ignore_errors=True)
         raw = None if found is None else abs(found.factor)
@@ -227,11 +251,22 @@ def _folder(path: Path) -> Path:
     return path.with_name(path.name + ".training")
 
 
+@contextmanager
+def _left_clean(folder: Path) -> Iterator[Path]:
+    """The folder, taken away after an error that left nothing in it."""
+    try:
+        yield folder
+    except BaseException:
+        with suppress(OSError):
+            folder.rmdir()
+        raise
+
+
 def _card(
-    model: Model, method: str, spec: Spec, found: Calibration | None, start: float | None, forwards: int, seconds: float
+    model: Model, method: str, spec: Spec, found: Calibration | None, start: float | None, forwards: int
 ) -> SliderCard:  # fmt: skip
-    settings = spec.model_dump(mode="json")
-    training = Training(settings=settings, forwards=forwards, seconds=round(seconds, 2), seed=spec.seed)
+    # No seconds: a file's bytes, and so its hash, are not to depend on the machine's mood.
+    training = Training(settings=spec.model_dump(mode="json"), forwards=forwards, seed=spec.seed)
     said: dict[str, Any] = {"target": spec.prompt} if isinstance(spec, PairSpec) else {
         "target": spec.target, "positive": spec.positive, "negative": spec.negative,
     }  # fmt: skip

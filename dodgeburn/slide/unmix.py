@@ -102,7 +102,7 @@ def unmixing(mixing: Mixing, ridge: float = 0.02) -> np.ndarray:
     if not (reached > 0.1).all():
         raise UserError("the sliders are too much alike to be told apart: raise --ridge, or leave one out")
     w = w / reached[:, None]
-    return np.where(np.abs(w) >= LEAST_WEIGHT, w, 0.0)
+    return np.where((np.abs(w) >= LEAST_WEIGHT) | np.eye(n, dtype=bool), w, 0.0)
 
 
 def unmixed(adapters: Sequence[Adapter], weights: np.ndarray, rank: int | None = None) -> list[Adapter]:

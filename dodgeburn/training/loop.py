@@ -292,7 +292,7 @@ def _resume(path: Path, modules: dict[str, nn.Module], optimizer: Any, average: 
     state = torch.load(path, map_location="cpu", weights_only=True)
     if state["settings"] != _fingerprint(settings):
         raise UserError(
-            f"{path} was made with other settings: train into an empty folder, or give the settings of that run"
+            f"{path} was made with other settings: give those of that run, or take {path.parent} away to begin anew"
         )
     for key, module in modules.items():
         module.load_state_dict(state["modules"][key])
