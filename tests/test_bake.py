@@ -185,6 +185,11 @@ def test_the_verbs(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert found["as"] == "full" and "OUT00" not in found["blocks"] and found["blocks"]["M00"]["kept_energy"] > 0.999
     assert main(["delta", "apply", str(out), str(delta), "-o", str(back), "--strength", "-1"]) == 0
     a, b = load_tensors(model), load_tensors(back)
+    assert main(["delta", "apply", str(out), f"{delta}:-1", "-o", str(back)]) == 0
+    assert all(torch.equal(value, b[key]) for key, value in load_tensors(back).items())
+    capsys.readouterr()
+    assert main(["delta", "apply", str(out), f"{delta}:-1", "-o", str(back), "--strength", "2"]) == 2
+    assert "give one" in capsys.readouterr().err
     assert all(torch.allclose(a[k].float(), b[k].float(), atol=2e-2) for k in a), "unfused"
     assert json.loads(read_header(back).metadata["dodgeburn.recipe"])["kind"] == "delta_apply"
     assert main(["delta"]) == 0 and "extract" in capsys.readouterr().out, "help, as of every verb with verbs of its own"

@@ -33,6 +33,13 @@ def test_single_blocks_replace(layout: Layout) -> None:
     assert (found["IN04"], found["M00"], found["VAE"], found["BASE"], found["IN05"]) == (0.9, 0, 1, 0.1, 0.25)
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_patterns_replace_and_names_win_in_any_order(order: int) -> None:
+    said = {"*": 0.9, "out*": 0.1, "OUT03": 0.7, "IN0?": 0.2}
+    found = alphas(detect_layout(single_file("sdxl")), "Cosine", 0.4, dict(list(said.items())[::order]))
+    assert (found["OUT03"], found["OUT04"], found["IN08"], found["M00"], found["VAE"]) == (0.7, 0.1, 0.2, 0.9, 0.9)
+
+
 def test_cut_convention_is_passed_on() -> None:
     layout = detect_layout(single_file("sdxl"))
     assert alphas(layout, "GradV", xl_presets="cut")["IN08"] == pytest.approx(1 / 3)

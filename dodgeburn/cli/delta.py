@@ -52,7 +52,7 @@ class Apply:
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A single-file checkpoint of the delta's architecture and size, or a packaged model."""
     delta: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DELTA")]
-    """What `delta extract` wrote, or any adapter that `bake` reads."""
+    """What `delta extract` wrote, or any adapter that `bake` reads; DELTA:0.5 is --strength 0.5."""
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], metavar="OUT")] = None
     """The .safetensors file to write; never one of the inputs."""
     strength: float = 1.0
@@ -115,14 +115,16 @@ def _apply(args: list[str]) -> int:
     settings = parse(Apply, args, "delta apply", EXAMPLE_APPLY)
     if settings.out is None:
         raise UserError("no output file: say where to write with -o OUT.safetensors")
-    from dodgeburn.cli.bake import report
+    from dodgeburn.cli.bake import parse_strength, report
     from dodgeburn.cli.warned import print_warnings
     from dodgeburn.merge.bake import bake
 
+    delta, inline = parse_strength(settings.delta)
+    if inline != 1 and settings.strength != 1:
+        raise UserError(f"{settings.delta} has a strength, and so has --strength {settings.strength:g}: give one")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", DodgeburnWarning)
-        added = [(settings.delta, settings.strength)]
-        result = bake(settings.model, added, settings.out, settings.block_weights, "delta_apply")
+        result = bake(settings.model, [(delta, inline * settings.strength)], settings.out, settings.block_weights, "delta_apply")
     print_warnings(caught)
     report(result, settings.json)
     return 0

@@ -32,7 +32,8 @@ class Shares:
     block: Annotated[list[str], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=SHARE")] = field(
         default_factory=list
     )
-    """B's share of single blocks, such as IN04=0.3 or OUT00=0,OUT01=0; replaces the preset's. Repeatable."""
+    """B's share of single blocks, such as IN04=0.3 or OUT00=0,OUT01=0, or of all that a pattern matches ("OUT*=0.1",
+    over which a name wins); replaces the preset's. Repeatable."""
     component: Annotated[list[str], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=SHARE")] = field(
         default_factory=list
     )

@@ -5,6 +5,7 @@ Which key is in which block is the layout's knowledge (`Layout.block`), by the r
 
 from __future__ import annotations
 
+import fnmatch
 import math
 from collections.abc import Mapping, Sequence
 
@@ -36,8 +37,10 @@ def alphas(
     all B.
 
     The preset sets the U-Net's blocks and nothing else; without one they are all `base`. All others are `base`, but
-    NOT_MERGED, which is 0. `blocks` then replaces single blocks by name. `xl_presets` says how the SD1.5 presets
-    become 19 blocks (see presets). Raises UserError for shares outside 0..1, unknown presets and unknown block names.
+    NOT_MERGED, which is 0. `blocks` then replaces single blocks by name, or those that a pattern matches (`OUT*`); in
+    whatever order they stand, a pattern of fewer blocks wins over one of more, and a name over patterns. `xl_presets`
+    says how the SD1.5 presets become 19 blocks (see presets). Raises UserError for shares outside 0..1, unknown presets
+    and unknown block names.
     """
     base = check_share(base, "base")
     if preset is None:
@@ -47,16 +50,18 @@ def alphas(
     out = dict.fromkeys(layout.all_blocks, base) | dict(zip(layout.blocks, shares, strict=True))
     if NOT_MERGED in out:
         out[NOT_MERGED] = 0.0
-    for name, share in (blocks or {}).items():
-        block = _find_block(layout, name)
-        out[block] = check_share(share, f"block {block}")
+    given = [
+        (_find_blocks(layout, name), check_share(share, f"block {name}")) for name, share in (blocks or {}).items()
+    ]
+    for found, share in sorted(given, key=lambda one: -len(one[0])):
+        out |= dict.fromkeys(found, share)
     return out
 
 
-def _find_block(layout: Layout, name: str) -> str:
+def _find_blocks(layout: Layout, name: str) -> list[str]:
     wanted = name.strip().upper()
-    if wanted in layout.all_blocks:
-        return wanted
+    if found := fnmatch.filter(layout.all_blocks, wanted):
+        return found
     near = near_names(wanted, layout.all_blocks, cutoff=0.6) or [
         layout.blocks[0],
         "…",

@@ -107,7 +107,9 @@ class Method:
         least, most = self.models
         if not least <= count <= most:
             wanted = str(least) if least == most else f"{least} to {most}"
-            raise UserError(f"{self.name} takes {wanted} models besides a base model, {count} were given")
+            beside = ", the base model not counted" if self.needs_base else ""
+            more = "; name more with --also" if count < least else ""
+            raise UserError(f"{self.name} takes {wanted} models{beside}, {count} were given{more}")
         if self.needs_base and not has_base:
             raise UserError(
                 f"{self.name} needs the model that the others were tuned from: give it as base model (--base-model)"
