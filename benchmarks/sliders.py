@@ -28,21 +28,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from sizes import run_sized
 from slider_table import less, mean_leak, over, summary
 
 from dodgeburn.errors import UserError
 from dodgeburn.jobs import PartStore
+from dodgeburn.measure.intervals import bootstrap_mean
 from dodgeburn.measure.machine import machine
 from dodgeburn.models.adapter_file import load_adapter
 from dodgeburn.models.adapters import Adapter
 from dodgeburn.models.loading import load_model
 from dodgeburn.models.model import Model
 from dodgeburn.models.quick import quick_products
-from dodgeburn.pocket.attributes import draw_attributes
 from dodgeburn.pocket.reader import Reader
-from dodgeburn.pocket.world import render
 from dodgeburn.sampling.predict import Predictor
 from dodgeburn.sampling.settings import GenerateSettings
 from dodgeburn.slide.attention_reuse import PromptToPrompt
@@ -56,6 +54,7 @@ from dodgeburn.slide.evaluate import Evaluation, as_json, evaluate, judge_sweep
 from dodgeburn.slide.natural import known_sigma
 from dodgeburn.slide.official import OfficialSettings, train_official
 from dodgeburn.slide.pairs import PairSpec, train_pairs
+from dodgeburn.slide.repair import draw_hand_pairs, five_fingers
 from dodgeburn.slide.score_edits import Composition, GuidanceDirection
 from dodgeburn.slide.slider_file import open_slider
 from dodgeburn.slide.spec import SliderSpec, load_specs
@@ -211,24 +210,24 @@ class Bench:
         a readable waving hand is no five-fingered one.
         """
         pictures = self.store.path("hands")
-        draw_hands(pictures, self.size.hand_pairs)
+        draw_hand_pairs(pictures, self.size.hand_pairs)
         with tempfile.TemporaryDirectory() as folder:
             made = train_pairs(self.model, PairSpec(name="hands", prompt="a person, waving"), pictures, Path(folder))
         edit = AdapterEdit(self.model, made.adapter, 850, unedited=self.unedited)
 
-        def share(reader: Reader, prompts: Sequence[str], seeds: Sequence[int], scale: float) -> float:
-            rows = [(prompt, seed) for prompt in prompts for seed in seeds]
-            made = edit.pictures([p for p, _ in rows], [s for _, s in rows], [scale] * len(rows))
-            found = reader.read(made)
-            return float(np.mean((found.values["fingers"] == 5) & ~found.unreadable))
-
         n = self.size.hand_seeds
         chosen = range(8000, 8000 + n // 2)
-        tried = {scale: share(self.reader, CHOOSING, chosen, scale) for scale in (1.0, 2.0, 3.0, 4.0)}
+        tried = {
+            scale: float(five_fingers(edit, self.reader, CHOOSING, chosen, scale).mean())
+            for scale in (1.0, 2.0, 3.0, 4.0)
+        }
         best = max(tried, key=lambda scale: (tried[scale], -scale))
         seeds = range(3_000_000, 3_000_000 + n)
+        before, after = (
+            bootstrap_mean(five_fingers(edit, self.judge, JUDGED, seeds, scale), shares=True) for scale in (0.0, best)
+        )
         return {
-            "before": share(self.judge, JUDGED, seeds, 0.0), "after": share(self.judge, JUDGED, seeds, best),
+            "before": before.mean, "after": after.mean, "intervals": {"before": before.ends, "after": after.ends},
             "scale": best, "chosen_among": tried, "pairs": made.pairs, "forwards": made.forwards,
             "train_s": made.seconds, "pictures": len(JUDGED) * n,
         }  # fmt: skip
@@ -316,18 +315,6 @@ CHOOSING = ("a person, waving", "a portrait, with a raised hand")
 JUDGED = (
     "a character, waving a hand", "a doctor, waving", "someone, with a raised hand, blue backdrop", "a face, waving",
 )  # fmt: skip
-
-
-def draw_hands(folder: Path, pairs: int) -> None:
-    """`pairs` drawings of waving people with 3, 4, 6 or 7 fingers (before/), and the same with 5 (after/)."""
-    seed = 0
-    for i in range(pairs):
-        while (a := draw_attributes(np.random.default_rng([77, seed]), ()))["hand"] != "waving":
-            seed += 1
-        seed += 1
-        for side, fingers in (("before", (3, 4, 6, 7)[i % 4]), ("after", 5)):
-            (folder / side).mkdir(parents=True, exist_ok=True)
-            Image.fromarray(render({**a, "fingers": fingers}, 64)).save(folder / side / f"{i}.png")
 
 
 class Scaled:

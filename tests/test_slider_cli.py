@@ -82,6 +82,43 @@ def test_evaluate_certify_and_inspect(calibrated, tmp_path, capsys) -> None:
     assert "certificate (judge, 4 sweeps, 2 seeds)" in said and all(line in said for line in card_lines(card))
 
 
+def test_a_repair_of_hands_is_counted_certified_and_inspected(files, tmp_path, capsys) -> None:
+    copy = tmp_path / "fix.safetensors"
+    raw = load_adapter(files[0])
+    card = SliderCard(name="fix", attribute="fingers", target="a person, waving")
+    save_adapter(raw, copy, "sdxl", dtype="fp32", card=card)
+    assert dodgeburn(["slider", "evaluate", str(copy), *QUICK, "--scales", "0,2", "--certify", "--json"]) == 0
+    said = capsys.readouterr().out
+    found = json.loads(said.strip().splitlines()[-1])
+    assert "waving hands with five fingers: " in said and "certified: " in said
+    assert [scale for scale, _ in found["curve"]] == [0, 1, 2] and found["prompts"] == found["seeds"] == 2
+    for name in ("five_fingers_before", "five_fingers_after"):
+        assert found["intervals"][name][0] <= found[name] <= found["intervals"][name][1]
+    assert found["off_class_effect"] > 0  # held-out prompts without a hand
+    certified = load_adapter(copy).origin.card.certificate
+    assert certified.five_fingers_after == found["five_fingers_after"] and certified.n == 4
+    assert dodgeburn(["inspect", str(copy)]) == 0
+    assert f"five fingers before {found['five_fingers_before']:.1%}" in capsys.readouterr().out
+    assert dodgeburn(["slider", "evaluate", str(copy), str(files[0]), *QUICK]) == 2
+    assert "fix.safetensors repairs fingers" in capsys.readouterr().err
+
+
+def test_a_sliders_effect_off_its_class(files, tmp_path, capsys) -> None:
+    doctors, others = tmp_path / "doctors.safetensors", tmp_path / "others.txt"
+    card = SliderCard(name="sharp doctors", attribute="sharpness", target="a doctor")
+    save_adapter(load_adapter(files[0]), doctors, "sdxl", dtype="fp32", card=card)
+    args = [*QUICK, "--scales", "3", "--json"]
+    assert dodgeburn(["slider", "evaluate", str(doctors), *args]) == 0
+    found = last_json(capsys)
+    # Made by hand, it looks at no prompt: it does the same to everybody.
+    assert found["off_class_effect"] == pytest.approx(1, abs=0.5) and len(found["intervals"]["off_class_effect"]) == 2
+    assert dodgeburn(["slider", "evaluate", str(files[0]), *args]) == 0
+    assert last_json(capsys)["off_class_effect"] is None  # every picture shows a person
+    others.write_text("a gardener\na firefighter\n")
+    assert dodgeburn(["slider", "evaluate", str(files[0]), *args, "--off-class", str(others)]) == 0
+    assert last_json(capsys)["off_class_effect"] > 0
+
+
 def test_evaluate_several(calibrated, capsys) -> None:
     args = ["slider", "evaluate", *map(str, calibrated), *QUICK, "--scales", "3", "--compose-prompts", "2", "--json"]
     assert dodgeburn(args) == 0
@@ -152,6 +189,9 @@ def test_sweep_draws_strips_grids_compositions_and_animations(calibrated, tmp_pa
     (["evaluate", "FILE", "--prompts", "0"], "at least 1"),
     (["evaluate", "FILE", "--attribute", "grin"], "no attribute 'grin'"),
     (["evaluate", "FILE", "--prompts", "2000"], "take fewer"),
+    (["evaluate", "FILE", "--attribute", "fingers", "--scales", "5"], "a repair has no range"),
+    (["evaluate", "FILE", "--off-class", "none.txt"], "cannot be read"),
+    (["calibrate", "FILE", "--attribute", "fingers", "-o", "OUT.safetensors"], "right or wrong"),
     (["evaluate", "OUT.pt", "--certify"], "only these hold a card"),
     (["evaluate", "FILE", "--lpips"], "without --clip"),
     (["evaluate", "FILE", "--clip", "OUT"], "no CLIP model's folder"),
@@ -203,7 +243,10 @@ def test_proxies_for_any_model(files, tmp_path, capsys, monkeypatch) -> None:
     found = last_json(capsys)["proxies"][0]
     assert found["by"] == "proxy: CLIP stand-in" and found["prompts"] == 1 and found["seeds"] == 2
     assert [at["scale"] for at in found["scales"]] == [-2, 0, 2] and found["scales"][1]["clip_change"] == 0
-    assert found["scales"][0]["clip_change"] != 0
+    assert found["scales"][0]["clip_change"] != 0 and found["off_class_effect"] is None
+    (tmp_path / "others.txt").write_text("a wall\n")
+    assert dodgeburn([*args, "--off-class", str(tmp_path / "others.txt"), "--json"]) == 0
+    assert last_json(capsys)["proxies"][0]["off_class_effect"] > 0
     assert dodgeburn(["slider", "evaluate", str(files[0]), "--clip", str(tmp_path)]) == 2
     assert "positive prompt" in capsys.readouterr().err
 

@@ -270,6 +270,19 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "none.yaml" in capsys.readouterr().err
 
 
+def test_a_repair_of_fingers_is_left_as_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spec, out = tmp_path / "hands.yaml", tmp_path / "hands.safetensors"
+    shared = "\n".join(f"{key}: {value}" for key, value in {**SMALL, "steps": 2}.items())
+    words = "target: a person, waving\npositive: a person, waving\nnegative: a person, no hands visible"
+    spec.write_text(f"name: hands\nattribute: fingers\n{words}\n{shared}\n")
+    for method in ((), ("--closed-form",)):
+        assert main(["slider", "train", str(spec), "-o", str(out), *method, "--json"]) == 0
+        said = capsys.readouterr().out
+        assert "fingers are right or wrong and have no natural deviation; 1.0 is as trained" in said
+        (found,) = json.loads(said.strip().splitlines()[-1])["sliders"]
+        assert found["unit"] == "" and found["safe_range"] is None and found["calibration"] == 0
+
+
 @pytest.mark.parametrize("begin", ["closed-form", "gradient"])
 def test_other_beginnings_train_too(pocket: Model, tmp_path: Path, begin: str) -> None:
     spec = small(begin=begin, steps=5, stop="never")

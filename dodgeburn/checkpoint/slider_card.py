@@ -38,6 +38,9 @@ class Certificate(BaseModel):
     symmetry: FiniteFloat | None = None  # smaller over larger of the moves at +s and -s
     linearity: FiniteFloat | None = None  # R^2 of moves that are proportional to the scale
     identity: FiniteFloat | None = None  # share of the other attributes that a picture keeps at one deviation
+    five_fingers_before: FiniteFloat | None = None  # of repair sliders: share of waving hands with five fingers
+    five_fingers_after: FiniteFloat | None = None  # the same at scale 1
+    off_class_effect: FiniteFloat | None = None  # change of pictures without the slider's subject over that of its own
     leakage: dict[str, FiniteFloat] = {}  # other attribute -> how far it moves at one deviation, without sign: a graded
     # one in its own deviations, a named one as a share of how often seeds differ in it
     intervals: dict[str, Interval] = {}  # 95 %, by field: "monotone", "leakage.age", …
@@ -151,7 +154,8 @@ _CERTIFIED = {
     "monotone": ("monotone", ".1%"), "spearman": ("Spearman", ".3f"), "selectivity": ("selectivity", ".2f"),
     "unreadable": ("unreadable", ".1%"), "calibration_error": ("calibration error", ".2f"),
     "range_sigma": ("range", ".1f"), "symmetry": ("symmetry", ".2f"), "linearity": ("linearity", ".2f"),
-    "identity": ("identity", ".1%"),
+    "identity": ("identity", ".1%"), "five_fingers_before": ("five fingers before", ".1%"),
+    "five_fingers_after": ("after", ".1%"), "off_class_effect": ("off-class effect", ".2f"),
 }  # fmt: skip
 
 

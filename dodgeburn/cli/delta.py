@@ -124,7 +124,9 @@ def _apply(args: list[str]) -> int:
         raise UserError(f"{settings.delta} has a strength, and so has --strength {settings.strength:g}: give one")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", DodgeburnWarning)
-        result = bake(settings.model, [(delta, inline * settings.strength)], settings.out, settings.block_weights, "delta_apply")
+        result = bake(
+            settings.model, [(delta, inline * settings.strength)], settings.out, settings.block_weights, "delta_apply"
+        )
     print_warnings(caught)
     report(result, settings.json)
     return 0

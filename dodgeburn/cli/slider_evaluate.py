@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,10 +14,12 @@ from dodgeburn.cli.lists import numbers
 from dodgeburn.cli.options import parse
 from dodgeburn.cli.slider_model import OnModel, drawing, need_files, of_pocket
 from dodgeburn.errors import UserError
+from dodgeburn.prompt_file import read_prompts
 
 if TYPE_CHECKING:
+    from dodgeburn.measure.intervals import Interval
     from dodgeburn.models.model import Model
-    from dodgeburn.slide.edits import Unedited
+    from dodgeburn.slide.edits import AdapterEdit, Unedited
     from dodgeburn.slide.evaluate import Evaluation
     from dodgeburn.slide.slider_file import Slider
     from dodgeburn.slide.splits import Split
@@ -30,25 +33,30 @@ class Evaluate(OnModel):
     """Sweep every slider over its safe range on held-out prompts and seeds, and let the judge read the pictures.
 
     Several files: also how many pairs and triples keep all their directions, the leakage matrix, and what unmixing
-    would make of their selectivity. Sliders of the pocket world only. Definitions: docs/sliders.md.
+    would make of their selectivity. A repair of hands (attribute fingers): the share of waving hands with five fingers
+    at 0 and at 1. Sliders of the pocket world only. Definitions: docs/sliders.md.
     """
 
     files: Annotated[list[str], tyro.conf.Positional, tyro.conf.arg(metavar="FILE")] = field(default_factory=list)
     """Slider files."""
     attribute: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
-    """What a file moves that doesn't say so itself: smile, or hat=crown."""
+    """What a file moves that doesn't say so itself: smile, hat=crown, or fingers for a repair of hands."""
     prompts: int = 16
     """Held-out prompts, of those that leave the sliders' attributes open."""
     seeds: int = 4
     """Held-out seeds; every prompt is drawn with each."""
     scales: str = "9"
-    """How many scales across the safe range (odd), or the scales themselves (say --scales=-2,-1,0,1,2)."""
+    """How many scales across the safe range (odd), or the scales themselves (say --scales=-2,-1,0,1,2); of fingers
+    only further scales besides 0 and 1."""
     compose_prompts: int = 8
     """Of these prompts, how many for pairs and triples; as many calibration prompts for unmixing."""
     unmix: bool = True
     """Measure the selectivity of several files after unmixing too (as many pictures again)."""
     certify: bool = False
     """Write the figures into the files."""
+    off_class: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Prompts without the slider's subject, one a line, for the off-class effect; none: held-out ones, where the card's
+    target names a subject that not every picture shows."""
     clip: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
     """Any model: measure the CLIP score's change instead (a proxy), with the CLIP model of this local folder."""
     lpips: bool = False
@@ -87,21 +95,27 @@ def _scales(options: Evaluate, slider: Slider) -> list[float]:
 
 
 def _run(options: Evaluate) -> dict[str, Any]:
+    from dataclasses import replace
+
     from dodgeburn.pocket.reader import Reader
     from dodgeburn.slide.edits import AdapterEdit
     from dodgeburn.slide.evaluate import as_json, evaluate, leakage_matrix, summary
+    from dodgeburn.slide.readings import FINGERS
     from dodgeburn.slide.slider_file import certificate_of, check_card_file, open_sliders, write_card
     from dodgeburn.slide.splits import evaluation_split
 
     if options.certify:
         for file in options.files:
             check_card_file(file)  # before minutes of work
+    elsewhere = read_prompts(options.off_class) if options.off_class is not None else ()
     model = options.load()
     of_pocket(model, "slider evaluate")
     judge = Reader.load("judge")
     with drawing(model, options, "evaluate") as unedited:
         sliders = open_sliders(options.files, model)
         targets = [slider.target(options.attribute) for slider in sliders]
+        if FINGERS in targets:
+            return _repaired(options, model, sliders, unedited, elsewhere)
         scales = [_scales(options, slider) for slider in sliders]
         split = evaluation_split(targets, options.prompts, options.seeds)
         several = targets if len(set(targets)) > 1 else None
@@ -112,7 +126,11 @@ def _run(options: Evaluate) -> dict[str, Any]:
                       "means is anyone's guess (dodgeburn slider calibrate)")  # fmt: skip
             edit = AdapterEdit(model, slider.adapter, slider.start, unedited=unedited)
             unit = slider.card.sigma if slider.calibrated and target == slider.card.attribute else None
-            evaluations.append(evaluate(edit, target, split, swept, judge, "judge", slider.name, several, unit=unit))
+            one = evaluate(edit, target, split, swept, judge, "judge", slider.name, several, unit=unit)
+            off = _off_class(edit, slider, target, split, elsewhere)
+            if off is not None:
+                one = replace(one, figures=one.figures | {"off_class_effect": off})
+            evaluations.append(one)
             print(summary(as_json(evaluations[-1])))
         rows = [as_json(one) for one in evaluations]
         together = _together(options, model, sliders, targets, evaluations, split, unedited) if several else {}
@@ -132,15 +150,65 @@ def _run(options: Evaluate) -> dict[str, Any]:
     return found
 
 
+def _off_class(
+    edit: AdapterEdit, slider: Slider, target: str, split: Split, elsewhere: Sequence[str],
+    scales: Sequence[float] = (-1.0, 1.0),
+) -> Interval | None:  # fmt: skip
+    """The off-class effect; None where every picture shows the slider's subject, or no prompt names it."""
+    from dodgeburn.slide.off_class import measure_off_class, sides_of, subject_of
+
+    sides = sides_of(slider.card.target, target, split, elsewhere)
+    if sides is not None:
+        return measure_off_class(edit, sides, scales)
+    if subject_of(slider.card.target, target):
+        print(f"note: {slider.path.name} has no off-class effect: too few held-out prompts are with and without "
+              f"{slider.card.target!r}")  # fmt: skip
+    return None
+
+
+def _repaired(
+    options: Evaluate, model: Model, sliders: list[Slider], unedited: Unedited, elsewhere: Sequence[str]
+) -> dict[str, Any]:
+    """A slider that repairs hands: fingers are counted, there is nothing to sweep or to compose."""
+    from dodgeburn.pocket.reader import Reader
+    from dodgeburn.slide import repair
+    from dodgeburn.slide.edits import AdapterEdit
+    from dodgeburn.slide.readings import FINGERS
+    from dodgeburn.slide.slider_file import write_card
+    from dodgeburn.slide.splits import hands_split
+
+    if len(sliders) > 1:
+        names = ", ".join(slider.path.name for slider in sliders if slider.card.attribute == FINGERS)
+        raise UserError(f"{names} repairs fingers, which is no direction to compose with others: evaluate it alone")
+    [slider] = sliders
+    as_it_comes = options.scales == Evaluate.scales
+    if not as_it_comes and options.scales.strip().isdigit():
+        raise UserError(f"--scales {options.scales}: a repair has no range, name the scales, say --scales=0,1,2")
+    scales = [] if as_it_comes else _scales(options, slider)
+    split = hands_split(options.prompts, options.seeds)
+    edit = AdapterEdit(model, slider.adapter, slider.start, unedited=unedited)
+    off = _off_class(edit, slider, FINGERS, split, elsewhere, [1.0])
+    judge = Reader.load("judge")
+    found = repair.evaluate_repair(edit, split, judge, "judge", slider.name, scales, off)
+    print(repair.summary(found))
+    if options.certify:
+        write_card(slider.path, slider.card.model_copy(update={"certificate": repair.certificate_of(found)}))
+        print(f"certified: {slider.path}")
+    return repair.as_json(found) | {"files": [str(slider.path)]}
+
+
 def _proxies(options: Evaluate, clip: Path) -> dict[str, Any]:
     """CLIP score change and LPIPS of each slider."""
     from dodgeburn.slide.edits import AdapterEdit
+    from dodgeburn.slide.evaluate import number
+    from dodgeburn.slide.off_class import Sides, measure_off_class
     from dodgeburn.slide.proxies import ClipScore, Lpips, proxy_figures
     from dodgeburn.slide.slider_file import open_sliders
     from dodgeburn.slide.splits import FIRST_EVALUATION_SEED
 
     if options.seeds < 1:
         raise UserError(f"--seeds {options.seeds}: expected at least 1")
+    elsewhere = list(read_prompts(options.off_class)) if options.off_class is not None else []
     model = options.load()
     score = ClipScore(clip, str(model.device))
     apart = Lpips(str(model.device)) if options.lpips else None
@@ -154,11 +222,16 @@ def _proxies(options: Evaluate, clip: Path) -> dict[str, Any]:
             edit = AdapterEdit(model, slider.adapter, slider.start, unedited=unedited)
             scales = _scales(options, slider)
             row = proxy_figures(edit, slider.card.positive, prompts, seeds, scales, score, apart)
+            off = measure_off_class(edit, Sides(prompts, elsewhere, seeds)) if elsewhere else None
+            row["off_class_effect"] = number(off.mean) if off else None
+            row["off_class_effect_interval"] = off.ends if off else None
             print(f"{slider.name}, proxy: {score.name}, {slider.card.positive!r}: rank correlation with the scale "
                   f"{row['clip_spearman']:.3f}")  # fmt: skip
             for at in row["scales"]:
                 far = f", LPIPS {at['lpips']:.3f}" if "lpips" in at else ""
                 print(f"  {at['scale']:+6.2f}: CLIP {at['clip_change']:+.2f}{far}")
+            if off:
+                print(f"  off-class effect {off.mean:.2f}")
             rows.append({"name": slider.name, "file": str(slider.path), "by": f"proxy: {score.name}", **row})
     return {"proxies": rows}
 
@@ -166,7 +239,7 @@ def _proxies(options: Evaluate, clip: Path) -> dict[str, Any]:
 MEANS = (
     "monotone", "monotone_drawdown", "spearman", "selectivity", "selectivity_picture", "selectivity_among",
     "selectivity_unmixed", "selectivity_among_unmixed", "calibration_error", "calibration_error_unit", "range_sigma",
-    "symmetry", "parse_loss", "identity", "linearity", "unreadable",
+    "symmetry", "parse_loss", "identity", "linearity", "unreadable", "off_class_effect",
 )  # fmt: skip
 
 

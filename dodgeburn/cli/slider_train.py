@@ -169,6 +169,8 @@ def _maker(settings: Train, inputs: list[Path]) -> Iterator[SliderMaker]:
 
 
 def _say(one: Made) -> None:
+    from dodgeburn.slide.readings import FINGERS
+
     card = one.card
     print(f"wrote {one.path}: slider {one.spec.name}, {one.seconds:.1f} s")
     print(
@@ -185,6 +187,8 @@ def _say(one: Made) -> None:
                 f"  1.0 is {one.raw:.1f} times the slider as it was trained, beyond its reach: a stronger target "
                 f"(eta: {one.better_eta:g} in its specification) would train what is used"
             )
+    elif card.attribute == FINGERS:
+        print("  not calibrated: fingers are right or wrong and have no natural deviation; 1.0 is as trained")
     else:
         print("  not calibrated: 1.0 is what training made of it")
 

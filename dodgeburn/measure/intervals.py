@@ -61,6 +61,29 @@ def bootstrap_mean(values: np.ndarray, level: float = 0.95, resamples: int = RES
     return Interval(mean, float(low), float(high))
 
 
+def bootstrap_ratio(above: np.ndarray, below: np.ndarray, level: float = 0.95, resamples: int = RESAMPLES,
+                    seed: int = 0) -> Interval:  # fmt: skip
+    """Mean of `above` [prompts, seeds] over that of `below` [other prompts, seeds], with its interval.
+
+    Prompts and seeds of either are drawn again by themselves. Everything is NaN where the mean of `below` is 0.
+    """
+    if not below.mean() > 0:
+        return Interval(float("nan"), float("nan"), float("nan"))
+    rng = np.random.default_rng(seed)
+
+    def drawn(grid: np.ndarray) -> np.ndarray:
+        n_prompts, n_seeds = grid.shape
+        prompts = rng.integers(n_prompts, size=(resamples, n_prompts, 1))
+        return grid[prompts, rng.integers(n_seeds, size=(resamples, n_prompts, n_seeds))].mean((1, 2))
+
+    mean = float(above.mean() / below.mean())
+    if above.size < 2 or below.size < 2:
+        return Interval(mean, float("nan"), float("nan"))
+    top, bottom = drawn(above), drawn(below)
+    low, high = np.quantile(top[bottom > 0] / bottom[bottom > 0], [(1 - level) / 2, (1 + level) / 2])
+    return Interval(mean, float(low), float(high))
+
+
 def binomial_interval(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
     """The exact interval of a share (Clopper and Pearson 1934) from `successes` of `n` independent trials."""
     from scipy.stats import binomtest

@@ -33,7 +33,7 @@ class Evaluation:
     split: Split
     sweep: SweepReadings
     natural: Natural
-    figures: dict[str, Interval]  # by name, see `figures_of` and `per_sweep`
+    figures: dict[str, Interval]  # by name, see `figures_of`, `per_sweep` and slide/off_class.py
     leaks: dict[str, Leak]  # row of the leakage matrix at 1 sigma
     displacements: dict[str, dict[str, Any]]  # by displacement: scales, selectivity, leakage, identity
     curve: list[tuple[float, float]]  # (scale, mean move in sigma)
@@ -164,7 +164,7 @@ def number(value: float | None) -> float | None:
 REPORTED = (
     "monotone", "monotone_drawdown", "spearman", "selectivity", "selectivity_picture", "selectivity_among",
     "calibration_error", "calibration_error_unit", "calibration_error_picture", "range_sigma", "symmetry", "parse_loss",
-    "linearity", "identity", "unreadable",
+    "linearity", "identity", "unreadable", "off_class_effect",
 )  # fmt: skip
 
 
@@ -224,6 +224,8 @@ def summary(found: Mapping[str, Any]) -> str:
         f"{said('calibration_error_unit', '.2f')} up to 1.0; range {said('range_sigma', '.1f')} sigma, "
         f"symmetry {said('symmetry', '.2f')}, parse loss {said('parse_loss', '.1%')}",
     ]
+    if found["off_class_effect"] is not None:
+        lines.append(f"  off-class effect {said('off_class_effect', '.2f')}")
     leaks = sorted(((k, v) for k, v in found["leakage"].items() if v is not None), key=lambda item: -item[1])
     if leaks:
         lines.append("  leakage at 1 sigma: " + ", ".join(f"{k} {v:.2f}" for k, v in leaks[:6]))

@@ -295,7 +295,8 @@ def identity_kept(sweep: SweepReadings, natural: Natural, target: str, displacem
 def off_class_effect(off_class: np.ndarray, in_class: np.ndarray) -> float:
     """Mean pixel distance that an edit causes where its subject is absent, over the one that it causes where it is.
 
-    Both float64 [n] from `measure.distances.pixel_distance` at one strength. NaN if the edit does nothing in class.
+    Both float64 of any shape, from `measure.distances.pixel_distance` at the same strengths. NaN if the edit does
+    nothing in class.
     """
     there = float(np.mean(in_class))
     return float(np.mean(off_class)) / there if there > 0 else float("nan")

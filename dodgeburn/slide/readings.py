@@ -14,6 +14,8 @@ from dodgeburn.pocket.reader import Readings
 from dodgeburn.slide.edits import Edit
 
 ATTRIBUTES: tuple[str, ...] = (*CONTINUOUS, *CATEGORICAL)
+FINGERS = "fingers"
+"""What repair sliders are for: right or wrong, so without a natural deviation and a unit (slide/repair.py)."""
 
 # Root mean square error on 2 000 fresh drawings (list 98, 64 x 64; `dodgeburn pocket evaluate --reader` grades the same
 # way): how far a reading may be off without anything having moved.
@@ -42,10 +44,15 @@ class ReadsPictures(Protocol):
 def attribute_of(target: str) -> str:
     """The attribute that a target names: "smile", or "hat" of "hat=crown". Raises UserError for an unknown one."""
     name, _, value = target.partition("=")
+    if target == FINGERS:
+        raise UserError(
+            "fingers are right or wrong and have no natural deviation, so a slider for them is neither calibrated, "
+            "composed nor unmixed by the reader: measure it alone, dodgeburn slider evaluate FILE --attribute fingers"
+        )
     if name not in ATTRIBUTES:
         raise UserError(
             f"no attribute {name!r} in the pocket world: "
-            f"{did_you_mean(name, ATTRIBUTES)}expected one of {', '.join(ATTRIBUTES)}"
+            f"{did_you_mean(name, (*ATTRIBUTES, FINGERS))}expected one of {', '.join(ATTRIBUTES)}"
         )
     if name in CATEGORICAL and value not in CATEGORICAL[name]:
         raise UserError(f"{target!r}: {name} has values, say {name}=VALUE with one of {', '.join(CATEGORICAL[name])}")
@@ -60,9 +67,12 @@ def others_of(target: str) -> tuple[str, ...]:
 
 
 def values_of(readings: Readings, target: str) -> np.ndarray:
-    """A target's readings as numbers: float64 [n], NaN where unreadable; of "hat=crown" 1 where it is read, else 0."""
+    """A target's readings as numbers: float64 [n], NaN where unreadable; of "hat=crown" 1 where it is read, else 0; of
+    "fingers" how many.
+    """
     name, _, value = target.partition("=")
-    attribute_of(target)
+    if target != FINGERS:
+        attribute_of(target)
     read = readings.values[name]
     return np.where(readings.unreadable, np.nan, np.asarray(read == value if value else read, dtype=np.float64))
 

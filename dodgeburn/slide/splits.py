@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from dodgeburn.errors import UserError
-from dodgeburn.pocket.captions import parse
+from dodgeburn.pocket.captions import Asked, parse
 from dodgeburn.pocket.model import WEIGHTS
 from dodgeburn.slide.readings import attribute_of
 
@@ -99,11 +99,42 @@ def seeds_beside(seed: int, n: int) -> list[int]:
 
 def evaluation_split(targets: Sequence[str], prompts: int, seeds: int) -> Split:
     """Held-out prompts that leave the targets open."""
+    _enough(prompts, seeds)
+    rows = open_prompts(gate_rows(), targets, prompts)
+    return Split(rows, [FIRST_EVALUATION_SEED + i for i in range(seeds)])
+
+
+def hands_split(prompts: int, seeds: int) -> Split:
+    """Held-out prompts that ask for a waving hand, on which repairs of fingers are judged. UserError for too many."""
+    _enough(prompts, seeds)
+    found = [prompt for prompt in gate_rows() if shows(prompt, {"hand": "waving"})]
+    if len(found) < prompts:
+        raise UserError(f"{len(found)} prompts ask for a waving hand, {prompts} are asked for: take fewer")
+    return Split(found[:prompts], [FIRST_EVALUATION_SEED + i for i in range(seeds)])
+
+
+def gate_rows() -> list[str]:
+    """The gate's held-out prompts, each once."""
     from dodgeburn.training.pocket import gate_prompts
 
-    _enough(prompts, seeds)
-    rows = (row["prompt"] for row in gate_prompts())
-    return Split(open_prompts(rows, targets, prompts), [FIRST_EVALUATION_SEED + i for i in range(seeds)])
+    return list(dict.fromkeys(row["prompt"] for row in gate_prompts()))
+
+
+def shows(prompt: str, subject: Asked) -> bool | None:
+    """Whether a prompt asks for all of a subject (True) or for something else in its place (False); None: it leaves
+    that open. Graded attributes agree where their intervals overlap.
+    """
+    said = parse(prompt)
+    same = {name: _agree(said[name], wanted) for name, wanted in subject.items() if name in said}
+    if not all(same.values()):
+        return False
+    return True if len(same) == len(subject) else None
+
+
+def _agree(a: object, b: object) -> bool:
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return bool(max(a[0], b[0]) < min(a[1], b[1]))
+    return a == b
 
 
 def _enough(prompts: int, seeds: int) -> int:

@@ -19,7 +19,7 @@ from dodgeburn.images.png import DESCRIPTION_TAG, OWN_MARK
 from dodgeburn.images.sheet import contact_sheet
 from dodgeburn.sampling.adapted import Applied
 from dodgeburn.slide.edits import Unedited, draw
-from dodgeburn.slide.readings import ReadsPictures, values_of
+from dodgeburn.slide.readings import FINGERS, ReadsPictures, values_of
 from dodgeburn.slide.slider_file import Slider
 
 LARGEST_SWEEP = 2000  # pictures: beyond it a sheet is no sheet
@@ -146,8 +146,14 @@ def _caption(sliders: Sequence[Slider], which: tuple[int, ...], found: dict[str,
         target = sliders[i].card.attribute
         if target:
             value = found[target]
-            said.append(f"{target} {'unreadable' if value is None else f'{value:.2f}'}")
+            said.append(f"{target} {_value(target, value)}")
     return "\n".join(dict.fromkeys(said))
+
+
+def _value(target: str, value: float | None) -> str:
+    if value is None:
+        return "unreadable"
+    return f"{value:.0f}" if target == FINGERS else f"{value:.2f}"
 
 
 def animation(plan: Plan, pictures: list[list[np.ndarray]], cell: int | None = None) -> list[Image.Image]:

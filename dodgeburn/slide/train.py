@@ -32,6 +32,7 @@ from dodgeburn.slide.calibrate import Calibration, CalibrationSettings, Scorer, 
 from dodgeburn.slide.closed_form import closed_form
 from dodgeburn.slide.edits import AdapterEdit, Unedited
 from dodgeburn.slide.pairs import PairSpec, train_pairs
+from dodgeburn.slide.readings import FINGERS
 from dodgeburn.slide.spec import SliderSpec
 from dodgeburn.slide.splits import seeds_beside
 from dodgeburn.slide.text import train_text
@@ -187,7 +188,7 @@ class SliderMaker:
     def _look(self, spec: Spec, own: list[str], start: float) -> _Look:
         """Prompts such as users will give, where they are known, or else the slider's own; a seed for each."""
         n = self.quick.pictures
-        if self.rows is not None and spec.attribute is not None:
+        if self.rows is not None and spec.attribute is not None and spec.attribute != FINGERS:
             rows = self.rows(spec.attribute, n, spec.seed)
         else:
             rows = [(own[i % len(own)], seed) for i, seed in enumerate(seeds_beside(spec.seed, n))]
@@ -204,7 +205,10 @@ class SliderMaker:
         return AdapterEdit(self.model, adapter, look.start, unedited=self._unedited)
 
     def _scores(self, spec: Spec) -> Scorer | None:
-        return None if spec.attribute is None or self.scorer is None else self.scorer(spec.attribute)
+        """What calibrates it; None without an attribute, and for fingers, which have no natural deviation."""
+        if spec.attribute is None or spec.attribute == FINGERS or self.scorer is None:
+            return None
+        return self.scorer(spec.attribute)
 
     def _displacement(self, spec: SliderSpec, look: _Look) -> Callable[[Adapter], float] | None:
         """What early stopping looks at: how far apart the attribute is at +1 and -1, in the scorer's units."""
