@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from dodgeburn.models.adapters import Adapter, Factors, layers_of, new_adapter, text_layers_of
+from dodgeburn.models.adapters import Adapter, Factors, new_adapter, trained_layers
 from dodgeburn.models.model import Model
 
 
@@ -14,12 +14,7 @@ def random_adapter(
 ) -> Adapter:  # fmt: skip
     """An adapter that visibly changes every layer of a set, and of the text encoders if asked for."""
     components = model.components()
-    layers = [f"unet.{layer}" for layer in layers_of(model.unet, layer_set)]
-    for part, encoder in components.items():
-        if text and part.startswith("text_encoder"):
-            tails = [t if t.startswith("text_") else f"text_model.{t}" for t in text_layers_of(encoder)]
-            layers += [f"{part}.{tail}" for tail in tails]
-    made = new_adapter(components, layers, rank, alpha, seed, name).factors()
+    made = new_adapter(components, trained_layers(components, layer_set, text), rank, alpha, seed, name).factors()
     generator = torch.Generator().manual_seed(seed + 1)
     filled = {
         module: Factors(f.down, size * torch.randn(f.up.shape, generator=generator), f.alpha)

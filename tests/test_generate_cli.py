@@ -92,6 +92,22 @@ def test_again_gives_the_same_files_and_others_are_kept(model_file: Path, tmp_pa
     assert all(after[name] == data for name, data in before.items())
 
 
+def test_one_picture_under_a_name(model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "new" / "hat.webp"
+    assert run(model_file, out, "-n", "1") == 0
+    first = out.read_bytes()
+    assert [p.name for p in out.parent.iterdir()] == ["hat.webp"] and read_png(out).own is not None
+    assert run(model_file, out, "-n", "1", "--guidance", "2") == 0  # ours: written over
+    assert out.read_bytes() != first and len(list(out.parent.iterdir())) == 1
+    capsys.readouterr()
+    assert run(model_file, out, "-n", "2") == 2
+    assert "name a folder" in capsys.readouterr().err
+    theirs = tmp_path / "theirs.png"
+    theirs.write_bytes(b"mine")
+    assert run(model_file, theirs, "-n", "1") == 2
+    assert "not made by dodgeburn" in capsys.readouterr().err and theirs.read_bytes() == b"mine"
+
+
 def test_stock_models_carry_a_comfy_graph(model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dodgeburn.sampling.saving.is_stock", lambda model: True)
     assert run(model_file, tmp_path) == 0

@@ -15,6 +15,7 @@ from tiny import tiny_model
 
 from dodgeburn.cli.main import main
 from dodgeburn.errors import UserError
+from dodgeburn.models.adapter_file import load_adapter
 from dodgeburn.models.adapters import layers_of
 from dodgeburn.models.loading import load_model
 from dodgeburn.models.model import Model
@@ -316,7 +317,15 @@ def test_pairs_and_closed_form_on_the_command_line(tmp_path: Path, capsys: pytes
     assert main(["slider", "train", str(spec), "-o", str(out), "--closed-form", "--strips", "5"]) == 2
     assert "which has no steps" in capsys.readouterr().err
     assert main(["slider", "train", "-o", str(out)]) == 2
-    assert "one of the two" in capsys.readouterr().err
+    assert "give a YAML file or --pairs" in capsys.readouterr().err
+    few = tmp_path / "few.yaml"
+    few.write_text("steps: 2\nbatch: 1\nrank: 1\nlayers: selfattn\n")
+    assert main([*arguments[:2], str(few), *arguments[2:]]) == 0
+    (found,) = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["sliders"]
+    assert load_adapter(tmp_path / "p.safetensors").origin.card.training.settings["rank"] == 1
+    few.write_text("stepps: 2\n")
+    assert main([*arguments[:2], str(few), *arguments[2:]]) == 2
+    assert "few.yaml" in (said := capsys.readouterr().err) and "did you mean steps" in said
     (tmp_path / "pairs" / "after" / "1.png").unlink()
     assert main(arguments) == 2
     assert "1.png" in capsys.readouterr().err

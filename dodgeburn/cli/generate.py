@@ -13,7 +13,14 @@ from dodgeburn.cli.generate_options import Generate
 from dodgeburn.cli.generate_plan import Plan, plan_of, tell_source
 from dodgeburn.cli.loras import apply
 from dodgeburn.cli.options import parse
-from dodgeburn.cli.picture_files import free_name, slug, writable_folder, write_sheet
+from dodgeburn.cli.picture_files import (
+    check_picture_name,
+    free_name,
+    is_picture_name,
+    slug,
+    writable_folder,
+    write_sheet,
+)
 from dodgeburn.cli.warned import said_at_once
 from dodgeburn.errors import UserError
 from dodgeburn.images.png import KINDS
@@ -34,10 +41,16 @@ def main(args: list[str]) -> int:
         raise UserError(f"--format is {options.format!r}: expected {', '.join(k[1:] for k in KINDS)}")
     early.check(options.seeds, options.source, options.rule)
     plan = plan_of(options)
-    writable_folder(options.out)
+    named = is_picture_name(options.out)
+    if named:
+        if early.asked(options.seeds) or (len(plan.seeds) > 1 and plan.row is None):
+            raise UserError(f"-o {options.out} is one picture's name, and more are asked for: name a folder")
+        check_picture_name(options.out)
+    writable_folder(options.out.parent if named else options.out)
     with said_at_once():
         found = _run(options, plan)
-    print(f"wrote {len(found['pictures'])} pictures to {options.out} in {found['seconds']} s")
+    count = len(found["pictures"])
+    print(f"wrote {count} picture{'' if count == 1 else 's'} to {options.out} in {found['seconds']} s")
     if found["sheet"]:
         print(f"sheet: {found['sheet']}")
     if "foresee" in found:
@@ -91,9 +104,13 @@ def _run(options: Generate, plan: Plan) -> dict[str, Any]:
         for picture in found:
             if plan.row is not None and picture.index != plan.row:
                 continue
-            stem = f"{slug(plan.prompt)}-{picture.seed}"
-            options.out.mkdir(parents=True, exist_ok=True)
-            path = free_name(options.out, stem, options.format, record_of(picture, model))
+            if is_picture_name(options.out):
+                path = options.out
+                path.parent.mkdir(parents=True, exist_ok=True)
+            else:
+                stem = f"{slug(plan.prompt)}-{picture.seed}"
+                options.out.mkdir(parents=True, exist_ok=True)
+                path = free_name(options.out, stem, options.format, record_of(picture, model))
             save_picture(path, picture, model)
             pictures.append({"path": str(path), "prompt": picture.prompt, "seed": picture.seed,
                              "settings": picture.settings.model_dump()})  # fmt: skip

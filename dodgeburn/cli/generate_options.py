@@ -141,7 +141,8 @@ class Generate(Grouped):
     n: Annotated[int, tyro.conf.arg(aliases=["-n"], metavar="COUNT")] = 1
     """How many pictures."""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="DIR")] = Path("pictures")
-    """Folder for the pictures; made if it is not there."""
+    """Folder for the pictures, made if it is not there; or one picture's name (cat.png: the ending decides the format).
+    """
     negative: str = ""
     """What to keep away from."""
     rule: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None

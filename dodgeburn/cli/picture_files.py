@@ -70,6 +70,26 @@ def free_name(folder: Path, stem: str, ending: str, record: dict[str, object]) -
         number += 1
 
 
+def is_picture_name(out: Path) -> bool:
+    """Whether an output names a picture rather than a folder."""
+    from dodgeburn.images.png import KINDS
+
+    return out.suffix.lower() in KINDS and not out.is_dir()
+
+
+def check_picture_name(path: Path) -> None:
+    """UserError where another's file stands: only pictures that dodgeburn made are written over."""
+    from dodgeburn.images.png import read_png
+
+    if path.exists():
+        try:
+            ours = read_png(path).own is not None
+        except UserError:
+            ours = False
+        if not ours:
+            raise UserError(f"{path} is there already and was not made by dodgeburn: name another file, or a folder")
+
+
 def write_sheet(folder: Path, ending: str, prompt: str, made: Sequence[Generated], model: Model) -> Path:
     """A contact sheet of the first 64 pictures, with the settings of the first in its metadata; its path."""
     from dodgeburn.images.png import write_picture

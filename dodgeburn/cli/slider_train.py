@@ -36,7 +36,7 @@ class Train:
     """
 
     spec: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="SPEC.yaml")] = None
-    """The YAML file (examples/sliders/)."""
+    """The YAML file (examples/sliders/). Beside --pairs: the settings of that training (rank, steps, layers …)."""
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], metavar="OUT")] = None
     """The .safetensors file to write; a folder where the YAML file names several sliders."""
     model: str = "pocket"
@@ -46,8 +46,8 @@ class Train:
     closed_form: bool = False
     """Solve for cross-attention's keys and values by least squares: seconds, no training, no call of the U-Net."""
     pairs: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
-    """Instead of a YAML file: a folder of pictures before and after (before/ and after/ with the same names, folders
-    -1/ and 1/, or names that end in _-1 and _+1)."""
+    """Learn from a folder of pictures before and after (before/ and after/ with the same names, folders -1/ and 1/, or
+    names that end in _-1 and _+1), not from prompts."""
     prompt: str = ""
     """What the pairs show, without what differs; may be empty."""
     attribute: str | None = None
@@ -71,8 +71,8 @@ def main(args: list[str]) -> int:
     settings = parse(Train, args, "slider train", EXAMPLE, EXAMPLE_PAIRS)
     if settings.out is None:
         raise UserError("no output: say where to write with -o OUT.safetensors (or a folder for several sliders)")
-    if (settings.spec is None) == (settings.pairs is None):
-        raise UserError(f"give a YAML file or --pairs FOLDER, one of the two: {EXAMPLE}; {EXAMPLE_PAIRS}")
+    if settings.spec is None and settings.pairs is None:
+        raise UserError(f"give a YAML file or --pairs FOLDER: {EXAMPLE}; {EXAMPLE_PAIRS}")
     if settings.pairs is None and (settings.prompt or settings.attribute):
         raise UserError("--prompt and --attribute are for --pairs: a YAML file says its own")
     if settings.pairs is not None and (settings.closed_form or settings.strips):
@@ -122,11 +122,17 @@ def _from_text(settings: Train) -> list[Made]:
 
 def _from_pairs(settings: Train, pictures: Path, out: Path) -> list[Made]:
     from dodgeburn.checkpoint.tensorfile import check_weights_output
-    from dodgeburn.slide.pairs import PairSpec
+    from dodgeburn.given_settings import read_yaml
+    from dodgeburn.slide.pairs import make_pair_spec
 
-    check_weights_output(out, [])
-    spec = PairSpec(name=out.stem, prompt=settings.prompt, attribute=settings.attribute, seed=settings.seed or 0)
-    with _maker(settings, []) as maker:
+    inputs = [settings.spec] if settings.spec is not None else []
+    check_weights_output(out, inputs)
+    said = {"name": out.stem}
+    for path in inputs:
+        said |= read_yaml(path, "a YAML file of settings for --pairs", "say rank, steps or layers")
+    here = {"prompt": settings.prompt or None, "attribute": settings.attribute, "seed": settings.seed}
+    spec = make_pair_spec(said | {k: v for k, v in here.items() if v is not None}, str(settings.spec or "--pairs"))
+    with _maker(settings, inputs) as maker:
         made = maker.pairs(spec, pictures, out)
     _say(made)
     return [made]

@@ -77,6 +77,11 @@ class Adapter(nn.Module):
         """Names of the changed modules, in order."""
         return list(self.alphas)
 
+    @property
+    def changes_text(self) -> bool:
+        """Whether any changed module is of a text encoder."""
+        return any(module.startswith("text_encoder") for module in self.alphas)
+
     def down(self, module: str) -> nn.Parameter:
         """[rank, in] or [rank, in, k, k]"""
         return self.downs[_flat(module)]
@@ -145,6 +150,18 @@ def text_layers_of(encoder: nn.Module) -> list[str]:
     """Names of a CLIP text encoder's attention projections and feed-forward layers (kohya's choice)."""
     wanted = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
     return [n for n, m in encoder.named_modules() if isinstance(m, nn.Linear) and n.rsplit(".", 1)[-1] in wanted]
+
+
+def trained_layers(components: Mapping[str, nn.Module], layer_set: str, text_encoders: bool = False) -> list[str]:
+    """Full names of the U-Net's layers that a set covers and, if asked for, of `text_layers_of` all text encoders."""
+    found = [f"unet.{name}" for name in layers_of(components["unet"], layer_set)]
+    for part, encoder in components.items():
+        if text_encoders and part.startswith("text_encoder"):
+            # files have `text_model.`, which transformers dropped from its module names in 5.6
+            heads = ("text_model.", "text_projection")
+            names = [name if name.startswith(heads) else f"text_model.{name}" for name in text_layers_of(encoder)]
+            found += [f"{part}.{name}" for name in names]
+    return found
 
 
 def new_adapter(

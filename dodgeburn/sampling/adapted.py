@@ -86,9 +86,7 @@ class Adapted:
             raise UserError("a scale is NaN or infinite: give a number")
         self.starts = torch.tensor([one.start for one in self.applied])
         self.strengths = [_strengths(one, layout) for one in self.applied]
-        self._text = [
-            any(module.startswith("text_encoder") for module in one.adapter.modules_changed) for one in self.applied
-        ]
+        self._text = [one.adapter.changes_text for one in self.applied]
 
     def texts(
         self, model: Model, prompts: Sequence[str], negative: str, plain: Mapping[str, EncodedPrompt],

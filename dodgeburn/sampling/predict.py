@@ -11,7 +11,7 @@ from torch import Tensor
 from dodgeburn.models.adapters import Attachment
 from dodgeburn.models.model import Model
 from dodgeburn.models.quick import quick_products
-from dodgeburn.sampling.prompts import EncodedPrompt, encode
+from dodgeburn.sampling.prompts import EncodedPrompt, encode, encode_each
 from dodgeburn.sampling.schedules import scheduler_for
 from dodgeburn.sampling.settings import GenerateSettings
 from dodgeburn.sampling.sizes import time_ids
@@ -56,13 +56,20 @@ class Predictor:
         for group in [[text] for text in missing] if alone else [missing]:
             self._texts.update(encode(self.model, group))
 
-    def condition(self, texts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor] | None]:
-        """Cross-attention input [n, tokens, width] and added conditions of the texts; long ones make all as long."""
-        self.encode(texts)
+    def condition(
+        self, texts: Sequence[str], encoded: Sequence[EncodedPrompt] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor] | None]:
+        """Cross-attention input [n, tokens, width] and added conditions of the texts; long ones make all as long.
+        encoded: the texts as other than the frozen encoders have them, all as long."""
         model = self.model
-        found = [self._texts[text] for text in texts]
-        chunks = max(e.chunks for e in found)
-        embeds = torch.stack([e.padded(chunks, self._texts[""]) for e in found]).to(model.device, model.dtype)
+        if encoded is None:
+            self.encode(texts)
+            found = [self._texts[text] for text in texts]
+            chunks = max(e.chunks for e in found)
+            rows = [e.padded(chunks, self._texts[""]) for e in found]
+        else:
+            found, rows = list(encoded), [e.embeds for e in encoded]
+        embeds = torch.stack(rows).to(model.device, model.dtype)
         if not model.has_added_conditions:
             return embeds, None
         row = time_ids(GenerateSettings(height=self.height, width=self.width))[1]
@@ -70,16 +77,20 @@ class Predictor:
         ids = torch.tensor([row] * len(texts), dtype=torch.float32, device=model.device)
         return embeds, {"text_embeds": pooled, "time_ids": ids}
 
-    def __call__(self, x: Tensor, timesteps: Tensor, texts: Sequence[str]) -> Tensor:
-        """x [n, c, h, w], timesteps int64 [n], n texts."""
+    def __call__(
+        self, x: Tensor, timesteps: Tensor, texts: Sequence[str], encoded: Sequence[EncodedPrompt] | None = None
+    ) -> Tensor:
+        """x [n, c, h, w], timesteps int64 [n], n texts; encoded: as `condition`, without guidance."""
         if self.guidance != 1:
             twice, bare = (torch.cat([x, x]), torch.cat([timesteps, timesteps])), [""] * len(texts)
             told, untold = self._ask(*twice, [*texts, *bare]).chunk(2)
             return untold + self.guidance * (told - untold)
-        return self._ask(x, timesteps, texts)
+        return self._ask(x, timesteps, texts, encoded)
 
-    def _ask(self, x: Tensor, timesteps: Tensor, texts: Sequence[str]) -> Tensor:
-        embeds, added = self.condition(texts)
+    def _ask(
+        self, x: Tensor, timesteps: Tensor, texts: Sequence[str], encoded: Sequence[EncodedPrompt] | None = None
+    ) -> Tensor:
+        embeds, added = self.condition(texts, encoded)
         self.forwards += len(x)
         device = self.model.device
         output: Tensor = self.model.unet(
@@ -101,3 +112,16 @@ class Predictor:
 def set_rows(attachment: Attachment, scales: Tensor) -> None:
     """One adapter's scale for each row of the next call [n]."""
     attachment.set(scales[None])
+
+
+def predict_scaled(
+    predictor: Predictor, attachment: Attachment, scales: Tensor, x: Tensor, timesteps: Tensor, texts: Sequence[str]
+) -> Tensor:
+    """`predictor(x, timesteps, texts)` with the one adapter attached at a scale for each row [n], gradients included:
+    where it changes text encoders, each row's text is encoded at its scale.
+    """
+    encoded = None
+    if attachment.adapters[0].changes_text:
+        encoded = encode_each(predictor.model, texts, before=lambda rows: set_rows(attachment, scales[rows]))
+    set_rows(attachment, scales)
+    return predictor(x, timesteps, texts, encoded)

@@ -5,7 +5,7 @@ embeddings are put one after the other: the way A1111 and ComfyUI do it, so that
 cut.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,12 +119,27 @@ def encode(
     an earlier one (`clip_skip.py`; UserError if there is none). `syntax` says how weights in brackets are read
     (`emphasis.py`); the pooled projection is of the unweighted first chunk.
     """
-    skip = resolve_clip_skip(model, clip_skip)
     distinct = list(dict.fromkeys(texts))
-    if not distinct:
-        return {}
-    per_tokenizer = [[token_chunks(tokenizer, text, syntax) for text in distinct] for tokenizer in model.tokenizers]
-    counts = [max(len(rows[i]) for rows in per_tokenizer) for i in range(len(distinct))]
+    return dict(zip(distinct, encode_each(model, distinct, clip_skip, syntax), strict=True))
+
+
+def encode_each(
+    model: Model, texts: Sequence[str], clip_skip: int | None = None, syntax: str = "a1111",
+    before: Callable[[list[int]], None] | None = None,
+) -> list[EncodedPrompt]:  # fmt: skip
+    """As `encode`, each text by itself even where two are the same, and with gradients.
+
+    before(rows) is told ahead of each call of an encoder which text each of its inputs is of: adapters on the encoders
+    can have a scale for every text. All texts then have as many chunks as the longest.
+    """
+    skip = resolve_clip_skip(model, clip_skip)
+    if not texts:
+        return []
+    per_tokenizer = [[token_chunks(tokenizer, text, syntax) for text in texts] for tokenizer in model.tokenizers]
+    counts = [max(len(rows[i]) for rows in per_tokenizer) for i in range(len(texts))]
+    if before is not None:
+        counts = [max(counts)] * len(texts)
+    owners = [i for i, n in enumerate(counts) for _ in range(n)]
     embeds: list[Tensor] = []
     pooled: Tensor | None = None
     for tokenizer, encoder, rows in zip(model.tokenizers, model.text_encoders, per_tokenizer, strict=True):
@@ -133,9 +148,12 @@ def encode(
         weights = torch.tensor([chunk.weights for chunk in flat], dtype=torch.float32)
         if syntax == "comfy" and bool((weights != 1).any()):
             flat = [*flat, blank[0]]  # whose states the others are weighed against
+            owners = [*owners[: len(weights)], 0]
         states, pools = [], []
         for start in range(0, len(flat), ENCODE_BATCH):
             ids = torch.tensor([chunk.ids for chunk in flat[start : start + ENCODE_BATCH]], device=model.device)
+            if before is not None:
+                before(owners[start : start + ENCODE_BATCH])
             out = encoder(ids, output_hidden_states=True)
             states.append(clip_state(encoder, out, skip, final_norm=not model.has_added_conditions))
             if model.has_added_conditions and getattr(out, "text_embeds", None) is not None:
@@ -145,10 +163,10 @@ def encode(
         if pools:
             pooled = torch.cat(pools)  # the last encoder that has one wins: SDXL's second
     side_by_side = torch.cat(embeds, dim=-1)  # [all chunks, 77, width]
-    result: dict[str, EncodedPrompt] = {}
+    result: list[EncodedPrompt] = []
     start = 0
-    for text, n in zip(distinct, counts, strict=True):
+    for text, n in zip(texts, counts, strict=True):
         tokens = side_by_side[start : start + n].reshape(-1, side_by_side.shape[-1])
-        result[text] = EncodedPrompt(text, tokens, None if pooled is None else pooled[start], n, skip, syntax)
+        result.append(EncodedPrompt(text, tokens, None if pooled is None else pooled[start], n, skip, syntax))
         start += n
     return result

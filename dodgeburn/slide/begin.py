@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from dodgeburn.models.adapters import Adapter, layers_of, new_adapter
+from dodgeburn.models.adapters import Adapter, new_adapter, trained_layers
 from dodgeburn.models.model import Model
 from dodgeburn.sampling.predict import Predictor
 from dodgeburn.slide.cache import Points, directions
@@ -19,12 +19,13 @@ def begin(model: Model, predictor: Predictor, points: Points, spec: SliderSpec) 
     """The adapter that training begins with, by `spec.begin`; None is a fresh one that changes nothing.
 
     closed-form: cross-attention's keys and values as `closed_form` has them, beside the spec's own layers, fresh.
-    gradient: the spec's layers with the leading directions of the mean gradient, changing nothing yet (LoRA-GA).
+    gradient: the spec's layers with the leading directions of the mean gradient, changing nothing yet (LoRA-GA); those
+    of text encoders, whose frozen words the loss is taken with, fresh.
     """
     if spec.begin == "zero":
         return None
     components = model.components()
-    layers = [f"unet.{name}" for name in layers_of(model.unet, spec.layers)]
+    layers = trained_layers(components, spec.layers, spec.text_encoders)
     if spec.begin == "closed-form":
         fresh = new_adapter(components, layers, spec.rank, spec.alpha, spec.seed, spec.name)
         return Adapter({**fresh.factors(), **closed_form(model, spec).factors()}, spec.name)
@@ -35,4 +36,9 @@ def begin(model: Model, predictor: Predictor, points: Points, spec: SliderSpec) 
         said = predictor(points.x[rows], points.timesteps[rows], [points.texts[k] for k in rows])
         return (said - (points.neutral[rows] + shift[rows]).to(said.device)).square().mean()
 
-    return gradient_start(components, layers, loss, GRADIENTS, spec.rank, spec.alpha, name=spec.name)
+    of_unet = [layer for layer in layers if layer.startswith("unet.")]
+    first = gradient_start(components, of_unet, loss, GRADIENTS, spec.rank, spec.alpha, name=spec.name)
+    if of_unet == layers:
+        return first
+    fresh = new_adapter(components, layers[len(of_unet) :], spec.rank, spec.alpha, spec.seed, spec.name)
+    return Adapter({**first.factors(), **fresh.factors()}, spec.name)

@@ -20,18 +20,19 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from dodgeburn.errors import UserError
-from dodgeburn.models.adapters import Adapter, attached, layers_of, new_adapter
+from dodgeburn.given_settings import first_problem
+from dodgeburn.models.adapters import Adapter, attached, new_adapter, trained_layers
 from dodgeburn.models.latents import encode_pictures
 from dodgeburn.models.model import Model
-from dodgeburn.sampling.predict import Predictor, add_noise, alphas_cumprod, set_rows
+from dodgeburn.sampling.predict import Predictor, add_noise, alphas_cumprod, predict_scaled
 from dodgeburn.slide.pair_folder import Pair, read_pairs
 from dodgeburn.training.loop import LoopSettings, train
 
@@ -48,6 +49,7 @@ class PairSpec(BaseModel):
     rank: int = Field(default=4, ge=1)
     alpha: float | None = Field(default=None, gt=0)  # None: the rank
     layers: str = "noxattn"
+    text_encoders: bool = False  # trained too, and on at all time steps
     eta: float = Field(default=2.0, gt=0)  # difference: how much of it at a pair's own scale
     start: int = Field(default=850, ge=1, le=1000)  # trained, and to be used, at time steps up to this
     points: int = Field(default=96, ge=1)  # difference: pairs with noise whose frozen predictions are kept
@@ -56,6 +58,14 @@ class PairSpec(BaseModel):
     batch: int = Field(default=8, ge=1)  # pairs a step, two samples each
     lr: float = Field(default=3e-3, gt=0)
     seed: int = Field(default=0, ge=0)
+
+
+def make_pair_spec(said: dict[str, Any], where: str = "slider") -> PairSpec:
+    """A checked spec; UserError of one line that names what is wrong."""
+    try:
+        return PairSpec(**said)
+    except ValidationError as error:
+        raise UserError(f"{where}: {first_problem(error, PairSpec)}") from None
 
 
 @dataclass(frozen=True)
@@ -96,7 +106,7 @@ def train_pairs(
     pairs = read_pairs(pictures, model.native_size**2, model.vae_factor)
     buckets = make_buckets(model, pairs)
     components = model.components()
-    layers = [f"unet.{name}" for name in layers_of(model.unet, spec.layers)]
+    layers = trained_layers(components, spec.layers, spec.text_encoders)
     adapter = first or new_adapter(components, layers, spec.rank, spec.alpha, spec.seed, spec.name)
     for module in components.values():
         module.requires_grad_(False)
@@ -116,8 +126,7 @@ def train_pairs(
         def losses(drawn: tuple[int, list[int]], generator: torch.Generator) -> dict[str, Tensor]:
             bucket, indices = drawn
             x, timesteps, texts, scales, target = made.rows(bucket, indices)
-            set_rows(attachment, scales)
-            said = buckets[bucket].predictor(x, timesteps, texts)
+            said = predict_scaled(buckets[bucket].predictor, attachment, scales, x, timesteps, texts)
             return {"loss": (said - target.to(said.device)).square().mean()}
 
         settings = LoopSettings(

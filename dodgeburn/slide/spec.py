@@ -38,6 +38,7 @@ class SliderSpec(BaseModel):
     rank: int = Field(default=4, ge=1)
     alpha: float | None = Field(default=None, gt=0)  # None: the rank
     layers: str = "noxattn"
+    text_encoders: bool = False  # trained too: attention and feed-forward; on at all time steps, whatever the start
     start: int = Field(default=875, ge=1, le=1000)  # trained at time steps up to this
     late: bool = True  # used at those alone, which keeps the layout; False: from the first step on
     latents: int = Field(default=24, ge=1)  # clean latents, made once

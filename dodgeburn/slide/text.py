@@ -19,10 +19,10 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Tensor
 
-from dodgeburn.models.adapters import Adapter, attached, layers_of, new_adapter
+from dodgeburn.models.adapters import Adapter, attached, new_adapter, trained_layers
 from dodgeburn.models.model import Model
 from dodgeburn.models.quick import bf16_is_quick, quick_products
-from dodgeburn.sampling.predict import Predictor, set_rows
+from dodgeburn.sampling.predict import Predictor, predict_scaled
 from dodgeburn.slide.cache import Points, directions
 from dodgeburn.slide.spec import SliderSpec
 from dodgeburn.slide.stopping import Watch
@@ -95,7 +95,7 @@ def train_text(
     """
     began, before = time.perf_counter(), predictor.forwards
     components = model.components()
-    layers = [f"unet.{name}" for name in layers_of(model.unet, spec.layers)]
+    layers = trained_layers(components, spec.layers, spec.text_encoders)
     adapter = first or new_adapter(components, layers, spec.rank, spec.alpha, spec.seed, spec.name)
     shift = directions(predictor, points, spec) * spec.eta
     targets = predictor.forwards - before
@@ -113,8 +113,8 @@ def train_text(
         attachment = stack.enter_context(attached(components, [adapter], trains=True))
 
         def error(rows: Tensor, scales: Tensor) -> Tensor:
-            set_rows(attachment, scales)
-            said = predictor(points.x[rows], points.timesteps[rows], [points.texts[int(i)] for i in rows])
+            texts = [points.texts[int(i)] for i in rows]
+            said = predict_scaled(predictor, attachment, scales, points.x[rows], points.timesteps[rows], texts)
             wanted = points.neutral[rows] + scales.view(-1, 1, 1, 1) * shift[rows]
             return (said - wanted.to(said.device)).square().mean()
 
