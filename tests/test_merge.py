@@ -76,13 +76,13 @@ def test_every_tensor_is_the_lerp_of_its_block(files: SimpleNamespace, tmp_path:
     a, b = getattr(files, f"{kind}_a"), getattr(files, f"{kind}_b")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        result = merge(a, b, tmp_path / "m", preset="ReverseSmoothstep", base=0.4)
-    one, two, out = load_tensors(a), load_tensors(b), load_tensors(tmp_path / "m")
+        result = merge(a, b, tmp_path / "m.safetensors", preset="ReverseSmoothstep", base=0.4)
+    one, two, out = load_tensors(a), load_tensors(b), load_tensors(tmp_path / "m.safetensors")
     layout = detect_layout(one)
     shares = dict(zip(layout.blocks, preset_alphas("ReverseSmoothstep", layout.n_in, layout.n_out), strict=True))
     shares |= {"BASE": 0.4, "VAE": 0.4}
     assert result.plan.blocks == shares
-    assert list(read_header(tmp_path / "m").tensors) == list(read_header(a).tensors)
+    assert list(read_header(tmp_path / "m.safetensors").tensors) == list(read_header(a).tensors)
     for key in one:
         if key == IDS:
             assert torch.equal(out[key], one[key]) and out[key].dtype == torch.int64
@@ -100,16 +100,16 @@ def test_every_tensor_is_the_lerp_of_its_block(files: SimpleNamespace, tmp_path:
 def test_ends_are_bytes_of_the_parents(files: SimpleNamespace, tmp_path: Path, kind: str) -> None:
     a, b = getattr(files, f"{kind}_a"), getattr(files, f"{kind}_b")
     with pytest.warns(DodgeburnWarning, match="no tensor takes anything from B"):
-        merge(a, b, tmp_path / "0", base=0)
-    merge(a, b, tmp_path / "1", base=1)
-    assert same(load_tensors(tmp_path / "0"), load_tensors(a))
-    assert sha256_tensors(tmp_path / "0") == sha256_tensors(a)
-    assert same(load_tensors(tmp_path / "1"), load_tensors(b))
+        merge(a, b, tmp_path / "0.safetensors", base=0)
+    merge(a, b, tmp_path / "1.safetensors", base=1)
+    assert same(load_tensors(tmp_path / "0.safetensors"), load_tensors(a))
+    assert sha256_tensors(tmp_path / "0.safetensors") == sha256_tensors(a)
+    assert same(load_tensors(tmp_path / "1.safetensors"), load_tensors(b))
 
 
 def test_keep_takes_text_encoders_and_vae_from_a(files: SimpleNamespace, tmp_path: Path) -> None:
-    merge(files.sdxl_a, files.sdxl_b, tmp_path / "m", preset="Flat_25", base=1, keep=("text", "vae"))
-    one, two, out = load_tensors(files.sdxl_a), load_tensors(files.sdxl_b), load_tensors(tmp_path / "m")
+    merge(files.sdxl_a, files.sdxl_b, tmp_path / "m.safetensors", preset="Flat_25", base=1, keep=("text", "vae"))
+    one, two, out = load_tensors(files.sdxl_a), load_tensors(files.sdxl_b), load_tensors(tmp_path / "m.safetensors")
     for key in one:
         if key.startswith(("first_stage_model.", "conditioner.")):
             assert torch.equal(out[key], one[key]), key
@@ -152,23 +152,23 @@ def test_bit_for_bit_a_float32_lerp_rounded_once() -> None:
 
 
 def test_equal_blocks_are_a_plain_sum(files: SimpleNamespace, tmp_path: Path) -> None:
-    merge(files.sdxl_a, files.sdxl_b, tmp_path / "plain", base=0.25)
-    merge(files.sdxl_a, files.sdxl_b, tmp_path / "flat", preset="FLAT_25", base=0.25)
-    assert same(load_tensors(tmp_path / "plain"), load_tensors(tmp_path / "flat"))
+    merge(files.sdxl_a, files.sdxl_b, tmp_path / "plain.safetensors", base=0.25)
+    merge(files.sdxl_a, files.sdxl_b, tmp_path / "flat.safetensors", preset="FLAT_25", base=0.25)
+    assert same(load_tensors(tmp_path / "plain.safetensors"), load_tensors(tmp_path / "flat.safetensors"))
 
 
 def test_swapped_parents_give_the_same_within_rounding(tmp_path: Path) -> None:
     a, b = pair(tmp_path, small(1), small(2))
-    merge(a, b, tmp_path / "x", base=0.3)
-    merge(b, a, tmp_path / "y", base=0.7)
-    x, y = load_tensors(tmp_path / "x"), load_tensors(tmp_path / "y")
+    merge(a, b, tmp_path / "x.safetensors", base=0.3)
+    merge(b, a, tmp_path / "y.safetensors", base=0.7)
+    x, y = load_tensors(tmp_path / "x.safetensors"), load_tensors(tmp_path / "y.safetensors")
     for key in x:
         torch.testing.assert_close(x[key], y[key], rtol=2**-10, atol=1e-6)
 
 
 def test_merging_a_file_with_itself_changes_nothing(files: SimpleNamespace, tmp_path: Path) -> None:
-    merge(files.sd15_a, files.sd15_a, tmp_path / "m", preset="TrueCubicHermite", base=0.37)
-    assert same(load_tensors(tmp_path / "m"), load_tensors(files.sd15_a))
+    merge(files.sd15_a, files.sd15_a, tmp_path / "m.safetensors", preset="TrueCubicHermite", base=0.37)
+    assert same(load_tensors(tmp_path / "m.safetensors"), load_tensors(files.sd15_a))
 
 
 def test_mixed_types_keep_those_of_a(tmp_path: Path) -> None:
@@ -176,8 +176,8 @@ def test_mixed_types_keep_those_of_a(tmp_path: Path) -> None:
     a, b_tensors = a, small(2, torch.float32)
     path_a, path_b = pair(tmp_path, a, b_tensors)
     for alpha in (0.5, 1.0):
-        result = merge(path_a, path_b, tmp_path / "m", base=alpha)
-        out = load_tensors(tmp_path / "m")
+        result = merge(path_a, path_b, tmp_path / "m.safetensors", base=alpha)
+        out = load_tensors(tmp_path / "m.safetensors")
         assert result.plan.counts == {"dtype_differs": len(a)}
         for key in a:
             assert torch.equal(out[key], merge_tensors([a[key], b_tensors[key]], alpha))
@@ -187,8 +187,8 @@ def test_mixed_types_keep_those_of_a(tmp_path: Path) -> None:
 def test_float8_is_merged_too(tmp_path: Path) -> None:
     a = {k: t.clamp(-4, 4).to(torch.float8_e4m3fn) for k, t in small(1).items()}
     b = {k: t.clamp(-4, 4).to(torch.float8_e4m3fn) for k, t in small(2).items()}
-    merge(*pair(tmp_path, a, b), tmp_path / "m", base=0.5)
-    out = load_tensors(tmp_path / "m")
+    merge(*pair(tmp_path, a, b), tmp_path / "m.safetensors", base=0.5)
+    out = load_tensors(tmp_path / "m.safetensors")
     assert torch.equal(out[CONV_IN].float(), merge_tensors([a[CONV_IN], b[CONV_IN]], 0.5).float())
 
 
@@ -199,7 +199,7 @@ def test_what_float8_cannot_hold_is_never_cut_off(tmp_path: Path, dtype: str | N
     other[CONV_IN][0, 0] = 2000.0
     paths = pair(tmp_path, tensors, other)
     with pytest.raises(UserError, match=f"{CONV_IN} of the result is too large for F8_E4M3"):
-        merge(*paths, tmp_path / "m", base=0.5, dtype=dtype)
+        merge(*paths, tmp_path / "m.safetensors", base=0.5, dtype=dtype)
     assert left(tmp_path) == ["a.safetensors", "b.safetensors"]
 
 
@@ -274,9 +274,9 @@ def test_all_names_of_real_sdxl(tmp_path: Path) -> None:
     b = {name: torch.full((2,), 3.0).half() for name in names}
     ids = "conditioner.embedders.0.transformer.text_model.embeddings.position_ids"
     a[ids] = b[ids] = torch.arange(77)
-    result = merge(*pair(tmp_path, a, b), tmp_path / "m", preset="RING08_5", base=0.25)
+    result = merge(*pair(tmp_path, a, b), tmp_path / "m.safetensors", preset="RING08_5", base=0.25)
     assert result.plan.counts == {"integers": 1} and result.plan.layout.name == "sdxl"
-    out = load_tensors(tmp_path / "m")
+    out = load_tensors(tmp_path / "m.safetensors")
     u = "model.diffusion_model."
     ring = tuple(
         f"{u}{k}"
@@ -299,17 +299,19 @@ def test_all_names_of_real_sdxl(tmp_path: Path) -> None:
 
 
 def test_a_recipe_repeats_the_merge(files: SimpleNamespace, tmp_path: Path) -> None:
-    one = merge(files.sdxl_a, files.sdxl_b, tmp_path / "x", preset="TRUE_CUBIC_HERMITE", base=0.6, xl_presets="cut")
+    one = merge(
+        files.sdxl_a, files.sdxl_b, tmp_path / "x.safetensors", preset="TRUE_CUBIC_HERMITE", base=0.6, xl_presets="cut"
+    )
     recipe = MergeRecipe.from_json(one.recipe.to_json())
     assert recipe == one.recipe
-    two = merge(files.sdxl_a, files.sdxl_b, tmp_path / "y", blocks=recipe.blocks, keep=recipe.keep)
+    two = merge(files.sdxl_a, files.sdxl_b, tmp_path / "y.safetensors", blocks=recipe.blocks, keep=recipe.keep)
     assert one.sha256_tensors == two.sha256_tensors
     with pytest.raises(UserError, match="not a merge recipe: blocks"):
         MergeRecipe.from_json('{"layout": "sdxl", "a": {"file": "a"}, "b": {"file": "b"}, "base": 0.5}')
 
 
 def test_dry_run_says_all_and_writes_nothing(files: SimpleNamespace, tmp_path: Path) -> None:
-    plan, text = dry_run(files.sd15_a, files.sd15_b, tmp_path / "m", preset="Wrap2", base=0.4, keep=["vae"])
+    plan, text = dry_run(files.sd15_a, files.sd15_b, tmp_path / "m.safetensors", preset="Wrap2", base=0.4, keep=["vae"])
     assert left(tmp_path) == []
     assert "shares are B's" in text and "kept from A" in text and "1 tensor of integers" in text
     lines = {line.split()[0]: float(line.split()[1]) for line in text.splitlines() if line[:2] in ("IN", "OU", "BA")}
@@ -319,8 +321,8 @@ def test_dry_run_says_all_and_writes_nothing(files: SimpleNamespace, tmp_path: P
 
 def test_the_package_itself_can_be_called(tmp_path: Path) -> None:
     a, b = pair(tmp_path, small(1), small(2))
-    result = dodgeburn.merge(a, b, tmp_path / "m", base=0.5)  # type: ignore[operator]
-    assert result.path == tmp_path / "m"
+    result = dodgeburn.merge(a, b, tmp_path / "m.safetensors", base=0.5)  # type: ignore[operator]
+    assert result.path == tmp_path / "m.safetensors"
 
 
 def test_diffusers_loads_what_we_write(files: SimpleNamespace, tmp_path: Path) -> None:
@@ -329,9 +331,9 @@ def test_diffusers_loads_what_we_write(files: SimpleNamespace, tmp_path: Path) -
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
     from safetensors.torch import load_file
 
-    merge(files.sd15_a, files.sd15_b, tmp_path / "m", preset="Cosine")
+    merge(files.sd15_a, files.sd15_b, tmp_path / "m.safetensors", preset="Cosine")
     unet = UNet2DConditionModel(**configs("sd15")["unet"])
-    state_dict = convert_ldm_unet_checkpoint(load_file(tmp_path / "m"), dict(unet.config))
+    state_dict = convert_ldm_unet_checkpoint(load_file(tmp_path / "m.safetensors"), dict(unet.config))
     unet.load_state_dict(state_dict, strict=True)
 
 

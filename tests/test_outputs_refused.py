@@ -61,10 +61,11 @@ def test_an_output_is_looked_at_before_the_work(
 
 
 def test_names_of_weights(tmp_path: Path) -> None:
-    for name in ("x.safetensors", "x.SAFETENSORS", "x"):
+    for name in ("x.safetensors", "x.SAFETENSORS"):
         assert check_weights_output(tmp_path / name).name == name
-    with pytest.raises(UserError, match="what is written is a safetensors file"):
-        check_weights_output(tmp_path / "x.gguf")
+    for name in ("x.gguf", "x"):  # other programs list files by their ending
+        with pytest.raises(UserError, match=r"what is written is a safetensors file, name it so: x.safetensors"):
+            check_weights_output(tmp_path / name)
 
 
 @pytest.mark.parametrize("place", [".", "/", ""])

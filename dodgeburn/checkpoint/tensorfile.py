@@ -136,10 +136,10 @@ def load_tensors(path: str | Path) -> dict[str, torch.Tensor]:
 
 
 def check_weights_output(path: str | Path, inputs: Sequence[str | Path] = ()) -> Path:
-    """`check_output` for a file of weights; UserError as well for a name that ends in something else than .safetensors.
-    Other programs go by the ending: a file that is named .ckpt they would unpickle."""
+    """`check_output` for a file of weights; UserError as well for a name that does not end in .safetensors.
+    Other programs go by the ending: they do not list a file without one, and would unpickle a .ckpt."""
     path = Path(path)
-    if path.suffix.lower() not in (".safetensors",) and not path.is_dir():
+    if path.suffix.lower() != ".safetensors" and not path.is_dir():
         name = path.stem if path.suffix.lower() in (".ckpt", ".pt", ".pth", ".bin", ".gguf") else path.name
         raise UserError(f"{path}: what is written is a safetensors file, name it so: {name}.safetensors")
     return check_output(path, inputs)
