@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -51,6 +52,24 @@ def test_quick_and_full_agree_and_repeat() -> None:
     quick, full, again = meters.quick(), meters.full(), meters.full()
     assert full.as_json() == again.as_json() and quick.tv == full.tv and quick.variety == pytest.approx(1.0)
     assert meters.majority(full) == max(full.shares, key=lambda v: full.shares[v])
+
+
+def test_other_attributes_are_counted_where_prompts_leave_them_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    meters = made_meters()
+    name = meters.panel.concept.attribute
+    kind = SimpleNamespace(
+        classes={name: ("dark", "light"), "hat": ("cap", "none"), "hand": ("waving", "none")},
+        labels=lambda pictures: {
+            name: np.array(["dark"] * 4), "hat": np.array(["cap", "cap", "none", "unreadable"]),
+            "hand": np.array(["waving"] * 4),
+        },
+        named=lambda prompt: frozenset({"hand", "hat"} if "x" in prompt else {"hand"}),
+    )  # fmt: skip
+    monkeypatch.setattr(meters, "classifier", kind)
+    found = meters._rest(["a x", "b", "c", "d"], np.zeros((4, 8, 8, 3), np.uint8))
+    assert found == {"hat": {"cap": 0.5, "none": 0.5}}  # one and two more, of the three that leave hats open
+    again = Reading.from_json(json.loads(json.dumps(replace(reading(), rest=found).as_json())))
+    assert again.rest == found
 
 
 def test_a_line_that_was_cut_off_is_left_out(tmp_path: Path) -> None:

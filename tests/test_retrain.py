@@ -20,7 +20,7 @@ from tiny import tiny_model
 from dodgeburn.errors import DodgeburnWarning
 from dodgeburn.rework.bias.concept import make_concept
 from dodgeburn.rework.bias.pocket_concept import pocket_concept
-from dodgeburn.rework.bias.weighing import followed, importance
+from dodgeburn.rework.bias.weighing import followed, held, importance
 from dodgeburn.rework.deconstruct.retrain import ASKED, _asking, _Goal, _lesson, _shown, _teacher, balanced, typical
 from dodgeburn.rework.deconstruct.spec import Retrain
 from dodgeburn.sampling.predict import Predictor
@@ -48,6 +48,25 @@ def test_checks_move_the_weights_by_hand() -> None:
     assert float(twice[2] / twice[0]) == pytest.approx(4.0)
     never = moved([{"dark": 1.0}] * 9)
     assert float(never[2] / never[0]) == pytest.approx(100.0)  # 10 against 1 / 10
+
+
+def test_other_attributes_are_held_by_hand() -> None:
+    values = ["dark", "dark", "light", "light", ""]
+    shown = {"hat": ["cap", "none", "cap", "none", "cap"]}
+    before, now = {"hat": {"cap": 0.5, "none": 0.5}}, [{"hat": {"cap": 0.8, "none": 0.2}}]
+    own = torch.tensor([1.0, 1.0, 2.0, 2.0, 5.0])
+    # sqrt(0.5 / 0.8) and sqrt(0.5 / 0.2): caps count half of what bare heads do, in each value's own sum
+    got = held(own, values, shown, before, now, 0.5)
+    assert got.tolist() == pytest.approx([2 / 3, 4 / 3, 4 / 3, 8 / 3, 5.0])
+    assert held(own, values, shown, before, [], 0.5).tolist() == own.tolist()
+    assert held(own, values, shown, before, now, 0.0).tolist() == own.tolist()
+    assert held(own, values, {}, {}, now, 0.5).tolist() == own.tolist()
+    # However far it is off, a weight changes threefold at most, before the sums are restored: 78 without that.
+    far = held(own[:4], values[:4], {"hat": ["cap", "none"] * 2}, before, [{"hat": {"cap": 0.99, "none": 0.01}}] * 3, 1)
+    assert float(far[1] / far[0]) <= 9 and float(far[:2].sum()) == pytest.approx(2)
+    # Where caps are dark pictures' alone, values keep their sums: the concept's target is not undone.
+    tied = held(own, values, {"hat": ["cap", "cap", "none", "none", ""]}, before, now, 0.5)
+    assert tied.tolist() == pytest.approx(own.tolist())
 
 
 def test_balanced_pictures_hold_the_shares() -> None:

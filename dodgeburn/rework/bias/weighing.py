@@ -3,8 +3,11 @@
     importance   q(a) / p(a), p the shares of the pictures that there are
     followed     what is read while training moves the weights: each check multiplies them by (q(a) / p_read(a))^power
 
+    held         the same for all other attributes, whose target is how the untouched model draws them
+
 The second is needed because balanced pictures do not end as balanced drawings: guidance mixes what a prompt says with
-what no prompt says, and short training goes only a part of the way.
+what no prompt says, and short training goes only a part of the way. The third, because real pictures bring shares of
+their own in everything else, and a drift that guidance overstates.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import torch
 from torch import Tensor
 
 MOST_WEIGHT = 10.0  # importance weights above are cut: one picture is not to rule a batch
+HELD_WITHIN = 3.0
 LEAST_SHARE = 0.005  # a share that is read below counts as this
 
 
@@ -53,3 +57,31 @@ def followed(
     out = weights * by_row
     total = out[inside].sum()
     return torch.where(inside, out * (weights[inside].sum() / total), weights) if total > 0 else weights
+
+
+def held(
+    weights: Tensor, values: Sequence[str], shown: Mapping[str, Sequence[str]],
+    before: Mapping[str, Mapping[str, float]], read: Sequence[Mapping[str, Mapping[str, float]]], power: float,
+    highest: float = MOST_WEIGHT,
+) -> Tensor:  # fmt: skip
+    """The pictures' weights [n] after checks that read these shares of other attributes.
+
+    values: of each picture the concept's value, "" for pictures of other things, which keep their weights. shown: by
+    attribute the value of each picture. before, read: shares by attribute and value, none 0, of the untouched model
+    and of each check; attributes that `read` lacks are left alone. Values of the concept keep their sums, so that one
+    target does not undo another; before that no weight changes more than `HELD_WITHIN`-fold, all attributes together,
+    so that a few pictures are not learned by heart.
+    """
+    out = weights
+    for name, shares in before.items():
+        of_name = [r[name] for r in read if name in r]
+        own = [v if c else "" for v, c in zip(shown[name], values, strict=True)]
+        out = followed(out, own, list(shares), list(shares.values()), of_name, power, highest)
+    there = weights > 0
+    factor = torch.where(there, out / torch.where(there, weights, 1), 1).clamp(1 / HELD_WITHIN, HELD_WITHIN)
+    out = weights * factor
+    for value in set(values) - {""}:
+        at = torch.tensor([v == value for v in values])
+        if (total := out[at].sum()) > 0:
+            out = torch.where(at, out * (weights[at].sum() / total), out)
+    return out

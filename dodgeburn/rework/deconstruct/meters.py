@@ -42,6 +42,7 @@ from dodgeburn.training.examples import Examples
 from dodgeburn.training.noise_loss import wanted
 
 BINS = 8  # of time steps, that held-out noise is spread over
+UNSEEN = 2  # pictures of each value that shares of other attributes count besides those that are there
 SHOWN = 8  # pictures of a reading that are kept for sheets
 
 
@@ -110,12 +111,14 @@ class Reading:
     colour: float
     shares: dict[str, float] = field(default_factory=dict)
     pictures: np.ndarray | None = field(default=None, repr=False, compare=False)  # the first SHOWN neutral ones
+    rest: dict[str, dict[str, float]] = field(default_factory=dict)  # of the other attributes, see `Meters._rest`
 
     def as_json(self) -> dict[str, Any]:
         """Numbers, rounded to 5 places; None for NaN."""
         numbers = {k: getattr(self, k) for k in METERS}
         plain = {k: round(v, 5) if np.isfinite(v) else (None if np.isnan(v) else "inf") for k, v in numbers.items()}
-        return {**plain, "shares": {k: round(v, 4) for k, v in self.shares.items()}}
+        rest = {name: {k: round(v, 4) for k, v in shares.items()} for name, shares in self.rest.items()}
+        return {**plain, "shares": {k: round(v, 4) for k, v in self.shares.items()}, **({"rest": rest} if rest else {})}
 
     @staticmethod
     def of_loss(loss: float) -> Reading:
@@ -126,7 +129,7 @@ class Reading:
     def from_json(said: Mapping[str, Any]) -> Reading:
         """The numbers again."""
         numbers: dict[str, Any] = {k: _NAN if said.get(k) is None else float(said[k]) for k in METERS}
-        return Reading(**numbers, shares=dict(said.get("shares", {})))
+        return Reading(**numbers, shares=dict(said.get("shares", {})), rest=dict(said.get("rest", {})))
 
 
 METERS = ("loss", "tv", "tv_cons", "unread", "fidelity", "others", "frechet", "variety", "grain", "colour")
@@ -194,10 +197,11 @@ class Meters:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # no flat patch anywhere: NaN
             numbers = ratios(quality(everything), self._quality)
-        return self._reading(
+        found = self._reading(
             loss, self._bias(prompts, neutral), neutral, fidelity, bleeding,
             self._frechet(everything), self._variety(neutral[: self.panel.quick]), numbers["grain"], numbers["colour"],
         )  # fmt: skip
+        return replace(found, rest=self._rest(prompts, neutral))
 
     def fidelities(self) -> tuple[float, float]:
         """Of explicit prompts and of the others."""
@@ -242,6 +246,19 @@ class Meters:
         labels = self.classifier.labels(pictures)[concept.attribute]
         at = np.asarray([p in concept.prompts if concept.watched else p for p in prompts])
         return [bias_figures(labels[at == p], concept.classes, concept.target) for p in dict.fromkeys(at.tolist())]
+
+    def _rest(self, prompts: Sequence[str], pictures: np.ndarray) -> dict[str, dict[str, float]]:
+        """Shares of every other attribute's values where the prompt leaves it open, each value counted `UNSEEN` times
+        more, so that none is 0; attributes that most prompts name are left out."""
+        labels, named = self.classifier.labels(pictures), [self.classifier.named(p) for p in prompts]
+        out = {}
+        for name, classes in self.classifier.classes.items():
+            open_ = np.array([name not in said for said in named])
+            if name == self.panel.concept.attribute or 2 * open_.sum() < len(open_):
+                continue
+            counts = UNSEEN + np.array([(labels[name][open_] == value).sum() for value in classes])
+            out[name] = dict(zip(classes, (counts / counts.sum()).tolist(), strict=True))
+        return out
 
     def _checked(self, checks: Sequence[Check]) -> tuple[np.ndarray, float]:
         """Pictures of the checks, in turn until there are `each`, and the share that shows what was asked for."""

@@ -6,7 +6,8 @@ untouched model on the others' prompts, a quarter of them left out: guidance goe
 pictures of one concept alone are not to move. Averaged weights. With `taught`, what is learned of a picture is not the
 picture but what the untouched model says of it, plus `taught` times what asking for the picture's value changes: real
 pictures would bring their own style with them, which guidance then overstates. A model that does not show what it is
-asked for has no such answers: of that one pictures are learned, unless the spec says otherwise. It ends when at two
+asked for has no such answers: of that one pictures are learned, unless the spec says otherwise; then their weights
+follow what is read of all other attributes too, back to how the untouched model draws them. It ends when at two
 checks running
 
     B <= tv  and  L <= loss  and  fid >= the untouched model's - fidelity_fall
@@ -36,7 +37,7 @@ from dodgeburn.models.model import Model
 from dodgeburn.rework.bias.asking import shown_when_asked
 from dodgeburn.rework.bias.classify import LEVELS
 from dodgeburn.rework.bias.concept import Concept
-from dodgeburn.rework.bias.weighing import followed, importance
+from dodgeburn.rework.bias.weighing import followed, held, importance
 from dodgeburn.rework.deconstruct.materials import CONCEPT, Materials
 from dodgeburn.rework.deconstruct.meters import Meters, Reading
 from dodgeburn.rework.deconstruct.overtrain import Tell
@@ -147,13 +148,24 @@ def retrain(
     )  # fmt: skip
     watch = _Watch(model, meters, log, "a", tell, lambda seen: goal.reached(seen) or goal.plateau(seen))
 
-    def weights(of: Examples, values: list[str], seen: list[Reading]) -> Tensor:
-        shares = [reading.shares for reading in seen]
-        return followed(of.weights, values, concept.classes, concept.target, shares, s.adapt, s.weight_high)
+    def weigh(of: Pictures, weights: Tensor, values: list[str]) -> Callable[[list[Reading]], Tensor]:
+        """What the pictures weigh after checks. A teacher's answers do not depend on how often it is asked what, so
+        the other attributes are held where pictures are learned."""
+        labels = {} if lesson.taught or not s.hold else meters.classifier.labels(of.pixels)
+        shown = {name: list(map(str, of_name)) for name, of_name in labels.items()}
+        rest = {name: shares for name, shares in before.rest.items() if name in shown}
 
+        def after(seen: list[Reading]) -> Tensor:
+            shares = [reading.shares for reading in seen]
+            own = followed(weights, values, concept.classes, concept.target, shares, s.adapt, s.weight_high)
+            return held(own, values, shown, rest, [reading.rest for reading in seen], s.hold, s.weight_high)
+
+        return after
+
+    weighed = weigh(pictures, examples.weights, values)
     fine_tune(
         model, examples, settings, log.work / "a", "retrain", prior, watch, told={"taught": lesson.taught},
-        show_average=True, weights=lambda step: weights(examples, values, watch.before(step)), teacher=teacher,
+        show_average=True, weights=lambda step: weighed(watch.before(step)), teacher=teacher,
     )  # fmt: skip
     steps, last = watch.last, watch.readings[-1]
     decision = lesson.why + (
@@ -172,9 +184,10 @@ def retrain(
         few, of_best = _examples(model, best), _values(best, materials.attribute)
         if teacher is not None:
             teacher = replace(teacher, asks=_asking(of_best, concept))
+        last_weights = weigh(best, few.weights, of_best)(watch.readings)
         fine_tune(
             model, few, settings, log.work / "b", "polish", prior, polish, told={"taught": lesson.taught},
-            show_average=True, weights=lambda _step: weights(few, of_best, watch.readings), teacher=teacher,
+            show_average=True, weights=lambda _step: last_weights, teacher=teacher,
         )  # fmt: skip
         polished, last = polish.last, polish.readings[-1]
         decision += f"; grain and colour {'back' if goal.clean(last) else 'not back'} after {polished} steps more"

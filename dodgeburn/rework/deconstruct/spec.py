@@ -188,6 +188,8 @@ class Retrain(_Part):
     prior_points: int = Field(default=256, ge=1)
     weight_high: float = Field(default=10.0, ge=1)  # importance weights are clipped here
     adapt: float = Field(default=0.25, ge=0, le=2)  # each check multiplies them by (target / share read) to this power
+    hold: float = Field(default=0.25, ge=0, le=2)  # the same for all other attributes, where pictures are learned:
+    # their target is how the untouched model draws them
     concept_share: float = Field(default=0.5, gt=0, lt=1)  # of a batch
     taught: float | None = Field(default=None, ge=0)  # times what asking the untouched model for a value changes; 0:
     # pictures are learned; None: 2, or 0 where the untouched model does not show what it is asked for
