@@ -9,18 +9,12 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from dodgeburn.cli import generate_foresee as early
+from dodgeburn.cli import generate_grid as grid
 from dodgeburn.cli.generate_options import Generate
 from dodgeburn.cli.generate_plan import Plan, plan_of, tell_source
 from dodgeburn.cli.loras import apply
 from dodgeburn.cli.options import parse
-from dodgeburn.cli.picture_files import (
-    check_picture_name,
-    free_name,
-    is_picture_name,
-    slug,
-    writable_folder,
-    write_sheet,
-)
+from dodgeburn.cli.picture_files import check_picture_name, is_picture_name, save_free, writable_folder, write_sheet
 from dodgeburn.cli.warned import said_at_once
 from dodgeburn.errors import UserError
 from dodgeburn.images.png import KINDS
@@ -40,6 +34,8 @@ def main(args: list[str]) -> int:
     if f".{options.format}" not in KINDS:
         raise UserError(f"--format is {options.format!r}: expected {', '.join(k[1:] for k in KINDS)}")
     early.check(options.seeds, options.source, options.rule)
+    if axes := grid.axes_of(options.grid):
+        return _main_grid(options, axes)
     plan = plan_of(options)
     named = is_picture_name(options.out)
     if named:
@@ -61,12 +57,29 @@ def main(args: list[str]) -> int:
     return 0
 
 
+def _main_grid(options: Generate, axes: dict[str, grid.Axis]) -> int:
+    if early.asked(options.seeds):
+        raise UserError("--best-of and --foresee choose among seeds, a grid shows every one: leave one out")
+    if is_picture_name(options.out):
+        raise UserError(f"-o {options.out} is one picture's name, a grid has many: name a folder")
+    cells = grid.cells_of(options, axes)
+    writable_folder(options.out)
+    with said_at_once():
+        found = grid.run(options, axes, cells)
+    print(f"wrote {len(found['pictures'])} pictures to {options.out} in {found['seconds']} s")
+    for sheet in found["sheets"]:
+        print(f"sheet: {sheet}")
+    if options.json:
+        print(json.dumps(found))
+    return 0
+
+
 def _run(options: Generate, plan: Plan) -> dict[str, Any]:
     from tqdm import tqdm
 
     from dodgeburn.models.loading import load_model
     from dodgeburn.sampling.loop import stream
-    from dodgeburn.sampling.saving import record_of, save_picture
+    from dodgeburn.sampling.saving import save_picture
 
     model = load_model(plan.model, options.device, plan.dtype, options.tokenizer)
     tell_source(plan, model)
@@ -107,11 +120,9 @@ def _run(options: Generate, plan: Plan) -> dict[str, Any]:
             if is_picture_name(options.out):
                 path = options.out
                 path.parent.mkdir(parents=True, exist_ok=True)
+                save_picture(path, picture, model)
             else:
-                stem = f"{slug(plan.prompt)}-{picture.seed}"
-                options.out.mkdir(parents=True, exist_ok=True)
-                path = free_name(options.out, stem, options.format, record_of(picture, model))
-            save_picture(path, picture, model)
+                path = save_free(options.out, plan.prompt, options.format, picture, model)
             pictures.append({"path": str(path), "prompt": picture.prompt, "seed": picture.seed,
                              "settings": picture.settings.model_dump()})  # fmt: skip
             made.append(picture)

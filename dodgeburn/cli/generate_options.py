@@ -9,6 +9,7 @@ from typing import Annotated
 import tyro
 
 from dodgeburn.cli.generate_foresee import Foresee
+from dodgeburn.cli.generate_grid import Grid
 from dodgeburn.cli.options import Grouped
 
 
@@ -160,6 +161,7 @@ class Generate(Grouped):
     """Pixels; none: what the model was trained at."""
     json: bool = False
     """Print one JSON object as the last line."""
+    grid: Grid = field(default_factory=Grid)
     seeds: Foresee = field(default_factory=Foresee)
     loras: Loras = field(default_factory=Loras)
     sampling: Sampling = field(default_factory=Sampling)

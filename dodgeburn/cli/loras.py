@@ -78,7 +78,9 @@ class Finder:
         return missed
 
 
-def apply(found: Sequence[tuple[Path, LoraUse]], blocks: Sequence[str], model: Model) -> list[Applied]:
+def apply(
+    found: Sequence[tuple[Path, LoraUse]], blocks: Sequence[str], model: Model, tell: bool = True
+) -> list[Applied]:
     """The files on a model, told of on the way. blocks: `--lora-blocks`, one for all or one each. Raises UserError."""
     from dodgeburn.merge.addends import block_weights
     from dodgeburn.sampling.adapted import applied_file
@@ -96,6 +98,7 @@ def apply(found: Sequence[tuple[Path, LoraUse]], blocks: Sequence[str], model: M
         card = one.adapter.origin.card if one.adapter.origin is not None else None
         unit = f" (1.0 = {card.unit})" if card is not None and card.unit else ""
         start = f", off above time step {one.start:g}" if one.start < ALWAYS else ""
-        print(f"LoRA {one.adapter.name} at scale {use.scale:g}{unit}{start}")
+        if tell:
+            print(f"LoRA {one.adapter.name} at scale {use.scale:g}{unit}{start}")
         out.append(one)
     return out

@@ -70,6 +70,16 @@ def free_name(folder: Path, stem: str, ending: str, record: dict[str, object]) -
         number += 1
 
 
+def save_free(folder: Path, prompt: str, ending: str, made: Generated, model: Model) -> Path:
+    """Write a picture under a name of the prompt and its seed that is free; its path. Makes the folder."""
+    from dodgeburn.sampling.saving import record_of, save_picture
+
+    folder.mkdir(parents=True, exist_ok=True)
+    path = free_name(folder, f"{slug(prompt)}-{made.seed}", ending, record_of(made, model))
+    save_picture(path, made, model)
+    return path
+
+
 def is_picture_name(out: Path) -> bool:
     """Whether an output names a picture rather than a folder."""
     from dodgeburn.images.png import KINDS
