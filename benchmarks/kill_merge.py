@@ -135,10 +135,13 @@ def trial(verb: str, times: int, draw: random.Random) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--times", type=int, default=50)
+    parser.add_argument("--quick", action="store_true", help="3 times")
     parser.add_argument("--verb", choices=VERBS, action="append")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    if options.quick:
+        options.times = 3
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)  # before a fork: torch's own threads would not live on in the child
     draw = random.Random(options.seed)

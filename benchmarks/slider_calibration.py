@@ -195,9 +195,12 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=12)
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--again", type=int, default=2, help="how often each slider is calibrated anew")
+    parser.add_argument("--quick", action="store_true", help="one concept, 4 prompts, 1 seed, calibrated anew once")
     parser.add_argument("--judge", action="store_true", help="at last: held-out prompts, old and new unit")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     args = parser.parse_args()
+    if args.quick:
+        args.concepts, args.prompts, args.seeds, args.again = args.concepts[:1], 4, 1, 1
     bench = Bench(args.folder, args.prompts, args.seeds)
     specs = {spec.name: spec for spec in load_specs(SPECS)}
     rows = []

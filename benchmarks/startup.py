@@ -56,13 +56,14 @@ def run(words: list[str]) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="each command once")
     parser.add_argument("--only", nargs="*", default=[], help="commands by name, as they are printed")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     args = parser.parse_args()
     times: dict[str, list[tuple[float, float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         chosen = {name: words for name, words in commands(Path(folder)).items() if not args.only or name in args.only}
-        for _ in range(args.repeat):
+        for _ in range(1 if args.quick else args.repeat):
             for name, words in chosen.items():
                 times.setdefault(name, []).append(run(words))
     rows = {
@@ -72,7 +73,7 @@ def main() -> None:
     for name, row in rows.items():
         print(f"{name:<26} {row['processor']:6.2f} s of processor time, {row['clock']:6.2f} s")
     if args.json:
-        print(json.dumps({"repeat": args.repeat, "commands": rows}))
+        print(json.dumps({"repeat": 1 if args.quick else args.repeat, "commands": rows}))
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ class PartStore:
     """
 
     def __init__(self, folder: str | Path, settings: Mapping[str, Any]) -> None:
-        self.folder = Path(folder)
+        self.folder, self._made = Path(folder), False
         self.settings = json.loads(_canonical(settings))
         self.hash = job_hash(settings)
         record = self.folder / RECORD
@@ -44,12 +44,10 @@ class PartStore:
             self._check(record)
             self.new = False
         else:
+            made = not self.folder.exists()
             make_folder(self.folder)
-            others = [p.name for p in self.folder.iterdir() if not p.name.startswith(".")]
-            if others:
-                raise UserError(
-                    f"{self.folder} is not empty ({min(others)}) and no job of ours: give a new or empty folder"
-                )
+            _check_empty(self.folder)
+            self._made = made
             with self.writing(RECORD) as part:
                 part.write_text(json.dumps({"hash": self.hash, "settings": self.settings}, indent=2) + "\n")
             self.new = True
@@ -75,6 +73,19 @@ class PartStore:
     def has(self, name: str) -> bool:
         """Whether the part is finished."""
         return self.path(name).is_file()
+
+    @contextmanager
+    def begun(self) -> Iterator[None]:
+        """Around a job's work: after an error that left no part, the folder is as it was before, for the same command
+        with that mended has other settings."""
+        try:
+            yield
+        except UserError:
+            if self.new and not any(p.name != RECORD for p in self.folder.iterdir()):
+                self.path(RECORD).unlink()
+                if self._made:
+                    self.folder.rmdir()
+            raise
 
     @contextmanager
     def writing(self, name: str) -> Iterator[Path]:
@@ -145,6 +156,19 @@ def make_folder(folder: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise UserError(f"{folder} cannot be written to: {error.strerror or error}") from None
+
+
+def check_job_folder(folder: Path) -> None:
+    """UserError if no `PartStore` could be there, whatever its settings; nothing stays. For before the work."""
+    check_folder(folder)
+    if folder.exists() and not (folder / RECORD).exists():
+        _check_empty(folder)
+
+
+def _check_empty(folder: Path) -> None:
+    others = [p.name for p in folder.iterdir() if not p.name.startswith(".") and p.name != RECORD]
+    if others:
+        raise UserError(f"{folder} is not empty ({min(others)}) and no job of ours: give a new or empty folder")
 
 
 def check_folder(folder: Path) -> None:

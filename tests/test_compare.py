@@ -284,6 +284,15 @@ def test_folder_that_cannot_be_written_or_holds_something_else(pair, tmp_path) -
     with pytest.raises(UserError, match="not empty"):
         compare(*pair, some(), tmp_path, device="cpu", reader=ColourReader())
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    with pytest.raises(UserError, match="not empty"):  # before a model is opened
+        compare("none.safetensors", pair[1], some(), tmp_path, device="cpu", reader=ColourReader())
+
+
+def test_settings_that_cannot_be_drawn_leave_no_folder_behind(pair, tmp_path) -> None:
+    wrong = some(generate=GenerateSettings(steps=2, width=63))
+    with pytest.raises(UserError, match="width|multiples"):
+        compare(*pair, wrong, tmp_path / "out", device="cpu", reader=ColourReader())
+    assert not (tmp_path / "out").exists()
 
 
 # ----------------------------------------------------------------------------------------------------- the command line

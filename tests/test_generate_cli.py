@@ -102,10 +102,38 @@ def test_one_picture_under_a_name(model_file: Path, tmp_path: Path, capsys: pyte
     capsys.readouterr()
     assert run(model_file, out, "-n", "2") == 2
     assert "name a folder" in capsys.readouterr().err
+    assert run(model_file, tmp_path / "x.png", "-n", "1", "--format", "jpg") == 2
+    assert "leave --format out" in capsys.readouterr().err
+    assert run(model_file, tmp_path / "x.bmp", "-n", "1") == 2
+    assert "pictures are written as .png" in capsys.readouterr().err and not (tmp_path / "x.bmp").exists()
     theirs = tmp_path / "theirs.png"
     theirs.write_bytes(b"mine")
     assert run(model_file, theirs, "-n", "1") == 2
     assert "not made by dodgeburn" in capsys.readouterr().err and theirs.read_bytes() == b"mine"
+
+
+def test_options_that_are_given_win_over_the_pictures_even_as_defaults(
+    model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "hat.png"
+    more = ["--guidance", "2", "--sampler", "euler", "--seed", "5", "--negative", "blue", "--mimic-scale", "7"]
+    assert run(model_file, source, *more) == 0
+
+    def again(*given: str) -> dict:
+        args = ["generate", "--from", str(source), "--model", str(model_file), "-o", str(tmp_path / "out"), "--json"]
+        capsys.readouterr()
+        assert main([*args, *given]) == 0
+        (picture,) = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["pictures"]
+        return {"seed": picture["seed"], **picture["settings"]}
+
+    same = again()
+    assert (same["seed"], same["guidance"], same["sampler"], same["negative"], same["steps"]) == (
+        5, 2, "euler", "blue", 2,
+    )  # fmt: skip
+    assert same["thresholding"]["mimic_scale"] == 7
+    default = again("--seed", "0", "--guidance=4.0", "--sampler", "dpmpp_2m", "--negative", "", "--mimic-scale", "9")
+    assert (default["seed"], default["guidance"], default["sampler"], default["negative"]) == (0, 4, "dpmpp_2m", "")
+    assert default["steps"] == 2 and default["thresholding"]["mimic_scale"] == 9
 
 
 def test_stock_models_carry_a_comfy_graph(model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from dodgeburn.errors import UserError
-from dodgeburn.jobs import KeptRows, PartStore, check_folder, job_hash
+from dodgeburn.jobs import KeptRows, PartStore, check_folder, check_job_folder, job_hash
 
 
 def test_hash_depends_on_values_not_on_order() -> None:
@@ -39,6 +39,29 @@ def test_other_settings_are_refused_by_name(tmp_path) -> None:
     PartStore(tmp_path / "job", {"steps": 20, "seeds": [0]})
     with pytest.raises(UserError, match="steps was 20, now 12"):
         PartStore(tmp_path / "job", {"steps": 12, "seeds": [0]})
+
+
+def test_a_job_that_fails_before_its_first_part_leaves_the_folder_as_it_was(tmp_path: Path) -> None:
+    for folder, there in ((tmp_path / "new", False), (tmp_path, True)):
+        with pytest.raises(UserError, match="width"), PartStore(folder, {"width": 63}).begun():
+            raise UserError("width is 63")
+        assert folder.exists() == there and not (folder / "job.json").exists()
+    store = PartStore(tmp_path / "new", {"width": 64})
+    with store.writing("part.txt") as part:
+        part.write_text("x")
+    with pytest.raises(UserError), store.begun():
+        raise UserError("later")
+    assert store.has("part.txt") and PartStore(tmp_path / "new", {"width": 64}).has("part.txt")
+
+
+def test_a_folder_that_could_be_no_jobs_is_known_before(tmp_path: Path) -> None:
+    check_job_folder(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "x").write_text("")
+    with pytest.raises(UserError, match="not empty"):
+        check_job_folder(tmp_path)
+    with pytest.raises(UserError, match="cannot be written to|is a file"):
+        check_job_folder(tmp_path / "x")
 
 
 def test_what_differs_inside_of_a_setting_is_named(tmp_path) -> None:

@@ -137,6 +137,11 @@ def test_training_runs_through_and_a_second_call_does_nothing(tmp_path: Path, ca
     assert main([*command, "--only", "pocket-bold"]) == 0
     assert load_model(tmp_path / "run" / "pocket-bold.safetensors", "cpu").native_size == 64
     assert (tmp_path / "run" / "pocket" / "model_index.json").exists()
+    # A folder is a run with one config: what the files say of their making stays true.
+    (tmp_path / "c.json").write_text(json.dumps({**config, "seed": 7}))
+    capsys.readouterr()
+    assert main([*command, "--only", "pocket-bold"]) == 2
+    assert "pocket train.seed was 0, now 7" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -151,6 +156,9 @@ def test_training_runs_through_and_a_second_call_does_nothing(tmp_path: Path, ca
         ('{"size": "x"}', "size is 'x': expected a whole number"),
         ('{"unet": {"steps": 0}}', "unet.steps is 0: expected a finite number from 1 up"),
         ('{"unet": {"lr": NaN}}', "unet.lr is nan"),
+        ('{"finetune": {"precision": "foo"}}', "precision is 'foo'"),
+        ('{"finetune": {"betas": [2, 3]}}', "betas[0] is 2"),
+        ('{"finetune": {"ema": 5}}', "ema is 5"),
     ],
 )
 def test_a_config_that_cannot_be_meant_is_refused(config: str, said: str, tmp_path: Path,

@@ -63,6 +63,56 @@ def test_a_run_that_was_interrupted_ends_with_the_same_weights(tmp_path: Path) -
     assert not again.training
 
 
+def rows(folder: Path) -> list[tuple[int, float]]:
+    return [(row["step"], row["mse"]) for row in map(json.loads, (folder / "line.jsonl").read_text().splitlines())]
+
+
+def test_logs_and_means_of_an_interrupted_run_are_those_of_a_whole_one(tmp_path: Path) -> None:
+    fit(tmp_path / "a", quick(steps=9, log_every=4, checkpoint_every=100))
+    whole = rows(tmp_path / "a")
+    assert [step for step, _ in whole] == [4, 8, 9]
+
+    # Ctrl-C between two rows
+    torch.manual_seed(0)
+    net, calls = nn.Linear(3, 1), []
+
+    def losses(batch: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        calls.append(1)
+        if len(calls) == 7:
+            raise KeyboardInterrupt
+        noise = 0.1 * torch.randn(len(batch), 1, generator=generator)
+        return {"mse": (net(batch) - batch.sum(1, keepdim=True) - noise).square().mean()}
+
+    settings = quick(steps=9, log_every=4, checkpoint_every=100)
+    with pytest.raises(KeyboardInterrupt):
+        train("line", {"net": net}, lambda i, g: torch.randn(16, 3, generator=g), losses, tmp_path / "b", settings)
+    fit(tmp_path / "b", settings)
+    assert rows(tmp_path / "b") == whole
+
+    # Killed: rows behind the last checkpoint are of steps that are made again, and one was cut off.
+    fit(tmp_path / "c", quick(steps=9, log_every=2, checkpoint_every=4))
+    whole = rows(tmp_path / "c")
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "d", quick(steps=9, log_every=2, checkpoint_every=4), stop_at=6)
+    with (tmp_path / "d" / "line.jsonl").open("a") as log:
+        log.write('{"step": 8, "mse": 5.0}\n{"step": 9, "ms')
+    fit(tmp_path / "d", quick(steps=9, log_every=2, checkpoint_every=4))
+    assert rows(tmp_path / "d") == whole
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"precision": "foo"}, "precision is 'foo'"), ({"betas": (2, 3)}, "betas"), ({"ema": 5}, "ema is 5"),
+        ({"constant": 1.5}, "constant is 1.5"), ({"final": -1}, "final is -1"), ({"steps": 0}, "below 1"),
+        ({"ema": 1}, "below 1"),
+    ],
+)  # fmt: skip
+def test_settings_that_cannot_train_are_refused(changes: dict, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        quick(**changes)
+
+
 def test_the_bar_is_short_where_it_goes_into_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fit(tmp_path, quick(steps=40, log_every=1))
     said = capsys.readouterr().err

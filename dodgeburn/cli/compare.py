@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-import warnings
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -14,7 +11,8 @@ import tyro
 
 from dodgeburn.cli.lists import numbers, seeds_of
 from dodgeburn.cli.options import Grouped, as_option, given, parse
-from dodgeburn.errors import DodgeburnWarning, UserError
+from dodgeburn.cli.warned import said_at_once
+from dodgeburn.errors import UserError
 
 if TYPE_CHECKING:
     from dodgeburn.merge.compare import Comparison
@@ -157,15 +155,11 @@ def main(args: list[str]) -> int:
             width=chosen.width, height=chosen.height, negative=chosen.negative,
         ),
     )  # fmt: skip
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", DodgeburnWarning)
+    with said_at_once():
         result = compare(
             chosen.a, chosen.b, settings, chosen.out, chosen.device, chosen.dtype, tokenizer=chosen.tokenizer,
             more=chosen.also, base_model=chosen.base_model, search=search,
         )  # fmt: skip
-    counted = Counter(str(w.message) for w in caught if issubclass(w.category, DodgeburnWarning))
-    for message, times in counted.items():
-        print(f"warning: {message}{f' ({times} times)' if times > 1 else ''}", file=sys.stderr)
     print(table(result))
     if result.search is not None:
         from dodgeburn.merge.search_report import search_text

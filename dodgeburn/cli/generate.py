@@ -13,8 +13,14 @@ from dodgeburn.cli import generate_grid as grid
 from dodgeburn.cli.generate_options import Generate
 from dodgeburn.cli.generate_plan import Plan, plan_of, tell_source
 from dodgeburn.cli.loras import apply
-from dodgeburn.cli.options import parse
-from dodgeburn.cli.picture_files import check_picture_name, is_picture_name, save_free, writable_folder, write_sheet
+from dodgeburn.cli.options import given_options, parse
+from dodgeburn.cli.picture_files import (
+    check_picture_name,
+    is_picture_name,
+    new_folder,
+    save_free,
+    write_sheet,
+)
 from dodgeburn.cli.warned import said_at_once
 from dodgeburn.errors import UserError
 from dodgeburn.images.png import KINDS
@@ -31,19 +37,19 @@ def main(args: list[str]) -> int:
     options = parse(Generate, early.spelled_out(args), "generate", EXAMPLE)
     if not 1 <= options.n <= 100_000:
         raise UserError(f"-n is {options.n}: give a number of pictures from 1 to 100000")
+    given = given_options(args)
     if f".{options.format}" not in KINDS:
         raise UserError(f"--format is {options.format!r}: expected {', '.join(k[1:] for k in KINDS)}")
     early.check(options.seeds, options.source, options.rule)
     if axes := grid.axes_of(options.grid):
-        return _main_grid(options, axes)
-    plan = plan_of(options)
+        return _main_grid(options, axes, given)
+    plan = plan_of(options, given)
     named = is_picture_name(options.out)
     if named:
         if early.asked(options.seeds) or (len(plan.seeds) > 1 and plan.row is None):
             raise UserError(f"-o {options.out} is one picture's name, and more are asked for: name a folder")
-        check_picture_name(options.out)
-    writable_folder(options.out.parent if named else options.out)
-    with said_at_once():
+        check_picture_name(options.out, options.format if "format" in given else None)
+    with said_at_once(), new_folder(options.out.parent if named else options.out):
         found = _run(options, plan)
     count = len(found["pictures"])
     print(f"wrote {count} picture{'' if count == 1 else 's'} to {options.out} in {found['seconds']} s")
@@ -57,13 +63,12 @@ def main(args: list[str]) -> int:
     return 0
 
 
-def _main_grid(options: Generate, axes: dict[str, grid.Axis]) -> int:
+def _main_grid(options: Generate, axes: dict[str, grid.Axis], given: frozenset[str]) -> int:
     if early.asked(options.seeds):
         raise UserError("--best-of and --foresee choose among seeds, a grid shows every one: leave one out")
     if is_picture_name(options.out):
         raise UserError(f"-o {options.out} is one picture's name, a grid has many: name a folder")
-    cells = grid.cells_of(options, axes)
-    writable_folder(options.out)
+    cells = grid.cells_of(options, axes, given)
     with said_at_once():
         found = grid.run(options, axes, cells)
     print(f"wrote {len(found['pictures'])} pictures to {options.out} in {found['seconds']} s")
@@ -119,7 +124,6 @@ def _run(options: Generate, plan: Plan) -> dict[str, Any]:
                 continue
             if is_picture_name(options.out):
                 path = options.out
-                path.parent.mkdir(parents=True, exist_ok=True)
                 save_picture(path, picture, model)
             else:
                 path = save_free(options.out, plan.prompt, options.format, picture, model)

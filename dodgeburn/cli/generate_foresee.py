@@ -90,7 +90,6 @@ def run(
         model, prompt, options.n, first_seed, settings, Estimator.load(estimator_path(chosen)), candidates,
         options.batch_size, adapters, tuned=tuned, progress=progress,
     )  # fmt: skip
-    options.out.mkdir(parents=True, exist_ok=True)
     path = _free(options.out, prompt)
     draw_chart(found, path, prompt if len(prompt) <= 70 else prompt[:67] + "...")
     return found.pictures, {**record(found, chosen, path), "summary": summary(found, chosen.best_of)}

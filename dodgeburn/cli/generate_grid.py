@@ -143,13 +143,13 @@ def _texts(text: str) -> list[str]:
     return found
 
 
-def cells_of(options: Generate, axes: dict[str, Axis]) -> list[Cell]:
-    """All combinations, z slowest, each with its plan. Raises UserError for settings that cannot be."""
+def cells_of(options: Generate, axes: dict[str, Axis], given: frozenset[str]) -> list[Cell]:
+    """All combinations, z slowest, each with its plan. given: as in `plan_of`. UserError for what cannot be."""
     sizes = [range(len(axes[k].values)) if k in axes else range(1) for k in ("z", "y", "x")]
     out = []
     for z, y, x in itertools.product(*sizes):
         at = {"x": x, "y": y, "z": z}
-        out.append(Cell(at, _plan(options, [(axis.name, axis.values, at[k]) for k, axis in axes.items()])))
+        out.append(Cell(at, _plan(options, given, [(axis.name, axis.values, at[k]) for k, axis in axes.items()])))
     count = sum(len(cell.plan.seeds) for cell in out)
     if count > MOST_PICTURES:
         raise UserError(
@@ -158,7 +158,7 @@ def cells_of(options: Generate, axes: dict[str, Axis]) -> list[Cell]:
     return out
 
 
-def _plan(options: Generate, chosen: Sequence[tuple[str, list[Value], int]]) -> Plan:
+def _plan(options: Generate, given: frozenset[str], chosen: Sequence[tuple[str, list[Value], int]]) -> Plan:
     """The plan of one combination: (setting, all its values, which)."""
     from dodgeburn.cli.generate_plan import plan_of
     from dodgeburn.sampling.settings import GenerateSettings
@@ -173,14 +173,14 @@ def _plan(options: Generate, chosen: Sequence[tuple[str, list[Value], int]]) -> 
             asked = replace(asked, prompt=prompt.replace(str(values[0]), str(values[i])))
         if name == "model":
             asked = replace(asked, model=str(values[i]))
-    plan = plan_of(asked)
+    plan = plan_of(asked, given)
     if plan.row is not None:  # a picture's place in its batch, which a grid doesn't keep
         plan.seeds, plan.row, plan.batch_size = plan.seeds[:1], None, options.batch_size
     if "seed" in by_name:
         plan.seeds = [int(str(by_name["seed"])) + i for i in range(len(plan.seeds))]
     kinds = _kinds()
-    given = {name: value for name, value in by_name.items() if name in kinds}
-    plan.settings = GenerateSettings(**{**plan.settings.model_dump(), **given})
+    varied = {name: value for name, value in by_name.items() if name in kinds}
+    plan.settings = GenerateSettings(**{**plan.settings.model_dump(), **varied})
     for name, value in by_name.items():
         if name == "lora" or name.startswith("lora:"):
             _scale(plan, name.partition(":")[2], float(str(value)))

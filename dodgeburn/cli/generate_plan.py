@@ -62,8 +62,9 @@ def _settings(options: Generate) -> GenerateSettings:
     )  # fmt: skip
 
 
-def plan_of(options: Generate) -> Plan:
-    """The generation as asked for; with --from, the picture's settings under those given as options."""
+def plan_of(options: Generate, given: frozenset[str]) -> Plan:
+    """The generation as asked for; with --from, the picture's settings under those given as options, whose names are
+    `given` (an option can be given its default)."""
     settings = _settings(options)
     if options.source is None:
         if options.prompt is None:
@@ -75,23 +76,25 @@ def plan_of(options: Generate) -> Plan:
         return _with_loras(plan, options)
     from dodgeburn.pocket.model import NAMES
     from dodgeburn.sampling.reproduce import request_of
-    from dodgeburn.sampling.settings import GenerateSettings
+    from dodgeburn.sampling.settings import GenerateSettings, Thresholding
 
     asked = request_of(options.source)
-    default = _settings(Generate())
-    given = {k: v for k in GenerateSettings.model_fields if (v := getattr(settings, k)) != getattr(default, k)}
+    dynamic = {OPTIONS.get(name, name) for name in Thresholding.model_fields}
+    over = {k: getattr(settings, k) for k in GenerateSettings.model_fields if k in given}
+    if dynamic & given:
+        over["thresholding"] = settings.thresholding
     if options.model is None and asked.model not in NAMES:
         name, short = asked.model or "a model without a name", asked.model_hash[:10] or "not known"
         raise UserError(f"{options.source} was made with {name} (hash {short}): give its file with --model")
     plan = Plan(
         prompt=asked.prompt if options.prompt is None else options.prompt,
-        seeds=asked.seeds, settings=GenerateSettings(**{**asked.settings.model_dump(), **given}),
+        seeds=asked.seeds, settings=GenerateSettings(**{**asked.settings.model_dump(), **over}),
         model=asked.model if options.model is None else options.model,
         batch_size=options.batch_size, dtype=options.dtype or asked.dtype,
         source=asked, tuned=tuned_use(options.tuned, asked),
     )  # fmt: skip
-    if options.seed or options.n > 1:
-        first = options.seed or asked.seeds[0]
+    if "seed" in given or options.n > 1:
+        first = options.seed if "seed" in given else asked.seeds[0]
         plan.seeds = [first + i for i in range(options.n)]
     elif len(plan.seeds) == 1 and plan.batch_size is None:
         # The last bit of a picture depends on its batch's size and its row there: it is made in the same place.
@@ -102,6 +105,10 @@ def plan_of(options: Generate) -> Plan:
 
 def _with_loras(plan: Plan, options: Generate) -> Plan:
     """The plan with LoRAs: options', else the picture's; and those that tags in the prompt name."""
+    from dodgeburn.sampling.settings import check_seed
+
+    for seed in (plan.seeds[0], plan.seeds[-1]):
+        check_seed(seed)  # now rather than when a model was loaded
     finder = Finder(options.lora_dir, plan.model)
     finder.options(options.lora)
     if plan.source is not None:

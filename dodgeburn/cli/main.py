@@ -17,6 +17,8 @@ VERBS = (
     "tour", "generate", "merge", "compare", "bake", "delta", "slider", "artifacts", "dpo", "bias", "deconstruct",
     "inspect", "diff", "verify", "convert", "card", "pocket",
 )  # fmt: skip
+RESUMED = ("compare", "slider", "artifacts", "dpo", "bias", "deconstruct", "pocket", "tour")
+"""Verbs that go on where they were interrupted; the others begin anew."""
 INTRO = "dodgeburn edits text-to-image diffusion models in weight space and measures what each edit did."
 EXAMPLE = 'dodgeburn generate "a doctor, smiling broadly, with red hair" --model pocket --seed 0 -n 8'
 
@@ -49,7 +51,10 @@ def main(args: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
-        print("interrupted: run the same command again to go on", file=sys.stderr)
+        kept = (
+            "run the same command again to go on" if verb in RESUMED else "what is finished stays, nothing half-written"
+        )
+        print(f"interrupted: {kept}", file=sys.stderr)
         return 130
     except OSError as error:
         # A disk that is full or a folder that cannot be written, wherever it shows.

@@ -69,6 +69,14 @@ def parse(kind: type[T], args: Sequence[str], verb: str, *examples: str, about: 
         raise UserError(f"{_one_line(said.getvalue())} (`{prog} --help` explains)") from None
 
 
+def given_options(args: Sequence[str]) -> frozenset[str]:
+    """Names of the options that stand in the arguments, as fields are named: "cfg_rescale" of --cfg-rescale=0.7. What
+    was asked for is not the same as what differs from a default."""
+    found = {arg.partition("=")[0] for arg in args if arg.startswith("-")}
+    plain = {arg.lstrip("-").replace("-", "_") for arg in found}
+    return frozenset(plain | {name.removeprefix("no_") for name in plain})
+
+
 def _check_paths(kind: Any, args: Sequence[str]) -> None:
     """UserError where a path is an empty word, as of a variable that is not set: it would mean the current folder."""
     ways = set(_path_options(kind))

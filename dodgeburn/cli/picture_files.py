@@ -71,26 +71,31 @@ def free_name(folder: Path, stem: str, ending: str, record: dict[str, object]) -
 
 
 def save_free(folder: Path, prompt: str, ending: str, made: Generated, model: Model) -> Path:
-    """Write a picture under a name of the prompt and its seed that is free; its path. Makes the folder."""
+    """Write a picture under a name of the prompt and its seed that is free; its path."""
     from dodgeburn.sampling.saving import record_of, save_picture
 
-    folder.mkdir(parents=True, exist_ok=True)
     path = free_name(folder, f"{slug(prompt)}-{made.seed}", ending, record_of(made, model))
     save_picture(path, made, model)
     return path
 
 
 def is_picture_name(out: Path) -> bool:
-    """Whether an output names a picture rather than a folder."""
+    """Whether an output names a picture rather than a folder. UserError for a kind of picture that is not written."""
     from dodgeburn.images.png import KINDS
 
-    return out.suffix.lower() in KINDS and not out.is_dir()
+    ending = out.suffix.lower()
+    if ending in (".bmp", ".gif", ".tif", ".tiff", ".avif", ".jxl", ".jfif", ".heic") and not out.is_dir():
+        raise UserError(f"-o {out}: pictures are written as {', '.join(KINDS)}; or name a folder")
+    return ending in KINDS and not out.is_dir()
 
 
-def check_picture_name(path: Path) -> None:
-    """UserError where another's file stands: only pictures that dodgeburn made are written over."""
-    from dodgeburn.images.png import read_png
+def check_picture_name(path: Path, given: str | None) -> None:
+    """UserError where another's file stands (only pictures that dodgeburn made are written over), or where the format
+    given is another than the name's."""
+    from dodgeburn.images.png import KINDS, read_png
 
+    if given is not None and KINDS[f".{given}"] != KINDS[path.suffix.lower()]:
+        raise UserError(f"-o {path} and --format {given} contradict each other: leave --format out")
     if path.exists():
         try:
             ours = read_png(path).own is not None
@@ -109,8 +114,8 @@ def write_sheet(folder: Path, ending: str, prompt: str, made: Sequence[Generated
     columns = min(len(made), 8)
     shown = made[:64]  # a sheet is for looking at
     rows = [[m.image for m in shown[i : i + columns]] for i in range(0, len(shown), columns)]
-    labels = [f"from seed {shown[i].seed}" for i in range(0, len(shown), columns)]
-    sheet = contact_sheet(rows, row_labels=labels if len(labels) > 1 else None, title=prompt)
+    seeds = [[f"seed {m.seed}" for m in shown[i : i + columns]] for i in range(0, len(shown), columns)]
+    sheet = contact_sheet(rows, title=prompt, captions=seeds)
     record = {**record_of(made[0], model), "seeds": [m.seed for m in shown]}
     if len({m.prompt for m in shown}) > 1:
         record["prompts"] = [m.prompt for m in shown]

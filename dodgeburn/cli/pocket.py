@@ -32,7 +32,8 @@ EXAMPLES = {
 class Train:
     """Train the pocket model: tokenizer, VAE, text encoders, U-Net, two fine-tunes, two readers.
 
-    Repeat the command to go on after Ctrl-C or a kill. On two CPU cores the whole takes under three hours.
+    Repeat the command to go on after Ctrl-C or a kill: a folder is a run with one --config. On two CPU cores the whole
+    takes under three hours.
     """
 
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
@@ -57,7 +58,7 @@ class Evaluate:
     reader: bool = False
     """Grade the reader and the judge instead of the model."""
     n: Annotated[int | None, tyro.conf.arg(aliases=["-n"])] = None
-    """Only the first N prompts (or drawings): quicker, less certain."""
+    """Only the first N prompts (or drawings, and as many generated pictures): quicker, less certain."""
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
     """Folder for a sheet of 64 pictures and the result as JSON."""
     device: str = "auto"
@@ -99,21 +100,24 @@ def main(args: list[str]) -> int:
 
 
 def _train(settings: Train) -> int:
+    from dodgeburn.jobs import PartStore
     from dodgeburn.models.model import choose_device
-    from dodgeburn.training.pocket import FINETUNES, PocketRun
+    from dodgeburn.training.pocket import FINETUNES, NOTES, PocketRun
 
     config = _config(settings.config)
     if settings.print_config:
         print(json.dumps(asdict(config), indent=1))
         return 0
+    if settings.only == "pocket-dpo":
+        return _align(settings, config.seed)
+    if not (settings.out / NOTES).exists():  # a run steered by hand says there what was changed, and files tell it
+        PartStore(settings.out, {"pocket train": asdict(config)})
     if settings.only == "tokenizer":
         from dodgeburn.training.pocket_tokenizer import grow_tokenizer
 
         grow_tokenizer(settings.out, config.seed + 1)
         print(f"tokenizer: {settings.out}")
         return 0
-    if settings.only == "pocket-dpo":
-        return _align(settings, config.seed)
     run = PocketRun(settings.out, config, str(choose_device(settings.device)))
     paths = []
     if settings.only in ("all", "base"):
@@ -173,13 +177,15 @@ def _config(path: Path | None) -> Any:
             if inner not in known[key]:
                 raise UserError(f"{path}: '{key}' has no setting '{inner}'")
         known[key] |= value
+    _in_range(path, known)
     try:
         config = TypeAdapter(PocketTraining).validate_python(known)
     except ValidationError as error:
         raise UserError(f"{path}: {first_problem(error)}") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     if config.size not in (64, 128):
         raise UserError(f"{path}: size is {config.size}: expected 64 or 128")
-    _in_range(path, asdict(config))
     return config
 
 
@@ -198,7 +204,14 @@ def _evaluate(settings: Evaluate) -> int:
     from tqdm import tqdm
 
     from dodgeburn.models.loading import load_model
-    from dodgeburn.training.pocket_gate import MODEL_GATE, READER_GATE, evaluate_model, evaluate_readers, sheet_of
+    from dodgeburn.training.pocket_gate import (
+        GATE_SETTINGS,
+        MODEL_GATE,
+        READER_GATE,
+        evaluate_model,
+        evaluate_readers,
+        sheet_of,
+    )
 
     if settings.n is not None and settings.n < 1:
         raise UserError(f"-n {settings.n}: give a number of prompts (or drawings) from 1 up")
@@ -213,7 +226,8 @@ def _evaluate(settings: Evaluate) -> int:
             bar.update()
 
         if settings.reader:
-            result = evaluate_readers(model, **({"n": settings.n} if settings.n else {}), callback=progress)
+            few = {"n": settings.n, "generated": min(256, settings.n)} if settings.n else {}
+            result = evaluate_readers(model, **few, callback=progress)
             pictures, gate = None, READER_GATE
         else:
             result, pictures = evaluate_model(model, settings.n, callback=progress)
@@ -221,7 +235,8 @@ def _evaluate(settings: Evaluate) -> int:
     result |= {"model": settings.model, "sha256": model.sha256, "seconds": round(time.perf_counter() - started, 1)}
     _print_table(result, gate, settings.reader)
     if settings.out:
-        from dodgeburn.checkpoint.tensorfile import atomic_path, write_atomic
+        from dodgeburn.checkpoint.tensorfile import write_atomic
+        from dodgeburn.images.png import png_bytes
 
         name = "readers" if settings.reader else Path(settings.model).stem
         try:
@@ -230,8 +245,9 @@ def _evaluate(settings: Evaluate) -> int:
             raise UserError(f"cannot make the folder {settings.out}: {error.strerror}") from error
         write_atomic(settings.out / f"{name}.json", json.dumps(_numbers(result), indent=1).encode())
         if pictures is not None:
-            with atomic_path(settings.out / f"{name}-sheet.png") as temporary:
-                sheet_of(pictures).save(temporary, format="PNG")
+            about = {"sheet": "gate prompts and seeds", "model": settings.model, "model_sha256": model.sha256,
+                     "settings": GATE_SETTINGS.model_dump()}  # fmt: skip
+            write_atomic(settings.out / f"{name}-sheet.png", png_bytes(sheet_of(pictures), own=about))
     if settings.json:
         print(json.dumps(_numbers(result)))
     return 0
@@ -249,7 +265,9 @@ def _numbers(value: Any) -> Any:
 def _print_table(result: dict[str, Any], gate: Any, readers: bool) -> None:
     print(f"{'':24}{'measured':>10}{'gate':>10}")
     for name, bound, larger in gate:
-        if name in result and result[name] is not None:
+        if name in result and name not in result["held"]:
+            print(f"{name:24}{'not measured':>10}")
+        elif name in result:
             verdict = "held" if result["held"][name] else "NOT HELD"
             print(f"{name:24}{result[name]:>10.4f}  {'>=' if larger else '<='} {bound:<6}{verdict}")
     if readers:

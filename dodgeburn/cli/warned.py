@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,19 +13,28 @@ from dodgeburn.errors import DodgeburnWarning
 
 @contextmanager
 def said_at_once() -> Iterator[None]:
-    """Within the context every warning of ours is said when it comes: what has no effect is worth knowing before an
-    hour's work. Those of libraries are left out.
+    """Within the context every warning of ours is said when it first comes: what has no effect is worth knowing before
+    an hour's work. How often one came again is said at the end. Those of libraries are left out.
     """
     from tqdm import tqdm
 
+    counted: Counter[str] = Counter()
+
     def say(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
         if issubclass(category, DodgeburnWarning):
-            tqdm.write(f"warning: {message}", file=sys.stderr)
+            counted[str(message)] += 1
+            if counted[str(message)] == 1:
+                tqdm.write(f"warning: {message}", file=sys.stderr)
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("always", DodgeburnWarning)
-        warnings.showwarning = say
-        yield
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", DodgeburnWarning)
+            warnings.showwarning = say
+            yield
+    finally:
+        for line, times in counted.items():
+            if times > 1:
+                print(f"warning: {line} ({times} times in all)", file=sys.stderr)
 
 
 def print_warnings(caught: list[warnings.WarningMessage]) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dodgeburn.errors import UserError
-from dodgeburn.jobs import PartStore
+from dodgeburn.jobs import PartStore, check_job_folder
 from dodgeburn.merge.compare_measure import Measurer, choose_readers
 from dodgeburn.merge.compare_models import PARENTS, OpenModels, open_models, typed
 from dodgeburn.merge.compare_pictures import PictureMaker, Twins, about_merge, load_pictures, part_name, twin_notes
@@ -101,6 +101,7 @@ def compare(
     variants = settings.all_variants(others, original)
     if search is not None:
         search.check_disjoint(settings)
+    check_job_folder(Path(out))
     with open_models(a, b, variants, device, dtype, tokenizer) as models:
         live, model = models.live, models.model
         asked = [parse(prompt) for prompt in settings.prompts]
@@ -111,7 +112,8 @@ def compare(
         maker = PictureMaker(live, settings.prompts, settings.seeds, settings.generate, store)
         twins = Twins(live)
         same = {variant.name: first for variant in variants if (first := twins.first(variant)) is not None}
-        maker.make([variant for variant in variants if variant.name not in same], parents=True)
+        with store.begun():
+            maker.make([variant for variant in variants if variant.name not in same], parents=True)
         measurer = Measurer(maker, reader, judge)
         rows = [
             measurer.row(v, same.get(v.name), live.plan(v.merge, v.more, v.base_model).plan.blocks)

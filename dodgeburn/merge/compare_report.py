@@ -120,10 +120,15 @@ def summary(result: Comparison, variants: Sequence[Mapping[str, Any]], parents: 
             f"({best[kind + '_a']:.3f} to A, {best[kind + '_b']:.3f} to B, where 1 is the same picture)."
         )
     a, b = parents
-    text = (
-        f"Of the merges, {called(best)} shows most of what the prompts ask for: {best['fidelity']:.1%}"
-        f"{_ends(best['fidelity_ci'])}; A shows {a['fidelity']:.1%}, B {b['fidelity']:.1%}. "
-    )
+    alike = sum(abs(row["fidelity"] - best["fidelity"]) < 1e-9 for row in variants)
+    first = f"{called(best)} shows most of what the prompts ask for"
+    if alike > 1:
+        first = (
+            f"{alike} show equally much of what the prompts ask for, and of these {called(best)} stays closest to both "
+            "models"
+        )
+    share = f"{best['fidelity']:.1%}{_ends(best['fidelity_ci'])}"
+    text = f"Of the merges, {first}: {share}; A shows {a['fidelity']:.1%}, B {b['fidelity']:.1%}. "
     if result.held_out:
         text += (
             "The best of many looks better on the pictures it was chosen by than it is. Chosen on all prompts but one, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from dodgeburn.merge.compare_pictures import about_merge
 from dodgeburn.merge.variants import FOUND, Variant
 
 COLUMNS_A_SHEET = 8  # variants beside A and B: ten pictures of 64 pixels, each drawn twice as large, fill a screen
+WIDEST = 20  # letters that fit over one
 CELL = 144  # pixels a picture has in the PNG sheets, at least
 
 
@@ -88,9 +90,10 @@ def write_sheets(result: Comparison) -> list[str]:
     return written
 
 
-def _spaced(name: str) -> str:
-    """TrueCubicHermite -> True Cubic Hermite, so that it can be wrapped."""
-    return "".join(f" {c}" if i and c.isupper() and name[i - 1].islower() else c for i, c in enumerate(name))
+def _spaced(label: str) -> str:
+    """TrueReverseCubicHermite -> True Reverse Cubic Hermite, so that it can be wrapped; what fits stays as the options
+    spell it."""
+    return " ".join(re.sub(r"(?<=[a-z])(?=[A-Z])", " ", w) if len(w) > WIDEST else w for w in label.split(" "))
 
 
 def add_sheets(report: Report, result: Comparison) -> None:

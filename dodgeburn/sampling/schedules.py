@@ -21,6 +21,7 @@ from diffusers import (
 )
 
 from dodgeburn.errors import UserError
+from dodgeburn.sampling.settings import check_seed
 
 # Whose noise levels a sampler takes. diffusers' schedulers of Heun, DPM2 and LMS have the same ones as Euler's, but
 # list them twice for their two model calls.
@@ -163,7 +164,6 @@ def initial_noise(seed: int, shape: tuple[int, int, int]) -> tuple[torch.Tensor,
     One generator a picture: what a seed gives does not depend on its batch mates, nor on the device.
     Raises UserError for a seed outside 0 .. 2^64 - 1.
     """
-    if not 0 <= seed < 2**64:
-        raise UserError(f"seed is {seed}: give a whole number from 0 to 2^64 - 1")
+    check_seed(seed)
     generator = torch.Generator("cpu").manual_seed(seed)
     return torch.randn(shape, generator=generator, dtype=torch.float32), generator

@@ -83,6 +83,12 @@ NOISES = ("brownian", "fresh")
 Size = tuple[int, int]
 
 
+def check_seed(seed: int) -> None:
+    """UserError for a seed outside 0 .. 2^64 - 1."""
+    if not 0 <= seed < 2**64:
+        raise UserError(f"seed is {seed}: give a whole number from 0 to 2^64 - 1")
+
+
 class GenerateSettings(BaseModel):
     """Settings of one generation; prompts and seeds come apart because they differ from picture to picture.
 

@@ -66,6 +66,19 @@ class LoopSettings:
     log_every: int = 20
     settings: dict[str, Any] = field(default_factory=dict)  # what else decides the outcome: a resume checks it
 
+    def __post_init__(self) -> None:
+        """UserError for what no training can be made with."""
+        if self.precision not in ("bf16", "fp16", "no"):
+            raise UserError(f"precision is {self.precision!r}: expected bf16, fp16 or no")
+        shares = {"constant": self.constant, "final": self.final}
+        decays = {"ema": self.ema, **{f"betas[{i}]": b for i, b in enumerate(self.betas)}}
+        for name, value in {**shares, **decays}.items():
+            if not 0 <= value <= 1 or (name in decays and value == 1):
+                below = "below 1" if name in decays else "to 1"
+                raise UserError(f"{name} is {value:g}: expected 0 {below}")
+        if min(self.steps, self.accumulate, self.checkpoint_every, self.log_every) < 1:
+            raise UserError("steps, accumulate, checkpoint_every or log_every is below 1")
+
 
 def learning_rate(step: int, s: LoopSettings) -> float:
     """Learning rate of a step as a share of the peak: warm-up, plateau, linear decay."""
@@ -164,8 +177,9 @@ def train(
     if processes > 1:
         _part_at_exit()
         settings = replace(settings, settings={**settings.settings, "processes": processes})
-    start = _resume(checkpoint, modules, optimizer, average, settings)
-    sums: dict[str, float] = {}
+    start, since = _resume(checkpoint, modules, optimizer, average, settings)
+    if first:
+        _cut(log, start)
     means: dict[str, float] = {}
     optimizer.zero_grad(set_to_none=True)
     # In a file, a line a minute; and tqdm's own environment variables count for the first process.
@@ -181,24 +195,24 @@ def train(
             generator = step_generator(settings.seed, step * processes + rank)
             for group in optimizer.param_groups:
                 group["lr"] = settings.lr * learning_rate(step, settings)
+            said: list[dict[str, float]] = []
             for k in range(parts_a_step):
                 with attention_on(accelerator.device, plain_attention):
                     with accelerator.autocast():
                         parts = losses(batch((step * parts_a_step + k) * processes + rank, generator), generator)
                     accelerator.backward(torch.stack(list(parts.values())).sum() / parts_a_step)
-                for key, value in parts.items():
-                    sums[key] = sums.get(key, 0.0) + float(value.detach()) / parts_a_step
+                said.append({key: float(value.detach()) / parts_a_step for key, value in parts.items()})
             if processes > 1:
                 _average_gradients(accelerator, parameters)
             accelerator.clip_grad_norm_(parameters, settings.grad_clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             average.update(parameters, step)
+            since.add(said)
             done = step + 1
             if (step + 1) % settings.log_every == 0 or step + 1 == settings.steps:
-                n = (step % settings.log_every) + 1
-                means = _over_processes(accelerator, {key: value / n for key, value in sums.items()})
-                sums = {}
+                means = _over_processes(accelerator, since.means())
+                since = _Since()
                 if not all(math.isfinite(v) for v in means.values()):
                     more = f", and take {folder} away: it holds the state from before" if checkpoint.exists() else ""
                     raise Diverged(
@@ -219,11 +233,11 @@ def train(
                     if enough:
                         break
             if first and ((step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.steps):
-                _save(checkpoint, modules, optimizer, average, settings, step + 1)
+                _save(checkpoint, modules, optimizer, average, settings, step + 1, since)
     except KeyboardInterrupt:
         # A step that was cut off before the optimizer moved is made again.
         if first:
-            _save(checkpoint, modules, optimizer, average, settings, done)
+            _save(checkpoint, modules, optimizer, average, settings, done, since)
         raise
     average.copy_to(parameters)
     for m in modules.values():
@@ -269,11 +283,45 @@ def _fingerprint(settings: LoopSettings) -> str:
     return json.dumps(kept, sort_keys=True, default=str)
 
 
+@dataclass
+class _Since:
+    """Losses summed over the steps since the log's last row; checkpoints keep them: a mean is of all its steps."""
+
+    steps: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+
+    def add(self, batches: list[dict[str, float]]) -> None:
+        self.steps += 1
+        for losses in batches:
+            for key, value in losses.items():
+                self.sums[key] = self.sums.get(key, 0.0) + value
+
+    def means(self) -> dict[str, float]:
+        return {key: value / self.steps for key, value in self.sums.items()}
+
+
+def _cut(log: Path, step: int) -> None:
+    """Take the log's rows away that are of later steps, which are made again, and one that was cut off."""
+    if not log.exists():
+        return
+    kept = []
+    for line in log.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            if line.endswith("\n") and json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue
+    with atomic_path(log) as temporary:
+        temporary.write_text("".join(kept), encoding="utf-8")
+
+
 def _save(
-    path: Path, modules: dict[str, nn.Module], optimizer: Any, average: Average, settings: LoopSettings, step: int
-) -> None:
+    path: Path, modules: dict[str, nn.Module], optimizer: Any, average: Average, settings: LoopSettings, step: int,
+    since: _Since,
+) -> None:  # fmt: skip
     state = {
         "step": step,
+        "since": asdict(since),
         "settings": _fingerprint(settings),
         "modules": {k: m.state_dict() for k, m in modules.items()},
         "optimizer": optimizer.state_dict(),
@@ -286,9 +334,12 @@ def _save(
             raise UserError(f"{path} cannot be written: the disk is full, or files may not be so large") from error
 
 
-def _resume(path: Path, modules: dict[str, nn.Module], optimizer: Any, average: Average, settings: LoopSettings) -> int:
+def _resume(
+    path: Path, modules: dict[str, nn.Module], optimizer: Any, average: Average, settings: LoopSettings
+) -> tuple[int, _Since]:
+    """The step to go on with, and what was summed since the log's last row."""
     if not path.exists() or os.path.getsize(path) == 0:
-        return 0
+        return 0, _Since()
     state = torch.load(path, map_location="cpu", weights_only=True)
     if state["settings"] != _fingerprint(settings):
         raise UserError(
@@ -299,4 +350,4 @@ def _resume(path: Path, modules: dict[str, nn.Module], optimizer: Any, average: 
     optimizer.load_state_dict(state["optimizer"])
     for shadow, saved in zip(average.shadow, state["average"], strict=True):
         shadow.copy_(saved)
-    return int(state["step"])
+    return int(state["step"]), _Since(**state.get("since", {}))

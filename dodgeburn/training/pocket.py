@@ -85,6 +85,9 @@ class PocketTraining:
     reader_trips: int = 20_000  # as many of them are also seen as VAE round trips
 
 
+NOTES = "notes.txt"  # in a run's folder: what was changed by hand, copied into the metadata of what is written
+
+
 @dataclass(frozen=True)
 class Finetune:
     """What a fine-tune is trained on: a look, and attributes that are no longer drawn freely."""
@@ -305,7 +308,7 @@ class PocketRun:
     def _record(self, stages: tuple[str, ...]) -> str:
         """Config, thinned logs and hashes of the stages behind a file, as JSON; and what stands in the folder's
         notes.txt, for a run that was steered by hand."""
-        notes = self.folder / "notes.txt"
+        notes = self.folder / NOTES
         logs = {}
         for path in (p for stage in stages for p in sorted((self.folder / stage).glob("*.jsonl"))):
             rows = [json.loads(line) for line in path.read_text().splitlines()]

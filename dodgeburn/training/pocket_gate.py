@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -37,11 +38,12 @@ READER_GATE: tuple[tuple[str, float, bool], ...] = (
 
 
 def held(result: dict[str, Any], gate: tuple[tuple[str, float, bool], ...]) -> dict[str, bool]:
-    """Which promises a result keeps. One that was not measured (agreement without a model) is left out."""
+    """Which promises a result keeps. What was not measured (agreement without a model, a rank correlation of too few
+    pictures) is left out."""
     return {
         name: bool(result[name] >= bound if larger else result[name] <= bound)
         for name, bound, larger in gate
-        if result.get(name) is not None
+        if result.get(name) is not None and math.isfinite(result[name])
     }
 
 
@@ -154,7 +156,10 @@ def agreement(a: Readings, b: Readings) -> dict[str, Any]:
 
 
 def sheet_of(pictures: np.ndarray, columns: int = 8) -> Image.Image:
-    """The first columns x columns pictures in one image, at 128 pixels each."""
+    """The first columns x columns pictures in one image, at 128 pixels each, with their prompts and seeds."""
+    asked = gate_prompts()
     shown = [Image.fromarray(p) for p in pictures[: columns * columns]]
     rows = [shown[i : i + columns] for i in range(0, len(shown), columns)]
-    return sheet.contact_sheet(rows, cell=128, gap=2)
+    said = [f"{one['prompt']}, seed {one['seed']}" for one in asked[: len(shown)]]
+    captions = [said[i : i + columns] for i in range(0, len(said), columns)]
+    return sheet.contact_sheet(rows, cell=128, font_size=11, captions=captions)
