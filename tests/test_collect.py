@@ -91,6 +91,8 @@ def test_an_interrupted_run_goes_on_and_ends_as_an_uninterrupted_one(tmp_path: P
     assert len(store) == 12 and {r.label for r in store.records} == {None}
     with pytest.raises(UserError, match="other settings"):
         collect(zoo, settings(seed=1), tmp_path / "cut", unlabelled, "none")
+    # A collection can grow: what a shard holds does not depend on how many there are.
+    assert collect(zoo, settings(shards=4), tmp_path / "cut", unlabelled, "none") == {"made": 1, "there": 3}
 
 
 def test_what_a_shard_holds_depends_on_its_number_alone() -> None:

@@ -1,7 +1,9 @@
 """The estimator: learns a planted signal, says so honestly, is refused where it must be."""
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -317,3 +319,40 @@ def test_the_alarm_tells_too_few_steps_from_no_signal() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         collapse_alarm(severity * 0.5, severity, groups)
+
+
+def test_a_training_is_of_its_data_and_drawings(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shards of the same names with other labels, or drawings besides, are no training to go on with."""
+    from dodgeburn.foresee import train as module
+    from dodgeburn.foresee.labels import one_opinion
+
+    keys: list[tuple[str, dict]] = []
+    monkeypatch.setattr(module, "train", lambda name, *args: keys.append((name, args[4].settings)))
+    settings = FitSettings(network=SMALL, prompts=3, per_prompt=4, moments=2, exit_steps=60)
+    folder = tmp_path / "turned"
+    folder.mkdir()
+    for path in store.paths:
+        shard = read_shard(path)
+        for i, record in enumerate(shard.records):
+            label = record.label and one_opinion(5 - record.label.severity, "made up")
+            shard.records[i] = replace(record, label=label)
+        write_shard(folder / path.name, shard)
+    turned = Store(folder)
+    assert [r.id for r in turned.records] == [r.id for r in store.records] and turned.digest != store.digest
+    assert Store(*store.folders).digest == store.digest
+    for one in (store, turned, store):
+        fit(one, tmp_path / "fit", settings)
+    first, second, again = (
+        [key for name, key in keys if name == wanted] for wanted in ("estimator", "exits", "estimator")
+    )
+    assert first[0] != first[1] and first[0] == again[2] and second[0] != second[1]
+
+    drawn = SimpleNamespace(labels=[1, 2])
+    monkeypatch.setattr(module, "batches", lambda *args: None)
+    fit(store, tmp_path / "fit", settings, drawings=drawn)  # type: ignore[arg-type]
+    assert [key for name, key in keys if name == "estimator"][-1] == {**first[0], "drawings": 2}
+
+
+def test_seeds_below_0_are_refused() -> None:
+    with pytest.raises(UserError, match="seed is -1"):
+        FitSettings(seed=-1)

@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 
 from dodgeburn.cli.main import main
-from dodgeburn.errors import UserError
+from dodgeburn.errors import DodgeburnWarning, UserError
 from dodgeburn.foresee.labels import one_opinion
-from dodgeburn.foresee.rated import RatedSettings, fitted, rated_shard
+from dodgeburn.foresee.rated import RatedSettings, collect_rated, fitted, rated_shard
 from dodgeburn.foresee.ratings import Rated, RatingSet, read_ratings
 from dodgeburn.foresee.shards import NOISED, TRUE, Store
 from dodgeburn.sampling.loop import GenerateSettings, generate
@@ -196,3 +196,53 @@ def test_made_up_ratings_go_through_collect(tmp_path: Path, capsys: pytest.Captu
     assert found["trajectories"] == 8 and found["replayed"] == 3 and found["noised"] == 5  # the model's own, less one
     assert {r.label.source for r in Store(tmp_path / "t").records if r.label} == {"ai-horde"}
     assert main(args) == 0 and json.loads(capsys.readouterr().out.splitlines()[-1])["there"] == 1
+
+
+def test_dirty_rows_are_read_as_far_as_they_go_and_the_rest_is_counted(tmp_path: Path) -> None:
+    pictures(tmp_path, *(f"{i}.png" for i in range(8)))
+    base = {"prompt": "p", "severity": 1}
+    rows = [
+        {**base, "image": "0.png", "seed": "abc", "steps": "10.0", "guidance": "4.5", "width": float("nan")},
+        {**base, "image": "1.png", "severity": 4, "seed": float("nan"), "steps": "many", "sampler": None},
+        {"image": "2.png", "severity": 2},  # no prompt at all
+        {**base, "image": "3.png", "prompt": None},
+        {**base, "image": "4.png", "severity": 14},
+        {**base, "image": "5.png", "severity": -1},
+        {**base, "image": "6.png", "seed": 7, "steps": 2.5},
+    ]
+    found = read_ratings([table(tmp_path / "r.jsonl", rows)], tmp_path)
+    assert {row.id: row.made for row in found.rows} == {
+        "0.png": {"steps": 10, "guidance": 4.5}, "1.png": {}, "6.png": {"seed": 7},
+    }  # fmt: skip
+    said = "\n".join(found.said)
+    assert (
+        "1 of 7 rows" in said
+        and "2 of 6 ratings say nothing" in said
+        and "1 of 4 rated pictures have no prompt" in said
+    )
+
+
+def test_raters_of_one_picture_are_summed(tmp_path: Path) -> None:
+    pictures(tmp_path, "a.png", "b.png")
+    rows = [{"image": "a.png", "prompt": "p", "severity": s} for s in (0, 2, 4)]
+    rows.append({"image": "b.png", "prompt": "p", "severity": 5})
+    found = {row.id: row.label for row in read_ratings([table(tmp_path / "r.jsonl", rows)], tmp_path).rows}
+    assert found["a.png"].severity == pytest.approx(2) and sum(found["a.png"].histogram) == 3
+    assert found["a.png"].weight > found["b.png"].weight == 1
+
+
+def test_pictures_that_cannot_be_opened_are_left_out(tmp_path: Path) -> None:
+    pictures(tmp_path, "a.png", "b.png")
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    rows = [
+        Rated(n, "p", one_opinion(s, "x"), tmp_path / n) for n, s in (("a.png", 0), ("broken.png", 3), ("b.png", 5))
+    ]
+    with pytest.warns(DodgeburnWarning, match="broken.png"):
+        counts = collect_rated(tiny_model(), RatingSet(rows, {}, []), RatedSettings(moments=2), tmp_path / "out")
+    assert counts["made"] == 1 and [r.id for r in Store(tmp_path / "out").records] == ["a.png", "b.png"]
+
+
+@pytest.mark.parametrize("wrong", [{"moments": 0}, {"seed": -1}])
+def test_settings_of_rated_pictures(wrong: dict[str, int]) -> None:
+    with pytest.raises(UserError, match="expected at least 1"):
+        RatedSettings(**wrong)

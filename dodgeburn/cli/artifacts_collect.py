@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from dodgeburn.cli.options import parse
+from dodgeburn.cli.options import as_option, given, parse
 from dodgeburn.cli.warned import said_at_once
 from dodgeburn.errors import UserError
 
@@ -108,8 +108,12 @@ def _check(options: Collect) -> None:
         raise UserError(f"--part {i} {n}: expected I from 0 to N - 1")
     if options.images is not None and not options.ratings:
         raise UserError("--images has no effect without --ratings")
-    if options.ratings and (options.generators or options.prompts or options.label != "auto" or options.look_ahead):
-        raise UserError("--generators, --prompts, --label and --look-ahead have no effect with --ratings")
+    of_zoo = ("trajectories", "generators", "hold_out", "seeds_per_prompt", "steps", "prompts", "label", "look_ahead")
+    said = given(options)
+    if options.ratings and (idle := [name for name in of_zoo if name in said]):
+        raise UserError(f"{', '.join(map(as_option, idle))}: no effect with --ratings, which say what was rated")
+    if not options.ratings and "replay" in said:
+        raise UserError("--no-replay has no effect without --ratings")
 
 
 def _load(options: Collect) -> Model:

@@ -12,7 +12,7 @@ import tyro
 
 from dodgeburn.cli.options import parse
 from dodgeburn.cli.warned import print_warnings
-from dodgeburn.errors import DodgeburnWarning, UserError
+from dodgeburn.errors import DodgeburnWarning, UserError, did_you_mean
 
 if TYPE_CHECKING:
     from dodgeburn.foresee.drawn import Drawings
@@ -122,6 +122,10 @@ def _run(options: Train) -> dict[str, Any]:
     )  # fmt: skip
     settings = FitSettings(network=network, steps=options.steps, seed=options.seed, without=tuple(options.without))
     store = Store(*options.stores)
+    names = sorted({r.generator for r in store.records})
+    if unknown := [name for name in options.without if name not in names]:
+        raise UserError(f"--without {unknown[0]}: no such generator there, {did_you_mean(unknown[0], names)}"
+                        f"expected one of {', '.join(names)}")  # fmt: skip
     folder = options.folder or options.out.with_suffix(".train")
     extra: dict[str, Any] = {}
     if options.network is not None:

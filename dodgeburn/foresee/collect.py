@@ -156,10 +156,11 @@ def collect(
 
 
 def job_settings(zoo: Zoo, settings: CollectSettings, labels: str) -> dict[str, Any]:
-    """What names the job: all that decides the shards' content."""
+    """What names the job: all that decides the shards' content. How many there are does not: a collection can grow."""
     members = [asdict(m) for m in zoo.members if m.name in settings.members]
     model = {"name": zoo.model.name, "sha256": zoo.model.sha256}
-    return {"kind": "trajectories", "model": model, "members": members, "labels": labels, **asdict(settings)}
+    return {"kind": "trajectories", "model": model, "members": members, "labels": labels,
+            **{name: value for name, value in asdict(settings).items() if name != "shards"}}  # fmt: skip
 
 
 def trajectories(
@@ -242,8 +243,10 @@ def samples(kept: Sequence[Seen], n: int) -> dict[str, Tensor]:
         rows = torch.cat([getattr(seen, name) for seen in kept])[order]
         if name in MAP_TENSORS and rows.dim() == 2:  # a U-Net of one up block has no such map
             continue
+        if bool(rows.isnan().any()):
+            raise UserError(f"what was to be seen on the way ({name}) is not a number: take --dtype fp32")
         # Half precision ends at 65 504: a broken generator may go beyond, and infinities are for nobody's good.
-        out[name] = rows.nan_to_num(0.0, 6e4, -6e4).clamp(-6e4, 6e4).to(dtype)
+        out[name] = rows.clamp(-6e4, 6e4).to(dtype)
     return out
 
 

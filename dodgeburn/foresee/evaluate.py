@@ -65,7 +65,10 @@ def judge(estimator: Estimator, store: Store, where: Where, plan: Plan | None = 
     names = tuple(dict.fromkeys((*estimator.tensors, "progress")))
     rows, records = judge_all(estimator, whole(store, where, names))
     if not rows:
-        raise UserError(f"{', '.join(map(str, store.folders))}: no labelled trajectories to evaluate on there")
+        labelled = sorted({r.split for r in store.records if r.label is not None})
+        there = f"those that are labelled are marked {' and '.join(labelled)}" if labelled else "none is labelled"
+        raise UserError(f"{', '.join(map(str, store.folders))}: no trajectories to evaluate on, {there} (`artifacts "
+                        "evaluate --split` takes others, `artifacts collect --split test` marks them)")  # fmt: skip
     found = _gathered(rows, records)
     if estimator.ahead is None:
         return found

@@ -8,6 +8,7 @@ schedules: those states are marked `forward-noised`, because on the way to a pic
 from __future__ import annotations
 
 import io
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dodgeburn.errors import UserError
+from dodgeburn.errors import DodgeburnWarning, UserError
 from dodgeburn.foresee.collect import moments, samples
 from dodgeburn.foresee.observe import Observer, Seen, space_of
 from dodgeburn.foresee.ratings import Rated, RatingSet
@@ -51,6 +52,10 @@ class RatedSettings:
     seed: int = 0
     guidance: float = 4.0
 
+    def __post_init__(self) -> None:
+        if self.moments < 1 or self.seed < 0:
+            raise UserError(f"moments are {self.moments}, seed {self.seed}: expected at least 1, and 0 or more")
+
 
 def open_picture(source: Path | bytes) -> np.ndarray:
     """uint8 [h, w, 3]. Raises UserError for what is no picture."""
@@ -75,8 +80,8 @@ def collect_rated(
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, int]:  # fmt: skip
     """Shards of rated pictures, as `collect.collect` makes them; returns counts: made, there, replayed, noised."""
-    rows = job_hash({"rows": [[r.id, r.prompt, list(r.label.histogram), r.made] for r in rated.rows]})
-    record = {"kind": "rated", "model": {"name": model.name, "sha256": model.sha256}, "rows": rows, **asdict(settings)}
+    names = job_hash({"rows": [[r.id, r.prompt, list(r.label.histogram), r.made] for r in rated.rows]})
+    record = {"kind": "rated", "model": {"name": model.name, "sha256": model.sha256}, "rows": names, **asdict(settings)}
     store = PartStore(folder, record)
     counts = {"made": 0, "there": 0, "replayed": 0, "noised": 0}
     chunks = [rated.rows[i : i + PER_SHARD] for i in range(0, len(rated.rows), PER_SHARD)]
@@ -84,7 +89,10 @@ def collect_rated(
         if store.has(shard_name(number)):
             counts["there"] += 1
         else:
-            shard = rated_shard(model, chunks[number], settings, number)
+            rows_there = _that_open(chunks[number])
+            if not rows_there:
+                continue
+            shard = rated_shard(model, rows_there, settings, number)
             with store.writing(shard_name(number)) as path:
                 write_shard(path, shard)
             counts["made"] += 1
@@ -93,6 +101,19 @@ def collect_rated(
         if progress is not None:
             progress(min(len(rated.rows), (number + 1) * PER_SHARD), len(rated.rows))
     return counts
+
+
+def _that_open(rows: Sequence[Rated]) -> list[Rated]:
+    """Those whose pictures can be opened; a DodgeburnWarning names each other one, which is left out."""
+    found = []
+    for row in rows:
+        try:
+            open_picture(row.image)
+        except UserError as error:
+            warnings.warn(f"rated picture left out: {error}", DodgeburnWarning, stacklevel=3)
+        else:
+            found.append(row)
+    return found
 
 
 def rated_shard(model: Model, rows: Sequence[Rated], settings: RatedSettings, number: int = 0) -> Shard:

@@ -72,6 +72,24 @@ def _number(value: Any) -> float | None:
     return found if math.isfinite(found) else None
 
 
+def _text(value: Any) -> str | None:
+    """A text; None for what stands where there is none: null, and pandas' NaN."""
+    return None if value is None or (isinstance(value, float) and math.isnan(value)) else str(value)
+
+
+def _made(said: Mapping[str, Any]) -> dict[str, Any]:
+    """How a picture was made, as far as it can be used: whole numbers, a guidance scale, names."""
+    found: dict[str, Any] = {}
+    for name, value in said.items():
+        number = _number(value)
+        if name in ("sampler", "spacing"):
+            if (text := _text(value)) is not None:
+                found[name] = text
+        elif number is not None and (name == "guidance" or (number == int(number) and number >= 0)):
+            found[name] = number if name == "guidance" else int(number)
+    return found
+
+
 def _severity(value: Any, low: float = 0.0, high: float = 5.0, worst_is_high: bool = True) -> float | None:
     """A number of a scale as a severity; None if it is none or lies outside the scale."""
     found = _number(value)
@@ -87,19 +105,18 @@ def _severity(value: Any, low: float = 0.0, high: float = 5.0, worst_is_high: bo
 def _diffusiondb(rows: list[Row], pool: _Pool) -> None:
     for row in rows:
         key = _key(row["image_name"])
-        prompt = row.get("prompt", row.get("p"))
-        pool.prompts[key], pool.images[key] = str(prompt or ""), str(row["image_name"])
+        pool.prompts[key], pool.images[key] = _text(row.get("prompt", row.get("p"))) or "", str(row["image_name"])
         if row.get("image_nsfw") == 2.0:  # blurred by the dataset's makers
             pool.hidden.add(key)
         sampler = row.get("sampler", row.get("sa"))
         if isinstance(sampler, str):
             sampler = sampler.removeprefix("k_").replace("euler_ancestral", "euler_a")
         else:
-            sampler = DIFFUSIONDB_SAMPLERS.get(int(sampler or 0))
+            sampler = DIFFUSIONDB_SAMPLERS.get(int(_number(sampler) or 0))
         made = {"seed": row.get("seed", row.get("se")), "steps": row.get("step", row.get("st")),
                 "guidance": row.get("cfg", row.get("c")), "sampler": sampler, "width": row.get("width"),
                 "height": row.get("height"), "spacing": "leading" if sampler == "ddim" else "linspace"}  # fmt: skip
-        pool.made[key] = {k: v for k, v in made.items() if v is not None}
+        pool.made[key] = _made(made)
 
 
 def _horde(rows: list[Row], pool: _Pool) -> None:
@@ -116,21 +133,29 @@ def _horde(rows: list[Row], pool: _Pool) -> None:
         place = (_key(row["id"]), who)
         if place not in latest or when >= latest[place][0]:
             latest[place] = (when, severity)
-    if unusable:
-        pool.said.append(f"{unusable} of {len(rows)} ratings say nothing of artifacts and are left out")
+    _tell(pool, unusable, len(rows))
     counts: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(LEVELS))
     for (key, _), (_, severity) in latest.items():
         counts[key] += np.array(one_opinion(severity, "").histogram)
     pool.labels.update({key: opinions(c.tolist(), "ai-horde") for key, c in counts.items()})
 
 
+def _tell(pool: _Pool, unusable: int, total: int) -> None:
+    if unusable:
+        pool.said.append(f"{unusable} of {total} ratings say nothing of artifacts on their scale and are left out")
+
+
 def _prepared(rows: list[Row], pool: _Pool) -> None:
+    unusable = 0
     for row in rows:
         key, severity = _key(row["image_name"]), _severity(row["artifacts"])
-        pool.prompts[key], pool.images[key] = str(row.get("prompt", "")), str(row["image_name"])
-        if severity is not None:
+        pool.prompts[key], pool.images[key] = _text(row.get("prompt")) or "", str(row["image_name"])
+        if severity is None:
+            unusable += 1
+        else:
             n = _number(row.get("ratings_count")) or 1.0
             pool.labels[key] = one_opinion(severity, "aesthetics-scorer", weight=2 * n / (n + 1))
+    _tell(pool, unusable, len(rows))
 
 
 def _image_reward(rows: list[Row], pool: _Pool) -> None:
@@ -140,6 +165,7 @@ def _image_reward(rows: list[Row], pool: _Pool) -> None:
         pool.prompts[key], pool.images[key] = str(row["prompt"]), str(row["image_path"])
         if severity is not None:
             found[key].append(severity)
+    _tell(pool, len(rows) - sum(map(len, found.values())), len(rows))
     for key, values in found.items():
         histogram = np.sum([one_opinion(v, "").histogram for v in values], 0)
         pool.labels[key] = opinions(histogram.tolist(), "imagereward")
@@ -195,11 +221,16 @@ def _rich_hf(rows: list[Row], pool: _Pool) -> None:
         if a.std() > 0 and b.std() > 0 and np.corrcoef(a, b)[0, 1] > 0.2:
             worst_is_high = True
             pool.said.append("artifact_score rises with the heatmaps' sum: read as 1 = worst")
+    unusable = 0
     for row, score in zip(rows, scores, strict=True):
         key, severity = _key(row["filename"]), _severity(score, 0, 1, worst_is_high)
-        pool.images[key], pool.prompts[key] = str(row["filename"]), str(row.get("prompt", row.get("caption", "")))
-        if severity is not None:
+        pool.images[key] = str(row["filename"])
+        pool.prompts[key] = _text(row.get("prompt", row.get("caption"))) or ""
+        if severity is None:
+            unusable += 1
+        else:
             pool.labels[key] = one_opinion(severity, "richhf")
+    _tell(pool, unusable, len(rows))
 
 
 def _heat(value: Any) -> float | None:
@@ -211,21 +242,30 @@ def _heat(value: Any) -> float | None:
 
 
 def _native(rows: list[Row], pool: _Pool) -> None:
+    """A row a picture, or one for each of its raters, whose opinions are summed."""
+    found: dict[str, list[Label]] = defaultdict(list)
+    unusable = 0
     for row in rows:
         key = str(row.get("id", row["image"]))
-        pool.prompts[key], pool.images[key] = str(row["prompt"]), str(row["image"])
+        pool.images[key] = str(row["image"])
+        if (prompt := _text(row["prompt"])) is not None:
+            pool.prompts[key] = prompt
         guidance = row.get("guidance", row.get("cfg"))
         made = {k: row.get(k) for k in ("seed", "steps", "sampler", "spacing", "width", "height")}
-        pool.made[key] = {k: v for k, v in {**made, "guidance": guidance}.items() if v is not None}
+        pool.made[key] = _made({**made, "guidance": guidance})
         if row.get("histogram") is not None:
             try:
-                pool.labels[key] = opinions([float(x) for x in row["histogram"]], "ratings")
+                found[key].append(opinions([float(x) for x in row["histogram"]], "ratings"))
             except (TypeError, ValueError):
                 raise UserError(f"{key}: histogram {row['histogram']!r}, expected counts of severity 0 to 5") from None
+        elif (severity := _severity(row.get("severity", row.get("artifacts")))) is not None:
+            found[key].append(one_opinion(severity, "ratings"))
         else:
-            severity = _severity(row.get("severity", row.get("artifacts")))
-            if severity is not None:
-                pool.labels[key] = one_opinion(severity, "ratings")
+            unusable += 1
+    _tell(pool, unusable, len(rows))
+    for key, labels in found.items():
+        summed = np.sum([label.histogram for label in labels], 0).tolist()
+        pool.labels[key] = labels[0] if len(labels) == 1 else opinions(summed, "ratings")
 
 
 @dataclass(frozen=True)
@@ -273,7 +313,10 @@ def read_ratings(files: Sequence[Path], images: Path) -> RatingSet:
         rows = read_table(Path(path))
         one = format_of(rows, Path(path).name)
         formats[Path(path).name] = one.name
-        one.read(rows, pool)
+        whole = [row for row in rows if set(one.needs) <= set(row)]
+        if len(whole) < len(rows):
+            pool.said.append(f"{len(rows) - len(whole)} of {len(rows)} rows of {path} lack a column and are left out")
+        one.read(whole, pool)
     for keys in pool.wins.values():
         for key, shares in keys.items():
             won = (sum(shares) + 1) / (len(shares) + 2)

@@ -239,11 +239,13 @@ class Store:
         self.records: list[Trajectory] = []
         self.paths: list[Path] = []  # of the readable shards
         self._sound: set[int] = set()  # shards whose digest was compared; once is enough
+        content = hashlib.blake2b(digest_size=16)
         spaces: dict[Space, Path] = {}
         for path in self._files():
             try:
                 with TensorFile(path) as file:
-                    records, space, _ = _header(file)
+                    records, space, digest = _header(file)
+                    content.update(f"{digest} {file.header.metadata[RECORDS]}".encode())
             except UserError as error:
                 self._skip(path, str(error))
                 continue
@@ -258,6 +260,7 @@ class Store:
             first, second = list(spaces.values())[:2]
             raise UserError(f"{first} and {second} are trajectories of different models: their features do not compare")
         self.space = next(iter(spaces))
+        self.digest = content.hexdigest()  # of samples, records and labels: what a training learns from
 
     def _files(self) -> list[Path]:
         found = []

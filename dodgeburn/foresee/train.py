@@ -63,6 +63,8 @@ class FitSettings:
     without: tuple[str, ...] = ()  # generators that are left out of everything
 
     def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise UserError(f"seed is {self.seed}: expected a number from 0 up")
         if self.steps < LEAST_STEPS:
             raise UserError(
                 f"{self.steps} optimiser steps: give at least {LEAST_STEPS}; with few of them predictions stay at the "
@@ -117,14 +119,14 @@ def fit(
     feed = Feed(store, of("fit"), seen, settings.prompts, settings.per_prompt, settings.moments, words, settings.seed)
     if begin is None:
         set_scales(network, feed)
-    key = {"fit": _plain(asdict(settings)), "data": [r.id for r in parts["fit"]]}
+    key = {"fit": plain(asdict(settings)), "data": store.digest, "rows": [r.id for r in parts["fit"]]}
     if settings.network.memory:  # what is remembered only means something along whole ways
         feed.moments, feed.prompts = None, max(2, settings.prompts // 4)
     train_network(network, feed, settings, folder, key, callback, drawings)
     estimator = Estimator(network)
     spread = recalibrate(estimator, store, folder, settings, where)
     estimator.record = {
-        "looks": int(feed.loaded(0).length.max()), "training": _plain(asdict(settings)),
+        "looks": int(feed.loaded(0).length.max()), "training": plain(asdict(settings)),
         "seed": settings.seed, "weights": network.weights,
         "trajectories": {part: len(records) for part, records in parts.items()},
         "prompts": {part: len({r.prompt_id for r in records}) for part, records in parts.items()},
@@ -138,11 +140,11 @@ def fit(
     return estimator
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """JSON's view of nested tuples."""
     if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+        return {k: plain(v) for k, v in value.items()}
+    return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def recalibrate(
@@ -159,8 +161,17 @@ def recalibrate(
     words = settings.network.words if "text" in settings.network.inputs else 0
     ways = Feed(store, calibrates, estimator.fed, max(2, settings.prompts // 4), settings.per_prompt, None, words,
                 settings.seed)  # fmt: skip
-    train_exits(estimator, ways, settings, folder, {"fit": _plain(asdict(settings))})
+    key = {"fit": plain(asdict(settings)), "data": store.digest, "network": _digest(estimator.network)}
+    train_exits(estimator, ways, settings, folder, key)
     return spread
+
+
+def _digest(network: Network) -> str:
+    """Names the weights."""
+    found = hashlib.blake2b(digest_size=16)
+    for name, weight in sorted(network.state_dict().items()):
+        found.update(name.encode() + weight.detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()
 
 
 def set_scales(network: Network, feed: Feed) -> None:
@@ -251,6 +262,9 @@ def train_network(
     callback: Callable[[int, dict[str, float]], object] | None = None, drawings: Drawings | None = None,
 ) -> None:  # fmt: skip
     """The first stage; drawings have the same losses, each batch of trajectories is followed by one of them."""
+    drawn = None if drawings is None else batches(drawings, network, settings.drawn)
+    if drawings is not None:
+        key = {**key, "drawings": len(drawings.labels)}
     loop = LoopSettings(
         steps=settings.steps, lr=settings.lr, betas=(0.9, 0.99), weight_decay=settings.weight_decay, warmup=WARMUP,
         constant=0.4, final=0.02, ema=0.995, precision=settings.precision, seed=settings.seed, checkpoint_every=500,
@@ -258,10 +272,6 @@ def train_network(
         settings=key,
     )  # fmt: skip
     assert loop.steps >= LEAST_STEPS and loop.warmup < loop.steps / 4
-
-    drawn = None if drawings is None else batches(drawings, network, settings.drawn)
-    if drawings is not None:
-        key = {**key, "drawings": len(drawings.labels)}
 
     def losses(batch: tuple[dict[str, Tensor], Targets], generator: torch.Generator) -> dict[str, Tensor]:
         found = losses_of(network(batch[0]), *batch, settings)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from dodgeburn.foresee.feed import Feed, Targets
 from dodgeburn.foresee.network import Network, noise_embedding
 from dodgeburn.foresee.scores import auroc
 from dodgeburn.foresee.shards import Store
-from dodgeburn.foresee.train import FitSettings, fit, parts_of, recalibrate, set_scales, train_network, usable
+from dodgeburn.foresee.train import FitSettings, fit, parts_of, plain, recalibrate, set_scales, train_network, usable
 from dodgeburn.training.loop import LoopSettings, train
 
 ALPHAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -40,8 +40,8 @@ def interpolate(first: Network, second: Network, alpha: float) -> Network:
     return out.eval()
 
 
-def self_supervised(network: Network, feed: Feed, folder: Path, steps: int, seed: int) -> None:
-    """Train the encoder of what is seen at places without labels, in place."""
+def self_supervised(network: Network, feed: Feed, folder: Path, steps: int, seed: int, key: dict[str, Any]) -> None:
+    """Train the encoder of what is seen at places without labels, in place. key: what else decides the outcome."""
     encoder = network.picture
     assert encoder is not None
 
@@ -54,7 +54,8 @@ def self_supervised(network: Network, feed: Feed, folder: Path, steps: int, seed
         target = torch.arange(len(similar))
         return {"contrast": (F.cross_entropy(similar, target) + F.cross_entropy(similar.T, target)) / 2}
 
-    loop = LoopSettings(steps=steps, lr=2e-3, warmup=50, precision="no", ema=0.99, seed=seed, checkpoint_every=steps)
+    loop = LoopSettings(steps=steps, lr=2e-3, warmup=50, precision="no", ema=0.99, seed=seed, checkpoint_every=steps,
+                        settings=key)  # fmt: skip
     train("self-supervised", {"encoder": encoder}, feed, losses, folder, loop)
 
 
@@ -85,15 +86,16 @@ def wise(
     torch.manual_seed(settings.seed)
     network = Network(store.space, settings.network)
     tensors = Estimator(network).fed
+    words = settings.network.words if "text" in settings.network.inputs else 0
     feed = Feed(store, lambda r: usable(r, settings) and place.get(r.prompt_id) == "fit", tensors, settings.prompts,
-                settings.per_prompt, 2, 0, settings.seed)  # fmt: skip
+                settings.per_prompt, 2, words, settings.seed)  # fmt: skip
     set_scales(network, feed)
-    self_supervised(network, feed, folder / "pretrain", pretrain_steps, settings.seed)
+    key: dict[str, Any] = {"fit": plain(asdict(settings)), "data": store.digest, "pretrain": pretrain_steps}
+    self_supervised(network, feed, folder / "pretrain", pretrain_steps, settings.seed, key)
     frozen = network.picture
     assert frozen is not None
     frozen.requires_grad_(False)
     feed.moments = settings.moments
-    key: dict[str, Any] = {"held_out": held_out, "pretrain": pretrain_steps}
     train_network(network, feed, settings, folder / "frozen", key)
     sound = copy.deepcopy(network)
     frozen.requires_grad_(True)
