@@ -86,6 +86,10 @@ def test_a_rule_is_written_as_json_and_leaves_the_model(tmp_path, capsys) -> Non
         (["audit", "pocket", *QUICK, "--clip", "folder"], "belong together"),
         (["audit", "pocket", "--prompts", "missing.txt"], "missing.txt cannot be read"),
         (["audit", "nothing.safetensors", *QUICK], "nothing.safetensors"),
+        (["audit", "pocket", *QUICK, "--guidance", "4", "nan"], "guidance is nan"),
+        (["audit", "pocket", *QUICK, "--guidance", "-5"], "guidance is -5"),
+        (["audit", "pocket", *QUICK, "--seed", "-1"], "seed is -1"),
+        (["audit", "pocket", *QUICK, "--margin", "5"], "no effect without --clip"),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_written(args, said, tmp_path, monkeypatch, capsys) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -215,6 +216,12 @@ def test_the_example_reads_and_bad_specs_are_one_line(tmp_path: Path) -> None:
         ({"concept": concept, "bucket": {"scales": [-0.6]}}, "from -0.5 to 1"),
         ({"concept": concept, "bucket": {"method": "slerp"}}, "from 0 to 1"),
         ({"concept": concept, "nightshade": {"poison": 1.0}}, "nightshade.poison"),
+        ({"concept": concept, "name": "retrain"}, "a stage's own file"),
+        ({"concept": concept, "name": "../evil"}, "no name for a file"),
+        ({"concept": concept, "name": ""}, "no name for a file"),
+        ({"concept": {**concept, "target": {"dark": math.nan, "light": 0.5}}}, "concept.target"),
+        ({"concept": concept, "watching": {"guidance": math.nan}}, "watching.guidance"),
+        ({"concept": concept, "overtrain": {"base_lr": math.inf}}, "overtrain.base_lr"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=message.replace("(", r"\(")) as caught:
             make_spec(said)
@@ -228,3 +235,16 @@ def test_the_example_reads_and_bad_specs_are_one_line(tmp_path: Path) -> None:
             load_spec(tmp_path / "bad.yaml")
     with pytest.raises(UserError, match="is not there"):
         load_spec(tmp_path / "none.yaml")
+
+
+def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
+    said = {"concept": SHORT["concept"], "clip": "clip", "nightshade": {"export": "poison"}, "model": "own.safetensors",
+            "data": {"source": "folder", "folder": "mine"}}  # fmt: skip
+    (tmp_path / "run.yaml").write_text(json.dumps(said))
+    found = load_spec(tmp_path / "run.yaml")
+    assert (found.clip, found.nightshade.export, found.data.folder) == (
+        tmp_path / "clip", tmp_path / "poison", tmp_path / "mine",
+    )  # fmt: skip
+    assert found.model == "own.safetensors"  # not there: a packaged name, or a hub id
+    (tmp_path / "own.safetensors").write_bytes(b"")
+    assert load_spec(tmp_path / "run.yaml").model == str(tmp_path / "own.safetensors")

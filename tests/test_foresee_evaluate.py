@@ -154,7 +154,9 @@ def test_wise_chooses_alpha_on_the_generator_held_out(
 ) -> None:
     monkeypatch.setattr("dodgeburn.foresee.train.LEAST_STEPS", 40)
     monkeypatch.setattr("dodgeburn.foresee.train.WARMUP", 8)
-    settings = FitSettings(network=NetworkSettings(("x0", "scalars", "text"), 8, (4, 4)), steps=40, prompts=2, exit_steps=5)
+    settings = FitSettings(
+        network=NetworkSettings(("x0", "scalars", "text"), 8, (4, 4)), steps=40, prompts=2, exit_steps=5
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DodgeburnWarning)  # so few steps may well collapse
         found = wise(store, tmp_path, settings, "sound", pretrain_steps=10, alphas=(0.0, 0.5, 1.0))

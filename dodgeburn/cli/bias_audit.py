@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from dodgeburn.models.model import Model
     from dodgeburn.rework.bias.audit import Audit, AuditSettings
     from dodgeburn.rework.bias.classify import Classifier
+    from dodgeburn.sampling.settings import GenerateSettings
 
 HELP = "scan all prompts and attributes for ties, with the false alarms under control"
 EXAMPLE = "dodgeburn bias audit pocket -n 64 --confirm 256 -o audit --json"
@@ -92,6 +93,10 @@ def main(args: list[str]) -> int:
         raise UserError("--clip and --attributes belong together: a CLIP folder, and what to tell apart with it")
     if options.clip is not None and options.judge:
         raise UserError("--judge is the pocket's: leave it out with --clip")
+    if options.clip is None and options.margin:
+        raise UserError("--margin has no effect without --clip")
+    for guidance in options.guidance:
+        _at(options, guidance)  # refuses what no picture can be drawn with
     from dodgeburn.rework.bias.audit import as_json
 
     settings = _settings(options)
@@ -145,6 +150,12 @@ def _loaded(options: AuditOptions) -> tuple[Model, Classifier]:
     return model, PocketClassifier(Reader.load(name), name)
 
 
+def _at(options: AuditOptions, guidance: float) -> GenerateSettings:
+    from dodgeburn.sampling.settings import GenerateSettings
+
+    return GenerateSettings(steps=options.steps, sampler=options.sampler, guidance=guidance)
+
+
 def _run(options: AuditOptions, settings: AuditSettings, model: Model, classifier: Classifier) -> Audit:
     from tqdm import tqdm
 
@@ -156,8 +167,7 @@ def _run(options: AuditOptions, settings: AuditSettings, model: Model, classifie
     made = GenerateSettings(steps=options.steps, sampler=options.sampler)
 
     def drawn(prompts: Sequence[str], seeds: Sequence[int], guidance: float) -> np.ndarray:
-        with_scale = made.model_copy(update={"guidance": guidance})
-        return draw(model, prompts, seeds, with_scale, batch_size=options.batch_size)
+        return draw(model, prompts, seeds, _at(options, guidance), batch_size=options.batch_size)
 
     store = None
     if options.out is not None:

@@ -61,6 +61,8 @@ class AuditSettings:
             raise UserError(f"control {self.control!r}: expected {' or '.join(CONTROLS)}")
         if not self.guidance or len(set(self.guidance)) != len(self.guidance):
             raise UserError("guidance: expected at least one scale, each once")
+        if self.seed < 0:
+            raise UserError(f"seed is {self.seed}: expected a number from 0 up")
 
 
 @dataclass(frozen=True)

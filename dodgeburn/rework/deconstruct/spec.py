@@ -6,11 +6,12 @@ exact definition (docs/deconstruct.md).
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from dodgeburn.errors import UserError
 from dodgeburn.given_settings import first_problem, read_yaml
@@ -23,7 +24,7 @@ STAGES: tuple[Stage, ...] = ("overtrain", "nightshade", "bucket", "retrain")
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ConceptSpec(_Part):
@@ -100,7 +101,7 @@ class Watching(_Part):
     quick: int = Field(default=32, ge=8)
     each: int = Field(default=48, ge=1)
     steps: int = Field(default=8, ge=1)
-    guidance: float = 4.0
+    guidance: float = Field(default=4.0, ge=0, le=100)
     seed: int = Field(default=0, ge=0)
 
 
@@ -222,6 +223,15 @@ class DeconstructSpec(_Part):
     precision: Literal["bf16", "no"] = "bf16"
     clip: Path | None = None  # a CLIP folder that reads pictures, for models other than the pocket; a proxy
 
+    @field_validator("name")
+    @classmethod
+    def _name(cls, value: str) -> str:
+        if not re.fullmatch(r"[\w+-][\w.+-]*", value):
+            raise ValueError(f"{value!r} is no name for a file, expected letters, digits and . _ - +")
+        if value in (*STAGES, "nightshade-base", "nightshade-first"):
+            raise ValueError(f"{value!r} is the name of a stage's own file: take another one")
+        return value
+
     @model_validator(mode="after")
     def _stages(self) -> Self:
         if not self.stages or list(self.stages) != sorted(set(self.stages), key=STAGES.index):
@@ -234,13 +244,17 @@ class DeconstructSpec(_Part):
 
 
 def load_spec(path: str | Path) -> DeconstructSpec:
-    """A run from a YAML file; UserError of one line that names what is wrong. Paths in it are relative to the file."""
+    """A run from a YAML file; UserError of one line that names what is wrong. Paths in it are relative to the file: of
+    pictures, of a CLIP folder, of exported ones, and of a model where it is there (else it is a packaged name or a hub
+    id)."""
     path = Path(path)
     wanted = "at least concept with prompts, attribute and values"
     said = read_yaml(path, "a run's YAML file (examples/deconstruct/)", wanted)
-    folder = said.get("data", {}).get("folder") if isinstance(said.get("data"), dict) else None
-    if isinstance(folder, str):
-        said["data"]["folder"] = path.parent / folder
+    for part, name in ((said.get("data"), "folder"), (said.get("nightshade"), "export"), (said, "clip")):
+        if isinstance(part, dict) and isinstance(part.get(name), str):
+            part[name] = path.parent / part[name]
+    if isinstance(said.get("model"), str) and (path.parent / said["model"]).exists():
+        said["model"] = str(path.parent / said["model"])
     return make_spec(said, str(path))
 
 
