@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dodgeburn.cli.main import main
 from dodgeburn.errors import UserError
@@ -15,7 +16,6 @@ from dodgeburn.foresee.collect import (
     collect,
     moments,
     plan,
-    relabelled,
     trajectories,
     unlabelled,
 )
@@ -143,13 +143,36 @@ def test_changes_by_hand() -> None:
     assert noisy.std() == pytest.approx(1.005, abs=0.02)
 
 
-def test_new_labels_for_old_trajectories(tmp_path: Path) -> None:
-    zoo, chosen = plain_zoo(tiny_model()), settings(shards=1)
-    collect(zoo, chosen, tmp_path, unlabelled, "none")
-    old = read_shard(tmp_path / shard_name(0))
-    new = next(relabelled(iter([old]), lambda pictures, prompts: darkness(pictures, prompts, None)))
-    assert all(r.label is not None for r in new.records) and new.tensors["mask"].any()
-    assert torch.equal(new.tensors["x0"], old.tensors["x0"])
+def test_people_label_what_was_collected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    zoo, chosen = plain_zoo(tiny_model()), settings(shards=2)
+    collect(zoo, chosen, tmp_path / "tr", unlabelled, "none")
+    store = Store(tmp_path / "tr")
+    label = ["artifacts", "label", str(tmp_path / "tr")]
+    for _ in range(2):  # the same command again changes nothing
+        assert main([*label, "--pictures", str(tmp_path / "rate")]) == 0
+    listed = tmp_path / "rate" / "ratings.jsonl"
+    rows = [json.loads(line) for line in listed.read_text().splitlines()]
+    assert [row["id"] for row in rows] == [r.id for r in store.records] and rows[0]["severity"] is None
+    old = read_shard(store.paths[0])
+    first = np.asarray(Image.open(tmp_path / "rate" / rows[0]["image"]))
+    assert (first == old.tensors["picture"][0].numpy()).all()
+
+    rows[0]["severity"], rows[1]["severity"], rows[2]["histogram"] = 4, 0.5, [0, 1, 1, 0, 0, 0]
+    listed.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {**rows[0], "id": "nobody"}]))
+    assert main([*label, "--ratings", str(listed), "-o", str(tmp_path / "new"), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert said["labelled"] == 3 and said["unknown"] == ["nobody"]
+    new = Store(tmp_path / "new")
+    labels = {r.id: r.label and r.label.severity for r in new.records}
+    assert [labels[row["id"]] for row in rows[:4]] == [4, 0.5, 1.5, None]
+    assert torch.equal(read_shard(new.paths[0]).tensors["x0"], old.tensors["x0"]) and new.digest != store.digest
+
+    for more, message in (
+        ([], "one of the two"), (["--ratings", str(listed)], "belong together"),
+        (["--pictures", str(tmp_path / "tr")], "other settings"),
+        (["--ratings", str(listed), "-o", str(tmp_path / "rate")], "other settings"),
+    ):  # fmt: skip
+        assert main([*label, *more]) == 2 and message in capsys.readouterr().err
 
 
 def test_bad_settings(tmp_path: Path) -> None:

@@ -41,6 +41,10 @@ def test_train_score_and_evaluate(
     rows = [json.loads(line) for line in lines.read_text().splitlines()]
     assert said["trajectories"] == len(rows) == 320 and all(len(r["bad"]) == len(r["progress"]) for r in rows)
 
+    assert main(["artifacts", "score", folder, "-e", str(out), "--maps", str(tmp_path / "maps.png")]) == 2
+    assert "--maps: this" in (said := capsys.readouterr().err) or "without their pictures" in said
+    assert not (tmp_path / "maps.png").exists()
+
     assert main(["artifacts", "evaluate", folder, "-e", str(out), "--against", folder, "--json"]) == 0
     graded = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert graded["pictures"] == 80 and graded["figures"]["auroc_50"]["low"] < graded["figures"]["auroc_50"]["value"]

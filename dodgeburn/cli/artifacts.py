@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dodgeburn.cli import artifacts_collect, artifacts_evaluate, artifacts_score, artifacts_train
+from dodgeburn.cli import artifacts_collect, artifacts_evaluate, artifacts_label, artifacts_score, artifacts_train
 from dodgeburn.cli.verbs import run_verb
 
-HELP = "estimate artifacts early in denoising: collect trajectories, train, score and evaluate estimators"
+HELP = "estimate artifacts early in denoising: collect and label trajectories, train, score and evaluate estimators"
 # Each has HELP, EXAMPLE and main(args), and imports what is heavy inside functions.
 MODULES = {
-    "collect": artifacts_collect, "train": artifacts_train, "score": artifacts_score, "evaluate": artifacts_evaluate,
+    "collect": artifacts_collect, "label": artifacts_label, "train": artifacts_train, "score": artifacts_score,
+    "evaluate": artifacts_evaluate,
 }  # fmt: skip
 EXAMPLES = {verb: module.EXAMPLE for verb, module in MODULES.items()}
 

@@ -171,8 +171,8 @@ def _labeller(options: Collect, of_pocket: bool) -> tuple[Labeller, str]:
     name = ("reader" if of_pocket else "none") if options.label == "auto" else options.label
     if name == "none":
         if options.label == "auto":
-            print(f"{options.model} is no model of the pocket world: the pictures stay without labels, rate them and "
-                  "give the ratings with --ratings", file=sys.stderr)  # fmt: skip
+            print(f"{options.model} is no model of the pocket world: the pictures stay without labels, until people "
+                  "rate them (dodgeburn artifacts label)", file=sys.stderr)  # fmt: skip
         return unlabelled, "none"
     if not of_pocket:
         raise UserError(f"{options.model} is no model of the pocket world: the {name} can't label its pictures")

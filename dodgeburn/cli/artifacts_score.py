@@ -30,6 +30,9 @@ class Score:
     """Write a line of JSON for each trajectory."""
     worst: int = 5
     """How many of the worst to print."""
+    maps: Annotated[Path | None, tyro.conf.arg(metavar="PNG")] = None
+    """A sheet of the worst: the finished picture, and where defects are expected after a quarter, half and all of the
+    way. For estimators that learned from masks, and trajectories that kept their pictures."""
     json: bool = False
     """Print one JSON object as the last line."""
 
@@ -41,8 +44,11 @@ def main(args: list[str]) -> int:
     options = parse(Score, args, "artifacts score", EXAMPLE)
     if not options.stores:
         raise UserError(f"no trajectories: name folders of `artifacts collect`, as in {EXAMPLE}")
-    if options.out is not None:
-        check_output(options.out)
+    for path in (options.out, options.maps):
+        if path is not None:
+            check_output(path)
+    if options.maps is not None and (options.maps.suffix.lower() != ".png" or options.worst < 1):
+        raise UserError(f"--maps {options.maps}: expected a name that ends in .png, and --worst from 1 up")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", DodgeburnWarning)
         rows, broken = _score(options)
@@ -56,15 +62,42 @@ def main(args: list[str]) -> int:
         print(f"{row['id']}: P(bad) {curve}; severity {row['severity'][-1]:.1f}, {types}")
     if options.out is not None:
         print(f"wrote {options.out}")
+    if options.maps is not None:
+        _draw(options, options.maps, [row["id"] for row in sorted(rows, key=lambda r: -r["bad"][-1])[: options.worst]])
     if options.json:
         given_up = sum(row["given_up_at"] is not None for row in rows)
         mean = sum(row["bad"][-1] for row in rows) / len(rows)
         found = {
             "trajectories": len(rows), "mean_bad": round(mean, 4), "given_up": given_up, "broken": broken,
             "out": None if options.out is None else str(options.out),
+            "maps": None if options.maps is None else str(options.maps),
         }  # fmt: skip
         print(json.dumps(found))
     return 0
+
+
+def _draw(options: Score, out: Path, worst: list[str]) -> None:
+    """The sheet of where their defects are expected."""
+    from dodgeburn.checkpoint.atomic import write_atomic
+    from dodgeburn.foresee.estimator import PACKAGED, Estimator
+    from dodgeburn.foresee.maps import Place, sheet
+    from dodgeburn.foresee.shards import Store
+    from dodgeburn.images.png import png_bytes
+
+    estimator, store = Estimator.load(options.estimator or PACKAGED), Store(*options.stores)
+    found: dict[str, Place] = {}
+    for batch in store.batches(64, (*estimator.tensors, "progress", "picture"), where=lambda r: r.id in worst):
+        judged = estimator.judge_batch(batch)
+        assert judged.heatmap is not None
+        for i, r in enumerate(batch.records):
+            k = int(batch.there[i].sum())
+            found[r.id] = Place(
+                f"{r.generator}, seed {r.seed}", batch.tensors["picture"][i].numpy(), judged.heatmap[i, :k].numpy(),
+                batch.tensors["progress"][i, :k].float().numpy(), judged.bad[i, :k].numpy(),
+            )  # fmt: skip
+    about = {"sheet": "where defects are expected", "estimator": str(options.estimator or "pocket"), "worst": worst}
+    write_atomic(out, png_bytes(sheet([found[name] for name in worst]), own=about))
+    print(f"wrote {out}")
 
 
 def _score(options: Score) -> tuple[list[dict[str, Any]], dict[str, str]]:
@@ -76,10 +109,15 @@ def _score(options: Score) -> tuple[list[dict[str, Any]], dict[str, str]]:
     from dodgeburn.foresee.labels import TYPES
     from dodgeburn.foresee.policy import policy_of
     from dodgeburn.foresee.shards import Store
+    from dodgeburn.foresee.train import draws
 
     estimator = Estimator.load(options.estimator or PACKAGED)
     store = Store(*options.stores)
     check_space(estimator, store)
+    if options.maps is not None and not draws(estimator.network.settings):
+        raise UserError("--maps: this estimator sees nothing that has places, x0 or maps say: it draws no maps")
+    if options.maps is not None and not store.has("picture"):
+        raise UserError("--maps: these trajectories were collected without their pictures")
     policy = policy_of(estimator.record.get("policy", {"kind": "never"}))
     ahead, plan = estimator.ahead, tuple(estimator.record.get("policy_plan", ()))
     rows: list[dict[str, Any]] = []

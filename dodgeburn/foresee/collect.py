@@ -7,7 +7,7 @@ that was interrupted goes on with the shards that are missing, and several proce
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -273,20 +273,3 @@ def oracle(reader_name: str) -> Labeller:
 def unlabelled(pictures: np.ndarray, prompts: Sequence[str], drawn: Drawn) -> list[Found]:
     """Nobody has said anything yet."""
     return [Found(None)] * len(prompts)
-
-
-def relabelled(shards: Iterator[Shard], label: Callable[[np.ndarray, Sequence[str]], list[Found]]) -> Iterator[Shard]:
-    """Shards that keep their pictures, with new labels and masks. Raises UserError for shards without pictures."""
-    from dataclasses import replace
-
-    for shard in shards:
-        if "picture" not in shard.tensors:
-            raise UserError("these trajectories were collected without their pictures: they can't be labelled again")
-        said = label(shard.tensors["picture"].numpy(), [r.prompt for r in shard.records])
-        records = [replace(r, label=s.label, extra={**r.extra, **(s.extra or {})})
-                   for r, s in zip(shard.records, said, strict=True)]  # fmt: skip
-        tensors = dict(shard.tensors)
-        masks = [s.mask for s in said if s.mask is not None]
-        if len(masks) == len(said):
-            tensors["mask"] = torch.from_numpy(np.stack(masks))
-        yield Shard(records, tensors, shard.space)

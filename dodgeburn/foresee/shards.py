@@ -275,6 +275,14 @@ class Store:
             self.broken[str(path)] = reason
             warnings.warn(f"shard left out: {reason}", DodgeburnWarning, stacklevel=3)
 
+    def has(self, name: str) -> bool:
+        """Whether all shards have this tensor."""
+        for path in self.paths:
+            with TensorFile(path) as file:
+                if name not in file.keys():
+                    return False
+        return True
+
     def __len__(self) -> int:
         """Trajectories."""
         return len(self.records)

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dodgeburn.checkpoint.tensorfile import TensorFile
 from dodgeburn.errors import DodgeburnWarning, UserError
 from dodgeburn.foresee.drawn import Drawings, batches
 from dodgeburn.foresee.estimator import Calibration, Estimator, raw_bad
@@ -115,7 +114,7 @@ def fit(
     network = begin or Network(store.space, settings.network)
     tensors = Estimator(network).fed
     words = settings.network.words if "text" in settings.network.inputs else 0
-    seen = (*tensors, "mask") if draws(settings.network) and has_masks(store) else tensors
+    seen = (*tensors, "mask") if draws(settings.network) and store.has("mask") else tensors
     feed = Feed(store, of("fit"), seen, settings.prompts, settings.per_prompt, settings.moments, words, settings.seed)
     if begin is None:
         set_scales(network, feed)
@@ -203,15 +202,6 @@ def principal(x: Tensor, count: int) -> Tensor:
 def draws(settings: NetworkSettings) -> bool:
     """Whether the network can say where."""
     return settings.heatmap and bool(set(SPATIAL) & set(settings.inputs))
-
-
-def has_masks(store: Store) -> bool:
-    """Whether all shards know where the artifacts are."""
-    for path in store.paths:
-        with TensorFile(path) as file:
-            if "mask" not in file.keys():
-                return False
-    return True
 
 
 def losses_of(out: Outputs, tensors: dict[str, Tensor], targets: Targets, settings: FitSettings) -> dict[str, Tensor]:
