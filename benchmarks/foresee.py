@@ -252,8 +252,10 @@ class Bench:
         for name, chosen in (
             ("50 steps", original.OriginalSettings(50, width=256)),
             ("1500 steps", original.OriginalSettings(1500, 256, balanced=False, width=256)),
+            ("1500 steps, tiny VAE", original.OriginalSettings(1500, 256, balanced=False, width=256, tiny=True)),
         ):
-            made = original.train_original(data, self.parts.folder / "original", chosen)
+            folder = self.parts.folder / ("original-tiny" if chosen.tiny else "original")
+            made = original.train_original(data, folder, chosen)
             noisy = original.noised(test.latents, original.LOG_SNR, torch.Generator().manual_seed(1))
             for where, x_t in (("forward_noised", noisy), ("trajectory", half)):
                 score, true = made.score(x_t), test.severity.numpy()

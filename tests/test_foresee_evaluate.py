@@ -11,7 +11,7 @@ from foresee_store import SPACE, made_up_store
 from tiny import tiny_model
 
 from dodgeburn.errors import DodgeburnWarning, UserError
-from dodgeburn.foresee import original, savings, scores
+from dodgeburn.foresee import original, savings, scores, tiny_vae
 from dodgeburn.foresee.branching import branches, ceiling
 from dodgeburn.foresee.estimator import Estimator
 from dodgeburn.foresee.evaluate import (
@@ -214,6 +214,29 @@ def test_the_preview_matrix_is_found_again() -> None:
     found = original.fit_preview(latents, pictures)
     assert (found - matrix).abs().max() < 0.02  # 8 bits, and cut off at black and white
     assert original.preview(latents, matrix).dtype == torch.uint8
+
+
+def test_a_tiny_vae_is_fitted_loaded_and_seen_by(tmp_path: Path) -> None:
+    g = torch.Generator().manual_seed(0)
+    latents = torch.randn(24, 4, 4, 4, generator=g)
+    level = ((latents[:, 0] / 3).tanh() * 100 + 128).round().to(torch.uint8)  # brightness is the first channel
+    pictures = level.repeat_interleave(4, 1).repeat_interleave(4, 2)[..., None].repeat(1, 1, 1, 3)
+    tiny = tiny_vae.fit_tiny(latents, pictures, tmp_path / "fit", steps=150)
+    shown = tiny_vae.show(tiny, latents)
+    assert shown.shape == pictures.shape and shown.dtype == torch.uint8
+    apart = (shown.float() - pictures.float()).square().mean().sqrt()
+    assert apart < 0.5 * pictures.float().std()
+    tiny.save_pretrained(tmp_path / "taesd")
+    assert (tiny_vae.show(tiny_vae.load_tiny(tmp_path / "taesd"), latents) == shown).all()
+
+    data = original.Finished(latents, torch.arange(24) % 6.0, ["a", "b"] * 12, pictures)
+    quick = original.OriginalSettings(4, width=8, encoder_steps=2, encoder_batch=4, tiny=True)
+    made = original.train_original(data, tmp_path / "route", quick)
+    assert made.show(latents).shape == pictures.shape and made.score(latents).shape == (24,)
+    with pytest.raises(UserError, match="no tiny VAE's folder"):
+        tiny_vae.load_tiny(tmp_path)
+    with pytest.raises(UserError, match="power of two"):
+        tiny_vae.fit_tiny(latents, pictures[:, :12, :12], tmp_path / "no")
 
 
 def test_five_linear_layers_are_one_linear_function() -> None:

@@ -6,13 +6,17 @@ with their prompts turns it into a vector, and five linear layers without activa
 guess the artifact rating 0..5 with a squared error. With batches of 8 192 for some thousand rows an epoch is one
 optimiser step: 25 of them, and 25 more on a class-balanced part, whose best constant is 2.5. It returned 2.5.
 
-Here the matrix is fitted to the VAE at hand by least squares, and the number of optimiser steps is a setting.
+Here the matrix is fitted to the VAE at hand by least squares, and the number of optimiser steps is a setting. A tiny VAE
+can show the previews in its place (`tiny_vae.py`), at the pictures' full size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +26,7 @@ from torch.nn import functional as F
 from dodgeburn.errors import UserError
 from dodgeburn.foresee.feed import Where, words_of
 from dodgeburn.foresee.shards import Store
+from dodgeburn.foresee.tiny_vae import fit_tiny, show
 from dodgeburn.training.loop import LoopSettings, train
 
 BATCH = 8192
@@ -79,7 +84,7 @@ def five_layers(inputs: int, width: int = 1024) -> nn.Sequential:
 @dataclass(frozen=True)
 class OriginalSettings:
     """steps: optimiser steps of the head. balanced: half of them on the class-balanced part, as it was. batch: 8 192 is
-    the original's; more than there are rows means one step an epoch."""
+    the original's; more than there are rows means one step an epoch. tiny: previews by a tiny VAE, not by the matrix."""
 
     steps: int = 50
     batch: int = BATCH
@@ -87,6 +92,7 @@ class OriginalSettings:
     width: int = 1024
     encoder_steps: int = 300
     encoder_batch: int = 32
+    tiny: bool = False
     seed: int = 0
 
 
@@ -94,14 +100,14 @@ class OriginalSettings:
 class Original:
     """The trained pipeline: noisy latents in, artifact rating out."""
 
-    matrix: Tensor
+    show: Callable[[Tensor], Tensor]  # latents [n, c, h, w] to previews uint8 [n, h', w', 3]
     encoder: PreviewEncoder
     head: nn.Sequential
 
     @torch.no_grad()
     def score(self, x_t: Tensor) -> np.ndarray:
         """Estimated severity of noisy latents [n, c, h, w]; float [n]."""
-        found: np.ndarray = self.head(self.encoder(preview(x_t, self.matrix)))[:, 0].numpy()
+        found: np.ndarray = self.head(self.encoder(self.show(x_t)))[:, 0].numpy()
         return found
 
 
@@ -184,14 +190,19 @@ def train_head(x: Tensor, severity: Tensor, folder: Path, settings: OriginalSett
     return head
 
 
-def train_original(data: Finished, folder: Path, settings: OriginalSettings | None = None) -> Original:
-    """The whole route on finished pictures."""
+def train_original(
+    data: Finished, folder: Path, settings: OriginalSettings | None = None, tiny: Any = None
+) -> Original:
+    """The whole route on finished pictures. tiny: a tiny VAE (`load_tiny`) to see previews by; fitted to these pictures
+    where the settings ask for one and none is given."""
     settings = settings or OriginalSettings()
-    matrix = fit_preview(data.latents, data.pictures)
+    if settings.tiny and tiny is None:
+        tiny = fit_tiny(data.latents, data.pictures, folder / "tiny-vae", seed=settings.seed)
+    by = partial(preview, matrix=fit_preview(data.latents, data.pictures)) if tiny is None else partial(show, tiny)
     generator = torch.Generator().manual_seed(settings.seed)
-    previews = preview(noised(data.latents, LOG_SNR, generator), matrix)
+    previews = by(noised(data.latents, LOG_SNR, generator))
     encoder = train_encoder(previews, data.prompts, folder / "encoder", settings)
     with torch.no_grad():
         vectors = encoder(previews)
     head = train_head(vectors, data.severity, folder / f"head-{settings.steps}-{settings.batch}", settings)
-    return Original(matrix, encoder, head)
+    return Original(by, encoder, head)
