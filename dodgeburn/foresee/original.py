@@ -6,8 +6,8 @@ with their prompts turns it into a vector, and five linear layers without activa
 guess the artifact rating 0..5 with a squared error. With batches of 8 192 for some thousand rows an epoch is one
 optimiser step: 25 of them, and 25 more on a class-balanced part, whose best constant is 2.5. It returned 2.5.
 
-Here the matrix is fitted to the VAE at hand by least squares, and the number of optimiser steps is a setting. A tiny VAE
-can show the previews in its place (`tiny_vae.py`), at the pictures' full size.
+Here the matrix is fitted to the VAE at hand by least squares, and the number of optimiser steps is a setting. A tiny
+VAE can show the previews in its place (`tiny_vae.py`), at the pictures' full size.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def five_layers(inputs: int, width: int = 1024) -> nn.Sequential:
 @dataclass(frozen=True)
 class OriginalSettings:
     """steps: optimiser steps of the head. balanced: half of them on the class-balanced part, as it was. batch: 8 192 is
-    the original's; more than there are rows means one step an epoch. tiny: previews by a tiny VAE, not by the matrix."""
+    the original's; more than there are rows means one step an epoch. tiny: previews by a tiny VAE, not a matrix."""
 
     steps: int = 50
     batch: int = BATCH

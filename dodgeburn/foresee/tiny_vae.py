@@ -1,7 +1,7 @@
-"""A tiny decoder that shows latents at a hundredth of the VAE's cost (diffusers' AutoencoderTiny, as TAESD is one).
+"""A tiny decoder that shows what latents hold without the VAE (diffusers' AutoencoderTiny, as TAESD is one).
 
-For real models a folder of TAESD weights is loaded; for any other model the same network, smaller, is fitted to finished
-latents and their pictures.
+For real models a folder of TAESD weights is loaded; for any other model the same network, smaller, is fitted to
+finished latents and their pictures.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ def load_tiny(folder: str | Path) -> Any:
     from diffusers import AutoencoderTiny
 
     try:
-        return AutoencoderTiny.from_pretrained(str(folder), local_files_only=True).eval()
+        tiny: Any = AutoencoderTiny.from_pretrained(str(folder), local_files_only=True)
+        return tiny.eval()
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}: no tiny VAE's folder ({str(error).splitlines()[0][:100]})") from None
 
 
 def fit_tiny(latents: Tensor, pictures: Tensor, folder: Path, steps: int = 400, seed: int = 0) -> Any:
-    """Fit one to latents [n, c, h, w] and their pictures (uint8 [n, H, W, 3], H a power of two times h) by squared error.
+    """Fit one to latents [n, c, h, w] and their pictures (uint8 [n, H, W, 3]) by squared error.
 
-    folder: for the checkpoint. Raises UserError for sizes that no such decoder has.
+    H is h times a power of two. folder: for the checkpoint. Raises UserError for sizes that no such decoder has.
     """
     from diffusers import AutoencoderTiny
 
@@ -43,7 +44,7 @@ def fit_tiny(latents: Tensor, pictures: Tensor, folder: Path, steps: int = 400, 
         )
     levels = factor.bit_length()
     torch.manual_seed(seed)
-    tiny = AutoencoderTiny(
+    tiny: Any = AutoencoderTiny(
         latent_channels=latents.shape[1], decoder_block_out_channels=(WIDTH,) * levels,
         num_decoder_blocks=(1,) * levels, encoder_block_out_channels=(8,) * levels, num_encoder_blocks=(1,) * levels,
     )  # fmt: skip
