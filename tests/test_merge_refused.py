@@ -30,8 +30,8 @@ __all__ = ["files"]  # a fixture
 def test_integers_are_copied_never_averaged(tmp_path: Path) -> None:
     a, b = single_file("sd15", 1), single_file("sd15", 2)
     b[IDS] = b[IDS] + 100
-    result = merge(*pair(tmp_path, a, b), tmp_path / "m", base=0.5)
-    assert torch.equal(load_tensors(tmp_path / "m")[IDS], a[IDS])
+    result = merge(*pair(tmp_path, a, b), tmp_path / "m.safetensors", base=0.5)
+    assert torch.equal(load_tensors(tmp_path / "m.safetensors")[IDS], a[IDS])
     assert result.plan.issues["integers"] == [IDS]
 
 
@@ -43,10 +43,10 @@ def test_missing_and_extra_tensors_are_counted(tmp_path: Path) -> None:
     b["unrelated"] = torch.zeros(2)
     a["model_ema.decay"] = torch.tensor(0.5)
     with pytest.warns(DodgeburnWarning) as caught:
-        result = merge(*pair(tmp_path, a, b), tmp_path / "m", base=0.5)
+        result = merge(*pair(tmp_path, a, b), tmp_path / "m.safetensors", base=0.5)
     said = " | ".join(str(w.message) for w in caught)
     assert "2 tensors not in B" in said and "1 tensor only in B" in said and "1 tensor outside" in said
-    out = load_tensors(tmp_path / "m")
+    out = load_tensors(tmp_path / "m.safetensors")
     assert out.keys() == a.keys()
     assert torch.equal(out[u + "out.2.bias"], a[u + "out.2.bias"])
     assert result.plan.counts == {"missing_in_b": 2, "extra_in_b": 1, "outside": 1}
@@ -59,16 +59,16 @@ def test_kept_parts_may_be_missing_or_of_another_size_in_b(tmp_path: Path) -> No
     b["first_stage_model.decoder.conv_out.bias"] = torch.zeros(9).half()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        result = merge(*pair(tmp_path, a, b), tmp_path / "m", base=0.5, keep=["text", "vae"])
+        result = merge(*pair(tmp_path, a, b), tmp_path / "m.safetensors", base=0.5, keep=["text", "vae"])
     assert result.plan.counts == {"shape_differs": 1}
 
 
 def test_architectures_are_never_mixed(files: SimpleNamespace, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="sdxl-a.safetensors is SDXL, sd15-b.safetensors is Stable Diffusion 1.5"):
-        merge(files.sdxl_a, files.sd15_b, tmp_path / "m")
+        merge(files.sdxl_a, files.sd15_b, tmp_path / "m.safetensors")
     save_tensors(tmp_path / "lora", {"lora_unet_x.lora_down.weight": torch.zeros(1)}, {})
     with pytest.raises(UserError, match="lora: .*it is a LoRA"):
-        merge(files.sdxl_a, tmp_path / "lora", tmp_path / "m")
+        merge(files.sdxl_a, tmp_path / "lora", tmp_path / "m.safetensors")
     assert left(tmp_path) == ["lora"]
 
 
@@ -76,7 +76,7 @@ def test_other_shapes_are_refused_by_name(tmp_path: Path) -> None:
     a, b = small(1), small(2)
     b[CONV_IN] = torch.zeros(4, 9).half()
     with pytest.raises(UserError, match=r"1 tensors of b.safetensors .*input_blocks.0.0.weight: \[4, 9\] instead of"):
-        merge(*pair(tmp_path, a, b), tmp_path / "m")
+        merge(*pair(tmp_path, a, b), tmp_path / "m.safetensors")
     assert left(tmp_path) == ["a.safetensors", "b.safetensors"]
 
 
@@ -86,7 +86,7 @@ def test_nothing_in_common(tmp_path: Path) -> None:
     a = {f"{u}{n}weight": torch.zeros(1) for n in names}
     b = {f"{u}{n}bias": torch.zeros(1) for n in names}
     with pytest.raises(UserError, match="none of A's 3 tensors"):
-        merge(*pair(tmp_path, a, b), tmp_path / "m")
+        merge(*pair(tmp_path, a, b), tmp_path / "m.safetensors")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -101,10 +101,10 @@ def test_nan_and_infinity_are_errors(tmp_path: Path, value: float, bad: str, bas
         warnings.simplefilter("ignore", DodgeburnWarning)
         if used:
             with pytest.raises(UserError, match=f"tensor {CONV_IN} of {bad} has NaN"):
-                merge(*paths, tmp_path / "m", base=base)
+                merge(*paths, tmp_path / "m.safetensors", base=base)
             assert left(tmp_path) == ["a.safetensors", "b.safetensors"]
         else:
-            merge(*paths, tmp_path / "m", base=base)
+            merge(*paths, tmp_path / "m.safetensors", base=base)
 
 
 def test_overflow_is_an_error(tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_overflow_is_an_error(tmp_path: Path) -> None:
     b[CONV_IN][0, 0] = 1e6
     paths = pair(tmp_path, small(1), b)
     with pytest.raises(UserError, match=f"{CONV_IN} of the result is too large for F16"):
-        merge(*paths, tmp_path / "m", base=0.9)
+        merge(*paths, tmp_path / "m.safetensors", base=0.9)
     assert left(tmp_path) == ["a.safetensors", "b.safetensors"]
 
 
@@ -122,7 +122,7 @@ def test_the_first_bad_tensor_is_named_at_any_number_of_threads(tmp_path: Path, 
     paths = pair(tmp_path, a, small(2))
     for threads in (1, 4):
         with pytest.raises(UserError, match=CONV_IN):
-            merge(*paths, tmp_path / "m", threads=threads)
+            merge(*paths, tmp_path / "m.safetensors", threads=threads)
 
 
 # ---- bad input and trouble
@@ -131,7 +131,7 @@ def test_the_first_bad_tensor_is_named_at_any_number_of_threads(tmp_path: Path, 
 @pytest.mark.parametrize("link", ["itself", "symlink", "hardlink", "b"])
 def test_output_is_never_an_input(tmp_path: Path, link: str) -> None:
     a, b = pair(tmp_path, small(1), small(2))
-    out = {"itself": a, "b": b}.get(link, tmp_path / "m")
+    out = {"itself": a, "b": b}.get(link, tmp_path / "m.safetensors")
     if link == "symlink":
         out.symlink_to(a)
     elif link == "hardlink":
@@ -154,12 +154,12 @@ def test_output_is_never_an_input(tmp_path: Path, link: str) -> None:
         ({"xl_presets": "stretch"}, "stretch"),
         ({"threads": 0}, "threads"),
         ({"a": "none.safetensors"}, "none.safetensors does not exist"),
-        ({"out": "no/such/folder/x"}, "not a folder"),
+        ({"out": "no/such/folder/x.safetensors"}, "not a folder"),
     ],
 )
 def test_wrong_settings_write_nothing(tmp_path: Path, change: dict[str, Any], what: str) -> None:
     a, b = pair(tmp_path, small(1), small(2))
-    settings = {"a": a, "b": b, "out": tmp_path / "m", "preset": "GradV"} | change
+    settings = {"a": a, "b": b, "out": tmp_path / "m.safetensors", "preset": "GradV"} | change
     with pytest.raises(UserError, match=what):
         merge(**settings)
     assert left(tmp_path) == ["a.safetensors", "b.safetensors"]
@@ -177,8 +177,8 @@ def test_disk_full_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         return real(fd, data, offset)
 
     monkeypatch.setattr(os, "pwrite", full)
-    with pytest.raises(UserError, match="m cannot be written: the disk is full"):
-        merge(a, b, tmp_path / "m")
+    with pytest.raises(UserError, match="m.safetensors cannot be written: the disk is full"):
+        merge(a, b, tmp_path / "m.safetensors")
     assert left(tmp_path) == ["a.safetensors", "b.safetensors"]
 
 
@@ -189,7 +189,7 @@ def test_a_real_file_size_limit(tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:
         with pytest.raises(UserError, match="larger than the system allows"):
-            merge(a, b, tmp_path / "m")
+            merge(a, b, tmp_path / "m.safetensors")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert left(tmp_path) == ["a.safetensors", "b.safetensors"]
@@ -200,7 +200,7 @@ def test_unwritable_folder(tmp_path: Path) -> None:
     a, b = pair(tmp_path, small(1), small(2))
     (tmp_path / "closed").mkdir(mode=0o500)
     with pytest.raises(UserError, match="Permission denied"):
-        merge(a, b, tmp_path / "closed" / "m")
+        merge(a, b, tmp_path / "closed" / "m.safetensors")
 
 
 def test_unwritable_place_even_for_root(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def test_nan_and_infinity_in_any_model(
         tensors[CONV_IN][2, 1] = value
         save_tensors(four[name], tensors, {})
         with pytest.raises(UserError, match=f"tensor {CONV_IN} of {name}.safetensors has NaN"):
-            merge(four["a"], four["b"], tmp_path / "m", base=0.4, **settings)  # type: ignore[arg-type]
+            merge(four["a"], four["b"], tmp_path / "m.safetensors", base=0.4, **settings)  # type: ignore[arg-type]
         four[name].write_bytes(good)
 
 
@@ -91,8 +91,8 @@ def test_small_tensors_share_a_tile_and_errors_still_name_one(four: dict[str, Pa
     large = {k: t.float() * (1e6 if k == key else 1) for k, t in load_tensors(four["b"]).items()}
     save_tensors(four["b"], large, {})
     with pytest.raises(UserError, match=f"{key} of the result is too large for F16"):
-        merge(four["a"], four["b"], tmp_path / "m", base=0.3)
-    merge(four["a"], four["b"], tmp_path / "m", base=0.3, dtype="bf16")
+        merge(four["a"], four["b"], tmp_path / "m.safetensors", base=0.3)
+    merge(four["a"], four["b"], tmp_path / "m.safetensors", base=0.3, dtype="bf16")
 
 
 def test_float8_does_not_cut_off_what_is_too_large(four: dict[str, Path], tmp_path: Path) -> None:
@@ -100,21 +100,21 @@ def test_float8_does_not_cut_off_what_is_too_large(four: dict[str, Path], tmp_pa
     tensors[CONV_IN][0, 0] = 2000.0
     save_tensors(four["b"], tensors, {})
     with pytest.raises(UserError, match=f"{CONV_IN} of the result is too large for F8_E4M3"):
-        merge(four["a"], four["b"], tmp_path / "m", base=0.5, dtype="fp8_e4m3fn")
+        merge(four["a"], four["b"], tmp_path / "m.safetensors", base=0.5, dtype="fp8_e4m3fn")
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if METHODS[m].zero_is_a])
 def test_alpha_zero_is_a_in_files(method: str, four: dict[str, Path], tmp_path: Path) -> None:
     with pytest.warns(DodgeburnWarning, match="takes anything from B"):
-        merge(four["a"], four["b"], tmp_path / "m", base=0, **arguments(method, four))  # type: ignore[arg-type]
-    assert same(load_tensors(tmp_path / "m"), load_tensors(four["a"]))
+        merge(four["a"], four["b"], tmp_path / "m.safetensors", base=0, **arguments(method, four))  # type: ignore[arg-type]
+    assert same(load_tensors(tmp_path / "m.safetensors"), load_tensors(four["a"]))
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16", "fp8_e4m3fn"])
 def test_output_types(dtype: str, four: dict[str, Path], tmp_path: Path) -> None:
     kinds = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8_e4m3fn": torch.float8_e4m3fn}
-    merge(four["a"], four["b"], tmp_path / "m", base=0.3, keep=["vae"], dtype=dtype)
-    a, b, out = load_tensors(four["a"]), load_tensors(four["b"]), load_tensors(tmp_path / "m")
+    merge(four["a"], four["b"], tmp_path / "m.safetensors", base=0.3, keep=["vae"], dtype=dtype)
+    a, b, out = load_tensors(four["a"]), load_tensors(four["b"]), load_tensors(tmp_path / "m.safetensors")
     for key in a:
         wide = a[key].float() if "first_stage" in key else torch.lerp(a[key].float(), b[key].float(), 0.3)
         assert out[key].dtype == kinds[dtype] and torch.equal(out[key].float(), wide.to(kinds[dtype]).float())
@@ -122,10 +122,10 @@ def test_output_types(dtype: str, four: dict[str, Path], tmp_path: Path) -> None
 
 def test_rules_and_components(four: dict[str, Path], tmp_path: Path) -> None:
     merge(
-        four["a"], four["b"], tmp_path / "m", base=0.5, components={"clip_g": 1, "vae": 0},
+        four["a"], four["b"], tmp_path / "m.safetensors", base=0.5, components={"clip_g": 1, "vae": 0},
         rules=["IN00-IN01:NOT layers:0", "M00::1", "NOT IN00,M00,IN01:emb:0"],
     )  # fmt: skip
-    a, b, out = load_tensors(four["a"]), load_tensors(four["b"]), load_tensors(tmp_path / "m")
+    a, b, out = load_tensors(four["a"]), load_tensors(four["b"]), load_tensors(tmp_path / "m.safetensors")
     from_a, from_b = [CONV_IN, "time_embed", "label_emb", "first_stage"], ["middle_block", "embedders.1"]
     for key in a:
         of_a, of_b = any(w in key for w in from_a), any(w in key for w in from_b)
@@ -172,7 +172,7 @@ def test_settings_that_are_wrong(wrong: dict[str, object], message: str, four: d
         wrong = wrong | {"more": [four["c"]]}
     before = left(tmp_path)
     with pytest.raises(UserError, match=message):
-        merge(four["a"], four["b"], tmp_path / "m", **wrong)  # type: ignore[arg-type]
+        merge(four["a"], four["b"], tmp_path / "m.safetensors", **wrong)  # type: ignore[arg-type]
     assert left(tmp_path) == before
 
 
@@ -181,16 +181,16 @@ def test_hostile_third_models(four: dict[str, Path], tmp_path: Path) -> None:
     bad[CONV_IN] = torch.zeros(4, 9).half()
     save_tensors(tmp_path / "shape", bad, {})
     with pytest.raises(UserError, match=rf"{CONV_IN} of shape is \[4, 9\] instead of \[4, 4\]"):
-        merge(four["a"], four["b"], tmp_path / "m", method="average", more=[tmp_path / "shape"])
+        merge(four["a"], four["b"], tmp_path / "m.safetensors", method="average", more=[tmp_path / "shape"])
     bad[CONV_IN] = torch.full((4, 4), float("nan")).half()
     save_tensors(tmp_path / "nan", bad, {})
     with pytest.raises(UserError, match=f"{CONV_IN} of nan has NaN"):
-        merge(four["a"], four["b"], tmp_path / "m", method="average", more=[tmp_path / "nan"])
+        merge(four["a"], four["b"], tmp_path / "m.safetensors", method="average", more=[tmp_path / "nan"])
     bad = small(2)
     del bad["model.diffusion_model.out.2.bias"]
     save_tensors(tmp_path / "less", bad, {})
     with pytest.warns(DodgeburnWarning, match="1 tensor not in every other model"):
-        merge(four["a"], four["b"], tmp_path / "m", method="average", more=[tmp_path / "less"])
+        merge(four["a"], four["b"], tmp_path / "m.safetensors", method="average", more=[tmp_path / "less"])
     with pytest.raises(UserError, match="also an input"):
         merge(four["a"], four["b"], four["o"], method="add_difference", base_model=four["o"])
 
@@ -203,8 +203,8 @@ def test_command_line(four: dict[str, Path], tmp_path: Path, capsys: pytest.Capt
     assert main([*args, "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert "density = 0.5" in said and "c.safetensors" in said and "MB of memory" in said
-    assert main([*args, "-o", str(tmp_path / "m"), "--rule", "M00::0", "--component", "vae=0", "--dtype", "bf16"]) == 0
-    assert "ties" in capsys.readouterr().out and load_tensors(tmp_path / "m")[CONV_IN].dtype == torch.bfloat16
+    assert main([*args, "-o", str(tmp_path / "m.safetensors"), "--rule", "M00::0", "--component", "vae=0", "--dtype", "bf16"]) == 0
+    assert "ties" in capsys.readouterr().out and load_tensors(tmp_path / "m.safetensors")[CONV_IN].dtype == torch.bfloat16
     assert main([a, b, "--dry-run"]) == 0 and "A 50 % + B 50 %" in capsys.readouterr().out
     with pytest.raises(UserError, match="not NAME=NUMBER"):
         main([*args, "-o", str(tmp_path / "n"), "--param", "density"])
