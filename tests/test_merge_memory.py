@@ -42,8 +42,10 @@ def measured(job):
             time.sleep(0.002)
     thread = threading.Thread(target=watch)
     thread.start()
-    job()
-    done = True
+    try:
+        job()
+    finally:
+        done = True
     thread.join()
     print(before, peak)
 """
@@ -62,7 +64,7 @@ def test_of_a_merge(tmp_path: Path) -> None:
     """Files of 96 MB."""
     job = """
 files("ab", 16, 16, 16)
-measured(lambda: merge(f"{folder}/a", f"{folder}/b", f"{folder}/m", base=0.5, threads=4))
+measured(lambda: merge(f"{folder}/a", f"{folder}/b", f"{folder}/m.safetensors", base=0.5, threads=4))
 """
     before, peak = measured(job, tmp_path)
     assert before < peak < 300 and peak - before < 130
@@ -74,7 +76,7 @@ def test_of_a_chain(tmp_path: Path) -> None:
 files("abc", 16, 16, 16)
 steps = {"w": {"merge": ["a", "b"]}, "x": {"merge": ["w", "c"]}, "y": {"merge": ["x", "w"]}, "z": {"merge": ["y", "x"]}}
 graph = parse_graph({"models": {n: n for n in "abc"}, "steps": steps})
-measured(lambda: run_recipe(graph, f"{folder}/m", 2, beside(folder)))
+measured(lambda: run_recipe(graph, f"{folder}/m.safetensors", 2, beside(folder)))
 """
     before, peak = measured(job, tmp_path)
     assert before < peak and peak - before < 200
@@ -88,9 +90,9 @@ def test_of_methods_that_hold_whole_tensors(method: str, tmp_path: Path) -> None
     job = f"""
 files("abo", 1, 0, 0)
 settings = dict(method="{method}", base=0.4, base_model={base}, threads=2)
-merge(f"{{folder}}/a", f"{{folder}}/b", f"{{folder}}/m", **settings)  # what it imports is not counted
+merge(f"{{folder}}/a", f"{{folder}}/b", f"{{folder}}/m.safetensors", **settings)  # what it imports is not counted
 files("abo", 10, 0, 0)
-measured(lambda: merge(f"{{folder}}/a", f"{{folder}}/b", f"{{folder}}/m", **settings))
+measured(lambda: merge(f"{{folder}}/a", f"{{folder}}/b", f"{{folder}}/m.safetensors", **settings))
 """
     before, peak = measured(job, tmp_path)
     assert peak - before < 4 * 42 + 40
