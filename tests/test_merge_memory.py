@@ -54,7 +54,7 @@ def measured(job):
 def measured(job: str, folder: Path) -> tuple[float, float]:
     """MB of anonymous memory before a job and at its peak, in a process of its own."""
     command = [sys.executable, "-c", MEASURE + job, str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     before, peak = map(float, done.stdout.split())
     return before, peak
