@@ -203,8 +203,9 @@ def test_command_line(four: dict[str, Path], tmp_path: Path, capsys: pytest.Capt
     assert main([*args, "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert "density = 0.5" in said and "c.safetensors" in said and "MB of memory" in said
-    assert main([*args, "-o", str(tmp_path / "m.safetensors"), "--rule", "M00::0", "--component", "vae=0", "--dtype", "bf16"]) == 0
-    assert "ties" in capsys.readouterr().out and load_tensors(tmp_path / "m.safetensors")[CONV_IN].dtype == torch.bfloat16
+    out = tmp_path / "m.safetensors"
+    assert main([*args, "-o", str(out), "--rule", "M00::0", "--component", "vae=0", "--dtype", "bf16"]) == 0
+    assert "ties" in capsys.readouterr().out and load_tensors(out)[CONV_IN].dtype == torch.bfloat16
     assert main([a, b, "--dry-run"]) == 0 and "A 50 % + B 50 %" in capsys.readouterr().out
     with pytest.raises(UserError, match="not NAME=NUMBER"):
         main([*args, "-o", str(tmp_path / "n"), "--param", "density"])
