@@ -14,6 +14,7 @@ from tiny import tiny_model
 from dodgeburn.cli import generate_grid as grid
 from dodgeburn.cli.main import main
 from dodgeburn.images.png import read_png
+from dodgeburn.models import loading
 from dodgeburn.models.adapter_file import save_adapter
 from dodgeburn.models.saving import save_single_file
 
@@ -77,7 +78,9 @@ def test_every_combination_once_with_a_sheet_each(model_file: Path, tmp_path: Pa
     assert sorted(p.name for p in (tmp_path / "grid").iterdir()) == before
 
 
-def test_scales_of_a_lora_and_models(model_file: Path, tmp_path: Path, capsys) -> None:
+def test_scales_of_a_lora_and_models(model_file: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    real, loaded = loading.load_model, []
+    monkeypatch.setattr(loading, "load_model", lambda *args: loaded.append(args[0]) or real(*args))
     lora = tmp_path / "ours.safetensors"
     save_adapter(random_adapter(tiny_model("sdxl")), lora, "sdxl")
     axes = ["--x", "lora=0,1", "--y", f"model={model_file},{model_file.with_name('other.safetensors')}"]
@@ -86,7 +89,8 @@ def test_scales_of_a_lora_and_models(model_file: Path, tmp_path: Path, capsys) -
     rows = {(p["model"], p["x"], p["z"]): p for p in found["pictures"]}
     assert len(rows) == 8 and len(found["sheets"]) == 2
     assert all(p["loras"]["ours"] == p["x"] and p["seed"] == p["z"] for p in rows.values())
-    assert [p["model"] for p in found["pictures"]] == ["tiny"] * 4 + ["other"] * 4  # each loaded once
+    assert [p["model"] for p in found["pictures"]] == (["tiny"] * 2 + ["other"] * 2) * 2
+    assert len(loaded) == 2  # each once
     assert (pixels(rows["tiny", 0, 4]["path"]) == pixels(rows["other", 0, 4]["path"])).all()
     assert (pixels(rows["tiny", 0, 4]["path"]) != pixels(rows["tiny", 1, 4]["path"])).any()
 

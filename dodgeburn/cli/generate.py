@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dodgeburn.cli import generate_foresee as early
@@ -15,10 +16,12 @@ from dodgeburn.cli.generate_plan import Plan, plan_of, tell_source
 from dodgeburn.cli.loras import apply
 from dodgeburn.cli.options import given_options, parse
 from dodgeburn.cli.picture_files import (
+    SHEET,
     check_picture_name,
     is_picture_name,
+    made_before,
     new_folder,
-    save_free,
+    picture_path,
     write_sheet,
 )
 from dodgeburn.cli.warned import said_at_once
@@ -41,6 +44,8 @@ def main(args: list[str]) -> int:
     if f".{options.format}" not in KINDS:
         raise UserError(f"--format is {options.format!r}: expected {', '.join(k[1:] for k in KINDS)}")
     early.check(options.seeds, options.source, options.rule)
+    if options.resume and early.asked(options.seeds):
+        raise UserError("--best-of and --foresee choose among seeds while they draw: leave --resume out")
     if axes := grid.axes_of(options.grid):
         return _main_grid(options, axes, given)
     plan = plan_of(options, given)
@@ -51,8 +56,7 @@ def main(args: list[str]) -> int:
         check_picture_name(options.out, options.format if "format" in given else None)
     with said_at_once(), new_folder(options.out.parent if named else options.out):
         found = _run(options, plan)
-    count = len(found["pictures"])
-    print(f"wrote {count} picture{'' if count == 1 else 's'} to {options.out} in {found['seconds']} s")
+    print(_wrote(options, found))
     if found["sheet"]:
         print(f"sheet: {found['sheet']}")
     if "foresee" in found:
@@ -63,6 +67,13 @@ def main(args: list[str]) -> int:
     return 0
 
 
+def _wrote(options: Generate, found: dict[str, Any]) -> str:
+    """A line about the pictures."""
+    count = len(found["pictures"]) - found["kept"]
+    before = f", {found['kept']} were there" if options.resume else ""
+    return f"wrote {count} picture{'' if count == 1 else 's'} to {options.out} in {found['seconds']} s{before}"
+
+
 def _main_grid(options: Generate, axes: dict[str, grid.Axis], given: frozenset[str]) -> int:
     if early.asked(options.seeds):
         raise UserError("--best-of and --foresee choose among seeds, a grid shows every one: leave one out")
@@ -71,7 +82,7 @@ def _main_grid(options: Generate, axes: dict[str, grid.Axis], given: frozenset[s
     cells = grid.cells_of(options, axes, given)
     with said_at_once():
         found = grid.run(options, axes, cells)
-    print(f"wrote {len(found['pictures'])} pictures to {options.out} in {found['seconds']} s")
+    print(_wrote(options, found))
     for sheet in found["sheets"]:
         print(f"sheet: {sheet}")
     if options.json:
@@ -83,7 +94,7 @@ def _run(options: Generate, plan: Plan) -> dict[str, Any]:
     from tqdm import tqdm
 
     from dodgeburn.models.loading import load_model
-    from dodgeburn.sampling.loop import stream
+    from dodgeburn.sampling.loop import planned, stream
     from dodgeburn.sampling.saving import save_picture
 
     model = load_model(plan.model, options.device, plan.dtype, options.tokenizer)
@@ -91,13 +102,29 @@ def _run(options: Generate, plan: Plan) -> dict[str, Any]:
     adapters = apply(plan.loras, options.lora_blocks, model)
     tuned = None if plan.tuned is None else plan.tuned.load(options.device, plan.dtype, options.tokenizer)
     began = time.perf_counter()
-    made: list[Generated] = []
-    pictures = []
+    shown: dict[int, Generated] = {}  # on the sheet
+    rows: dict[int, dict[str, Any]] = {}
     said: dict[str, Any] = {}
+
+    def keep(picture: Generated, path: Path) -> None:
+        rows[picture.index] = {"path": str(path), "prompt": picture.prompt, "seed": picture.seed,
+                               "settings": picture.settings.model_dump()}  # fmt: skip
+        if picture.index < SHEET or not shown:
+            shown[picture.index] = picture
+
+    if options.resume:
+        for one in planned(model, plan.prompts, plan.seeds, plan.settings, adapters, tuned):
+            if plan.row in (None, one.index):
+                path = picture_path(options.out, plan.prompt, options.format, one, model)
+                if (picture := made_before(path, one, model)) is not None:
+                    keep(picture, path)
+    there = range(len(plan.seeds)) if plan.row in rows else tuple(rows)
+    written = 0
     # disable=None: a bar on a terminal only
     with tqdm(
-        total=len(plan.seeds) * plan.settings.steps, unit="step", disable=None, file=sys.stderr, leave=False
-    ) as bar:
+        total=(len(plan.seeds) - len(there)) * plan.settings.steps, unit="step", disable=None, file=sys.stderr,
+        leave=False,
+    ) as bar:  # fmt: skip
 
         def progress(step: Step) -> None:
             bar.update(len(step.indices))
@@ -110,37 +137,28 @@ def _run(options: Generate, plan: Plan) -> dict[str, Any]:
             )
         else:
             found = stream(
-                model,
-                plan.prompts,
-                plan.seeds,
-                plan.settings,
-                progress,
-                plan.batch_size,
-                adapters=adapters,
-                tuned=tuned,
-            )
+                model, plan.prompts, plan.seeds, plan.settings, progress, plan.batch_size, adapters=adapters,
+                tuned=tuned, there=there,
+            )  # fmt: skip
         for picture in found:
-            if plan.row is not None and picture.index != plan.row:
-                continue
-            if is_picture_name(options.out):
-                path = options.out
+            if plan.row is None or picture.index == plan.row:
+                path = picture_path(options.out, plan.prompt, options.format, picture, model)
                 save_picture(path, picture, model)
-            else:
-                path = save_free(options.out, plan.prompt, options.format, picture, model)
-            pictures.append({"path": str(path), "prompt": picture.prompt, "seed": picture.seed,
-                             "settings": picture.settings.model_dump()})  # fmt: skip
-            made.append(picture)
+                keep(picture, path)
+                written += 1
+    made = [shown[index] for index in sorted(shown)]
     sheet = (
         write_sheet(options.out, options.format, plan.prompt, made, model) if options.sheet and len(made) > 1 else None
     )
     return {
-        "pictures": pictures,
+        "pictures": [rows[index] for index in sorted(rows)],
         "sheet": None if sheet is None else str(sheet),
         "model": model.name,
         "model_sha256": model.sha256,
         "adapters": [use.record() for use in made[0].adapters] if made else [],
         "tuned": None if tuned is None else {"model": tuned.model.name, "strength": tuned.strength},
         "not_honoured": plan.not_honoured,
+        "kept": len(rows) - written,
         "seconds": round(time.perf_counter() - began, 3),
         **said,
     }

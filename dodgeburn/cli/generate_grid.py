@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin, g
 import tyro
 
 from dodgeburn.cli.lists import numbers, seeds_of
-from dodgeburn.cli.picture_files import free_name, new_folder, save_free, slug
+from dodgeburn.cli.picture_files import free_name, made_before, new_folder, picture_path, slug
 from dodgeburn.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -65,13 +65,22 @@ class Axis:
         return f"{self.name.removeprefix('lora:').replace('_', ' ')} {said}"
 
 
+@dataclass(frozen=True)
+class Made:
+    """A picture and its file."""
+
+    picture: Generated
+    path: Path
+    model: str  # its name
+
+
 @dataclass
 class Cell:
     """One combination: positions on the axes, what to make there, and what was made."""
 
     at: dict[str, int]  # by axis letter
     plan: Plan
-    pictures: dict[int, Generated] = field(default_factory=dict)  # by number of the seed
+    pictures: dict[int, Made] = field(default_factory=dict)  # by number of the seed
 
 
 def axes_of(options: Grid) -> dict[str, Axis]:
@@ -219,9 +228,10 @@ def run(options: Generate, axes: dict[str, Axis], cells: Sequence[Cell]) -> dict
     from dodgeburn.cli.generate_plan import tell_source
     from dodgeburn.cli.loras import apply
     from dodgeburn.models.loading import load_model
-    from dodgeburn.sampling.loop import stream
+    from dodgeburn.sampling.loop import planned, stream
+    from dodgeburn.sampling.saving import save_picture
 
-    began, rows, model = time.perf_counter(), [], None
+    began, written, model = time.perf_counter(), 0, None
     total = sum(len(cell.plan.seeds) * cell.plan.settings.steps for cell in cells)
     bar = tqdm(total=total, unit="step", disable=None, file=sys.stderr, leave=False)
     with new_folder(options.out), bar:
@@ -236,24 +246,39 @@ def run(options: Generate, axes: dict[str, Axis], cells: Sequence[Cell]) -> dict
             places = [(cell, i) for cell in group for i in range(len(cell.plan.seeds))]
             prompts = [cell.plan.prompts[i] for cell, i in places]
             seeds = [cell.plan.seeds[i] for cell, i in places]
-            made = stream(
+            adapters = apply(plan.loras, options.lora_blocks, model, told and not number)
+            there = set()
+            for one in planned(model, prompts, seeds, plan.settings, adapters, tuned) if options.resume else ():
+                cell, i = places[one.index]
+                path = picture_path(options.out, cell.plan.prompt, options.format, one, model)
+                if (before := made_before(path, one, model)) is not None:
+                    cell.pictures[i] = Made(before, path, model.name)
+                    there.add(one.index)
+                    bar.update(plan.settings.steps)
+            found = stream(
                 model, prompts, seeds, plan.settings, lambda step: bar.update(len(step.indices)), plan.batch_size,
-                adapters=apply(plan.loras, options.lora_blocks, model, told and not number), tuned=tuned,
+                adapters=adapters, tuned=tuned, there=there,
             )  # fmt: skip
-            for picture in made:
+            for picture in found:
                 cell, i = places[picture.index]
-                path = save_free(options.out, cell.plan.prompt, options.format, picture, model)
-                cell.pictures[i] = picture
-                rows.append({"path": str(path), "prompt": picture.prompt, "seed": picture.seed, "model": model.name,
-                             "settings": picture.settings.model_dump(),
-                             "loras": {use.name: use.scale for use in picture.adapters},
-                             **{k: axis.values[cell.at[k]] for k, axis in axes.items()}})  # fmt: skip
+                path = picture_path(options.out, cell.plan.prompt, options.format, picture, model)
+                save_picture(path, picture, model)
+                cell.pictures[i] = Made(picture, path, model.name)
+                written += 1
     assert model is not None
+    rows = [
+        {"path": str(made.path), "prompt": made.picture.prompt, "seed": made.picture.seed, "model": made.model,
+         "settings": made.picture.settings.model_dump(),
+         "loras": {use.name: use.scale for use in made.picture.adapters},
+         **{k: axis.values[cell.at[k]] for k, axis in axes.items()}}
+        for cell in cells for _, made in sorted(cell.pictures.items(), key=lambda item: item[0])
+    ]  # fmt: skip
     sheets = [str(_write(options, axes, cells, z, i, model)) for z, i in _sheets(axes, cells)]
     return {
         "pictures": rows, "sheets": sheets, "sheet": sheets[0] if sheets else None,
         "axes": {k: {"name": axis.name, "values": axis.values} for k, axis in axes.items()},
-        "not_honoured": cells[0].plan.not_honoured, "seconds": round(time.perf_counter() - began, 3),
+        "not_honoured": cells[0].plan.not_honoured, "kept": len(rows) - written,
+        "seconds": round(time.perf_counter() - began, 3),
     }  # fmt: skip
 
 
@@ -285,8 +310,8 @@ def _write(options: Generate, axes: dict[str, Axis], cells: Sequence[Cell], z: i
     shown = [cell for cell in cells if cell.at["z"] == z]
     for y in range(len(labels["y"] or [""])):
         row = sorted((cell for cell in shown if cell.at["y"] == y), key=lambda cell: cell.at["x"])
-        rows.append([cell.pictures[number].image if number in cell.pictures else None for cell in row])
-    first = next(cell.pictures[number] for cell in shown if number in cell.pictures)
+        rows.append([cell.pictures[number].picture.image if number in cell.pictures else None for cell in row])
+    first = next(cell.pictures[number].picture for cell in shown if number in cell.pictures)
     title = [first.prompt] if not any(axis.name == "prompt" for axis in axes.values()) else []
     title += [axes["z"].label(z)] if "z" in axes else []
     title += [f"seed {first.seed}"] if not any(axis.name == "seed" for axis in axes.values()) else []

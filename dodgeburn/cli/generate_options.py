@@ -115,6 +115,8 @@ class Running:
     """png, jpg (quality 95) or webp (lossless); all carry the settings."""
     sheet: bool = True
     """Write a contact sheet too, if there are two pictures or more."""
+    resume: bool = False
+    """Go on after an interruption: pictures that the folder has already, by the same settings, are not made again."""
 
 
 @dataclass

@@ -51,10 +51,12 @@ def main(args: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
-        kept = (
-            "run the same command again to go on" if verb in RESUMED else "what is finished stays, nothing half-written"
-        )
-        print(f"interrupted: {kept}", file=sys.stderr)
+        again = "what is finished stays, nothing half-written"
+        if verb in RESUMED:
+            again = "run the same command again to go on"
+        elif verb == "generate":
+            again = "what is finished stays; with --resume the same command makes the rest"
+        print(f"interrupted: {again}", file=sys.stderr)
         return 130
     except OSError as error:
         # A disk that is full or a folder that cannot be written, wherever it shows.

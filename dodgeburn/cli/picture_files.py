@@ -7,14 +7,17 @@ import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dodgeburn.errors import UserError
 
 if TYPE_CHECKING:
     from dodgeburn.models.model import Model
-    from dodgeburn.sampling.loop import Generated
+    from dodgeburn.sampling.pictures import Generated, Planned
+
+SHEET = 64  # pictures on a contact sheet: it is for looking at
 
 
 def writable_folder(folder: Path) -> None:
@@ -51,32 +54,50 @@ def slug(prompt: str) -> str:
     return words[:60].rstrip("-") or "picture"
 
 
-def free_name(folder: Path, stem: str, ending: str, record: dict[str, object]) -> Path:
-    """A file name that is free, or holds the same picture already: nothing else is overwritten."""
+def held_in(path: Path, record: dict[str, object]) -> dict[str, Any] | None:
+    """The record of the picture in a file where it is the one with this record, but for the batch that it was made in:
+    that moves the last bit only."""
     from dodgeburn.images.png import read_png
 
+    try:
+        there = read_png(path).own or {}
+    except UserError:
+        return None  # something else under this name: leave it alone
+    return there if {**there, "batch": None} == {**json.loads(json.dumps(record)), "batch": None} else None
+
+
+def free_name(folder: Path, stem: str, ending: str, record: dict[str, object]) -> Path:
+    """A file name that is free, or holds the same picture already: nothing else is overwritten."""
     number = 1
     while True:
         path = folder / (f"{stem}.{ending}" if number == 1 else f"{stem}-{number}.{ending}")
-        if not path.exists():
+        if not path.exists() or held_in(path, record) is not None:
             return path
-        try:
-            there = read_png(path).own or {}
-            # the batch moves the last bit only
-            if {**there, "batch": None} == {**json.loads(json.dumps(record)), "batch": None}:
-                return path
-        except UserError:
-            pass  # something else under this name: leave it alone
         number += 1
 
 
-def save_free(folder: Path, prompt: str, ending: str, made: Generated, model: Model) -> Path:
-    """Write a picture under a name of the prompt and its seed that is free; its path."""
-    from dodgeburn.sampling.saving import record_of, save_picture
+def picture_path(out: Path, prompt: str, ending: str, picture: Planned, model: Model) -> Path:
+    """Where a picture is written: the output itself where that names a picture, else a name of the prompt and its seed
+    that is free in that folder, or holds the same picture."""
+    from dodgeburn.sampling.saving import record_of
 
-    path = free_name(folder, f"{slug(prompt)}-{made.seed}", ending, record_of(made, model))
-    save_picture(path, made, model)
-    return path
+    if is_picture_name(out):
+        return out
+    return free_name(out, f"{slug(prompt)}-{picture.seed}", ending, record_of(picture, model))
+
+
+def made_before(path: Path, picture: Planned, model: Model) -> Generated | None:
+    """The picture out of its file, where it is there already."""
+    from PIL import Image
+
+    from dodgeburn.sampling.saving import record_of
+
+    record = held_in(path, record_of(picture, model)) if path.exists() else None
+    if record is None:
+        return None
+    row, of = record.get("batch") or picture.batch
+    with Image.open(path) as image:
+        return replace(picture, batch=(row, of)).made(image.convert("RGB"))
 
 
 def is_picture_name(out: Path) -> bool:
@@ -106,13 +127,13 @@ def check_picture_name(path: Path, given: str | None) -> None:
 
 
 def write_sheet(folder: Path, ending: str, prompt: str, made: Sequence[Generated], model: Model) -> Path:
-    """A contact sheet of the first 64 pictures, with the settings of the first in its metadata; its path."""
+    """A contact sheet of the first pictures, with the settings of the first in its metadata; its path."""
     from dodgeburn.images.png import write_picture
     from dodgeburn.images.sheet import contact_sheet
     from dodgeburn.sampling.saving import infotext_of, record_of
 
     columns = min(len(made), 8)
-    shown = made[:64]  # a sheet is for looking at
+    shown = made[:SHEET]
     rows = [[m.image for m in shown[i : i + columns]] for i in range(0, len(shown), columns)]
     seeds = [[f"seed {m.seed}" for m in shown[i : i + columns]] for i in range(0, len(shown), columns)]
     sheet = contact_sheet(rows, title=prompt, captions=seeds)

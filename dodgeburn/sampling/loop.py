@@ -7,7 +7,7 @@ size and batch mates change it by rounding at most (1/255), and not at all when 
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -24,7 +24,7 @@ from dodgeburn.sampling.clip_skip import resolve_clip_skip
 from dodgeburn.sampling.effects import without_effect
 from dodgeburn.sampling.emphasis import unread
 from dodgeburn.sampling.guidance import Blend, Denoiser, Tuned
-from dodgeburn.sampling.loras import LoraUse
+from dodgeburn.sampling.pictures import Generated, Planned
 from dodgeburn.sampling.prompts import EncodedPrompt, encode
 from dodgeburn.sampling.schedules import Schedule, initial_noise, schedule
 from dodgeburn.sampling.settings import GenerateSettings
@@ -32,22 +32,9 @@ from dodgeburn.sampling.solvers import SOLVERS, History
 from dodgeburn.sampling.text_cache import text_cache
 
 __all__ = [
-    "Applied", "Callback", "GenerateSettings", "Generated", "Step", "Tuned", "default_batch_size", "generate", "stream",
+    "Applied", "Callback", "GenerateSettings", "Generated", "Step", "Tuned", "default_batch_size", "generate",
+    "planned", "stream",
 ]  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Generated:
-    """A finished picture and what made it."""
-
-    image: Image.Image  # RGB
-    prompt: str
-    seed: int
-    settings: GenerateSettings  # with width and height filled in
-    index: int  # position in the `prompts` and `seeds` given
-    batch: tuple[int, int] = (0, 1)  # (row, pictures) of the batch it began in: what the last bit depends on
-    adapters: tuple[LoraUse, ...] = ()  # with the scales of this picture
-    tuned: Tuned | None = None  # of which a part was added
 
 
 def _nobody(x: Tensor, sigma: float) -> Tensor:
@@ -117,8 +104,10 @@ def stream(
     encoded: Mapping[str, EncodedPrompt] | None = None,
     adapters: Sequence[Applied] = (),
     tuned: Tuned | None = None,
+    there: Collection[int] = (),
 ) -> Iterator[Generated]:
-    """As `generate`, but each batch's pictures come as soon as they are made; `index` tells their place."""
+    """As `generate`, but each batch's pictures come as soon as they are made; `index` tells their place. Those
+    whose index is among `there` are left out of their batches."""
     settings = settings or GenerateSettings()
     if len(prompts) != len(seeds):
         raise UserError(f"{len(prompts)} prompts but {len(seeds)} seeds: give one seed for each prompt")
@@ -148,6 +137,8 @@ def stream(
         asked.append(_tuned(model, tuned, prompts, settings, skip, adapted))
     thresholded = examined = 0
     for number, (indices, chunks) in enumerate(batches):
+        if not (indices := [i for i in indices if i not in there]):
+            continue
         job = _Batch(model, settings, plan, shape, indices, number, len(batches), tuned)
         finished, stop = job.run(prompts, seeds, asked, chunks, callback, adapted)
         thresholded, examined = thresholded + job.thresholded, examined + job.examined
@@ -160,6 +151,25 @@ def stream(
         plain = "" if thresholded else ": these pictures are those of plain CFG"
         line = f"dynamic thresholding changed {thresholded} of {examined} {part}{plain}"
         warnings.warn(line, DodgeburnWarning, stacklevel=3)
+
+
+def planned(
+    model: Model,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    settings: GenerateSettings,
+    adapters: Sequence[Applied] = (),
+    tuned: Tuned | None = None,
+) -> list[Planned]:
+    """What `generate` would make of the same, in that order; nothing is drawn, and the batches are not told.
+
+    Raises UserError for a size that the model cannot make, or as many scales as there are not pictures.
+    """
+    settings, adapted = _with_size(model, settings), Adapted(adapters, len(prompts), model.layout)
+    return [
+        Planned(prompt, seed, settings, i, adapters=adapted.uses(i), tuned=tuned)
+        for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
+    ]
 
 
 def _warn_of_markup(texts: Sequence[str], syntax: str) -> None:
@@ -305,9 +315,8 @@ class _Batch:
             )
         pixels = decode_pictures(self.model.vae, x).numpy()
         return [
-            Generated(
-                Image.fromarray(picture), prompts[i], seeds[i], self.settings, i, self.rows[i], adapted.uses(i),
-                self.tuned,
+            Planned(prompts[i], seeds[i], self.settings, i, self.rows[i], adapted.uses(i), self.tuned).made(
+                Image.fromarray(picture)
             )
             for i, picture in zip(self.indices, pixels, strict=True)
         ], False  # fmt: skip

@@ -8,8 +8,9 @@ from dodgeburn.images.comfy import ComfyRequest, write_graph
 from dodgeburn.images.png import Infotext, write_picture
 from dodgeburn.models.loading import is_stock
 from dodgeburn.models.model import Model
-from dodgeburn.sampling.loop import Generated, Tuned
+from dodgeburn.sampling.guidance import Tuned
 from dodgeburn.sampling.loras import ALWAYS
+from dodgeburn.sampling.pictures import Generated, Planned
 from dodgeburn.sampling.settings import SAMPLERS, SPACINGS, GenerateSettings
 from dodgeburn.sampling.sizes import SIZE_FIELDS, time_ids
 from dodgeburn.sampling.thresholding import SCHEDULER_VALUE, USES_VALUE
@@ -79,7 +80,7 @@ def _thresholding_pairs(settings: GenerateSettings) -> dict[str, str]:
     return pairs
 
 
-def record_of(made: Generated, model: Model) -> dict[str, Any]:
+def record_of(made: Planned, model: Model) -> dict[str, Any]:
     """Everything that decides the picture, exactly, as JSON values: the `dodgeburn` chunk."""
     return {
         "prompt": made.prompt,
