@@ -293,3 +293,17 @@ def test_the_verb_on_hostile_files(place: Path, tmp_path: Path, capsys: pytest.C
     assert {i.dtype for i in read_header(out).tensors.values()} == {"F16", "I64"}
     assert sha256_tensors(out) != sha256_tensors(single)
     assert not list(tmp_path.glob(".dodgeburn*"))
+
+
+def test_values_that_are_no_numbers_are_kept_and_said(place: Path, tmp_path: Path) -> None:
+    tensors = load_tensors(place / "sdxl.safetensors")
+    tensors["model.diffusion_model.input_blocks.0.0.bias"][0] = float("nan")
+    save_tensors(tmp_path / "bad.safetensors", tensors, read_header(place / "sdxl.safetensors").metadata)
+    with pytest.warns(DodgeburnWarning, match="1 tensor has NaN or infinite values.*first conv_in.bias") as said:
+        convert(tmp_path / "bad.safetensors", tmp_path / "bad", ConvertSettings(tokenizer=place / "tokenizer"))
+    assert len([w for w in said if "NaN" in str(w.message)]) == 1
+    with pytest.warns(DodgeburnWarning, match="first model.diffusion_model.input_blocks.0.0.bias"):
+        convert(tmp_path / "bad", tmp_path / "again.safetensors")
+    again = load_tensors(tmp_path / "again.safetensors")
+    assert again.keys() == tensors.keys()
+    assert all(torch.equal(again[k].nan_to_num(7), tensors[k].nan_to_num(7)) for k in tensors)

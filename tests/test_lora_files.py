@@ -20,7 +20,7 @@ from dodgeburn.checkpoint.lora_write import rewrite_adapter
 from dodgeburn.checkpoint.modules import is_module, modules, tensor_moves
 from dodgeburn.checkpoint.tensorfile import load_tensors, save_tensors, sha256_file, sha256_tensors
 from dodgeburn.cli.main import main
-from dodgeburn.errors import UserError
+from dodgeburn.errors import DodgeburnWarning, UserError
 
 KINDS = ("sdxl", "sd15")
 Q = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -349,3 +349,16 @@ def test_reading_an_adapter_needs_no_torch(tmp_path: Path) -> None:
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert out.returncode == 0 and "Stable Diffusion 1.5" in out.stdout, out.stderr
+
+
+def test_a_damaged_lora_is_said(tmp_path: Path) -> None:
+    tensors = random_lora("sd15", 3, 0.7)
+    name = next(k for k in tensors if k.endswith("lora_up.weight"))
+    tensors[name][0] = float("inf")
+    save_tensors(tmp_path / "start.safetensors", tensors, {})
+    with (
+        open_adapter(tmp_path / "start.safetensors") as adapter,
+        pytest.warns(DodgeburnWarning, match="1 tensor has NaN or infinite values"),
+    ):
+        rewrite_adapter(adapter, tmp_path / "out.safetensors", "peft")
+    assert (tmp_path / "out.safetensors").exists()

@@ -207,3 +207,10 @@ def test_unwritable_place_even_for_root(tmp_path: Path) -> None:
     a, b = pair(tmp_path, small(1), small(2))
     with pytest.raises(UserError, match="cannot be written"):
         merge(a, b, "/proc/m.safetensors")
+
+
+def test_one_file_given_as_two_models_is_said(tmp_path: Path) -> None:
+    a, b = pair(tmp_path, small(1), small(2))
+    (tmp_path / "link.safetensors").symlink_to(a)
+    with pytest.warns(DodgeburnWarning, match="models 1 and 3 are the same file, link.safetensors"):
+        merge(a, b, tmp_path / "m.safetensors", method="average", more=[tmp_path / "link.safetensors"])

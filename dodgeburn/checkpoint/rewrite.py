@@ -5,6 +5,7 @@ Bytes that stay as they are are copied in pieces; only a transposed or cast tens
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from dodgeburn.checkpoint.metadata import NO_HASH
 from dodgeburn.checkpoint.moves import Move
 from dodgeburn.checkpoint.sources import Tensors, files_of
 from dodgeburn.checkpoint.tensorfile import TensorWriter, byte_view
-from dodgeburn.errors import UserError
+from dodgeburn.errors import DodgeburnWarning, UserError
 
 if TYPE_CHECKING:
     import torch
@@ -71,7 +72,7 @@ def write_pieces(
     of all bytes after the header, which they are made of.
 
     The files read are inputs, which the output may not be. Raises UserError as TensorWriter, and for values that the
-    new type cannot hold.
+    new type cannot hold. NaN and infinite values of tensors whose bytes stay as they are count in a DodgeburnWarning.
     """
     from tqdm import tqdm
 
@@ -82,16 +83,32 @@ def write_pieces(
     with TensorWriter(path, infos, said | dict(hashes(NO_HASH) if hashes else {}), [*inputs, *read]) as writer:
         total = sum(info.nbytes for info in writer.infos.values())
         with tqdm(total=total, unit="B", unit_scale=True, desc=Path(path).name, disable=None) as bar:
+            broken = []
             for name, piece in pieces.items():
-                offset = 0
+                offset, finite = 0, True
                 for data in _bytes_of(name, piece):
                     writer.write(name, offset, data)
                     offset += len(data)
                     bar.update(len(data))
+                    finite = finite and _holds_numbers(data, piece.dtype)
+                if not finite:
+                    broken.append(name)
         for source in sources.values():
             source.check_unchanged()
         if hashes is not None:
             writer.replace_metadata(said | dict(hashes(writer.sha256_tensors())))
+    if broken:
+        what = f"{len(broken)} tensor{'s have' if len(broken) > 1 else ' has'} NaN or infinite values"
+        warnings.warn(f"{what}, kept as they are (first {broken[0]}): the file is damaged, pictures by it will be "
+                      "black or noise", DodgeburnWarning, stacklevel=3)  # fmt: skip
+
+
+def _holds_numbers(data: bytes | memoryview, dtype: str) -> bool:
+    import torch
+
+    if dtype not in FLOAT_DTYPES or not len(data):
+        return True
+    return is_finite(torch.frombuffer(bytearray(data) if isinstance(data, bytes) else data, dtype=torch_dtype(dtype)))
 
 
 def _bytes_of(name: str, piece: Piece) -> Iterator[bytes | memoryview]:

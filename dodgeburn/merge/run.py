@@ -73,7 +73,7 @@ def merge(
     with ExitStack() as stack:
         sources, plan = _opened(stack, a, b, more, base_model, settings, options)
         check_weights_output(out, [file for source in sources for file in files_of(source)])
-        for line in plan.warnings():
+        for line in [*_given_twice(sources), *plan.warnings()]:
             warnings.warn(line, DodgeburnWarning, stacklevel=2)
 
         def recipe(hashes: Sequence[str]) -> MergeRecipe:
@@ -125,6 +125,18 @@ def _opened(
     names = [a, b, *more, *([] if base_model is None else [base_model])]
     sources = [stack.enter_context(open_as_single_file(name)) for name in names]
     return sources, plan_merge(_models(sources), settings, base_model is not None)
+
+
+def _given_twice(sources: Sequence[Tensors]) -> list[str]:
+    """A line for each file that is given as two models: rarely what was meant."""
+    seen: dict[tuple[int, int], int] = {}
+    lines = []
+    for number, source in enumerate(sources):
+        at = files_of(source)[0].stat()
+        first = seen.setdefault((at.st_dev, at.st_ino), number)
+        if first != number:
+            lines.append(f"models {first + 1} and {number + 1} are the same file, {source.path.name}")
+    return lines
 
 
 def _models(sources: Sequence[Tensors]) -> Models:
