@@ -43,10 +43,8 @@ from deconstruct_table import (
     REGIMES,
     SCAN,
     Size,
-    packed,
     result,
     table,
-    unpacked,
 )
 
 from dodgeburn.jobs import PartStore
@@ -56,7 +54,7 @@ from dodgeburn.pocket.attributes import Planted
 from dodgeburn.pocket.captions import NAMED, parse
 from dodgeburn.pocket.reader import Reader
 from dodgeburn.rework.bias.audit import AuditSettings, as_json, audit
-from dodgeburn.rework.bias.before_after import DrawPictures, Meter, Plan, change, make_plan, real_features
+from dodgeburn.rework.bias.before_after import DrawPictures, Measured, Meter, Plan, change, make_plan, real_features
 from dodgeburn.rework.bias.classify import PocketClassifier
 from dodgeburn.rework.bias.concept import Concept
 from dodgeburn.rework.bias.pocket_concept import pocket_concept, world_pictures
@@ -191,7 +189,7 @@ class Bench:
         tie = WORLDS[world][at]
         model = planted_model(world, self.store)
         found = self.judged(self.concept(tie), tie).measure(lambda p, s: draw(model, p, s, self.sampling, quick=True))
-        return packed(found)
+        return found.as_row()
 
     def cell(self, world: str, at: int, regime: str, method: str, seed: int, before: dict[str, Any]) -> dict[str, Any]:
         """One method on one tie in one regime, judged."""
@@ -217,7 +215,7 @@ class Bench:
             notes, drawing = {"steps": done.steps, "notes": done.notes}, drawing_of(done, job)
         cost, waited = time.process_time() - began, time.perf_counter() - wall
         after = self.judged(concept, tie).measure(quickly(model, drawing))
-        moved = change(unpacked(before), after)
+        moved = change(Measured.from_row(before), after)
         return {
             **moved.as_json(), "cpu_minutes": cost / 60, "minutes": waited / 60,
             **notes, "shares": list(after.bias.shares), "spread_before": before["spreads"],

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from dodgeburn.measure.machine import machine
-from dodgeburn.rework.bias.before_after import Measured
 
 PLENTY, FEW, MERGE = "plenty", "few", "merge_only"
 ABLATIONS = ("cd-no-overtrain", "cd-no-nightshade", "cd-no-bucket", "cd-lerp", "cd-pictures")
@@ -63,19 +62,6 @@ QUICK = Size(
     explicit=8, steps=4, batch=8, pictures=24, few=12, look=16, ablations=False, dpo=False, guided=16,
     evaluations=3, plenty_of_runs=10,
 )  # fmt: skip
-
-
-def packed(found: Measured) -> dict[str, Any]:
-    """What `change` needs of a measurement, as JSON."""
-    return {**{k: v for k, v in asdict(found).items() if k not in ("pictures", "labels")}}
-
-
-def unpacked(said: dict[str, Any]) -> Measured:
-    """The measurement again."""
-    from dodgeburn.measure.bias import BiasFigures
-
-    figures: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in said["bias"].items()}
-    return Measured(**{**said, "bias": BiasFigures(**figures)})
 
 
 def sampling_error(shares: Sequence[float], n: int) -> float:

@@ -1,9 +1,12 @@
 """`dodgeburn bias` end to end on the pocket, and its refusals."""
 
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dodgeburn.cli.main import main
 
@@ -98,3 +101,36 @@ def test_bad_input_is_one_line_and_nothing_written(args, said, tmp_path, monkeyp
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
     assert not (tmp_path / "out" / "report.html").exists()
+
+
+def folder_of_pictures(place: Path) -> Path:
+    rng = np.random.default_rng(0)
+    lines = []
+    for i in range(12):
+        value = ("black", "brown", "blonde", "red", "white", "blue")[i % 6]
+        Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(place / f"{i}.png")
+        lines.append({"file_name": f"{i}.png", "text": "a firefighter", "hair_colour": value})
+    (place / "0.png").write_bytes(b"no picture")
+    (place / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return place
+
+
+def test_bad_pictures_stop_a_fix_or_are_left_out_and_counted(tmp_path, capsys) -> None:
+    (tmp_path / "data").mkdir()
+    data = folder_of_pictures(tmp_path / "data")
+    small = ["--method", "balanced", "--steps", "1", "--batch", "4", "--pictures", "12", "--device", "cpu"]
+    args = ["bias", "fix", "pocket", *FIX, *small, "--data", str(data), "-o", str(tmp_path / "fair.safetensors")]
+    assert main(args) == 2
+    assert "1 bad of 12: line 1" in capsys.readouterr().err
+    assert not (tmp_path / "fair-fix").exists() and not (tmp_path / "fair.safetensors").exists()
+    assert main([*args, "--skip-bad"]) == 0
+    assert f"left out 1 of {data}: line 1" in capsys.readouterr().out
+    # Finished: the same again makes nothing anew, other pictures are another run.
+    before = (tmp_path / "fair.safetensors").read_bytes()
+    assert main([*args, "--skip-bad"]) == 0 and (tmp_path / "fair.safetensors").read_bytes() == before
+    assert "made before" in capsys.readouterr().out
+    (data / "1.png").unlink()
+    assert main([*args, "--skip-bad"]) == 2
+    assert "pictures_sha256 was" in capsys.readouterr().err
+    assert main(["bias", "fix", "pocket", *FIX, "--skip-bad", "-o", str(tmp_path / "x.safetensors")]) == 2
+    assert "--skip-bad has no effect" in capsys.readouterr().err

@@ -157,6 +157,9 @@ def test_no_run_writes_poison_unasked(finished) -> None:  # type: ignore[no-unty
 # -------------------- command line
 
 
+OWN_TOKENIZER = HERE.parent / "dodgeburn" / "pocket" / "tokenizer"
+
+
 def test_bad_commands_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from dodgeburn.cli.main import main
 
@@ -176,10 +179,16 @@ def test_bad_commands_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture
     assert main(["deconstruct", "--help"]) == 0 and "example:" in capsys.readouterr().out
 
 
-def test_a_run_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Retraining alone, as short as can be, on the pocket."""
+def test_a_run_from_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Retraining alone, as short as can be, on the pocket, with another tokenizer's folder."""
     from dodgeburn.cli.main import main
+    from dodgeburn.models import loading
     from dodgeburn.models.loading import load_model
+
+    asked = []
+    monkeypatch.setattr(loading, "load_model", lambda *args: asked.append(args[3]) or load_model(*args))
 
     (tmp_path / "spec.yaml").write_text(
         "concept: {prompts: [a doctor], attribute: glasses, values: {glasses: wearing glasses, none: no glasses}}\n"
@@ -188,7 +197,9 @@ def test_a_run_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
         "retrain: {steps: 2, every: 2, batch: 4, prior_points: 4, prior_batch: 2, polish_steps: 0}\n"
     )
     folder = tmp_path / "out"
-    assert main(["deconstruct", "retrain", str(tmp_path / "spec.yaml"), "-o", str(folder), "--json"]) == 0
+    more = ["--tokenizer", str(OWN_TOKENIZER), "--json"]
+    assert main(["deconstruct", "retrain", str(tmp_path / "spec.yaml"), "-o", str(folder), *more]) == 0
+    assert asked == [OWN_TOKENIZER]
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [s["stage"] for s in result["stages"]] == ["retrain"] and result["steps"] == 2
     assert "Constructive deconstruction" in (folder / "report.html").read_text()

@@ -12,7 +12,7 @@ from dodgeburn.pocket.captions import parse
 from dodgeburn.rework.bias.balance import balanced, reweighted, self_pictures, shown_classes
 from dodgeburn.rework.bias.before_after import Meter, make_plan
 from dodgeburn.rework.bias.concept import make_concept
-from dodgeburn.rework.bias.fix import fix
+from dodgeburn.rework.bias.fix import Fixed, fix
 from dodgeburn.rework.bias.pocket_concept import held_out_prompts, pocket_concept, world_pictures
 from dodgeburn.rework.bias.remedies import (
     METHODS,
@@ -23,7 +23,7 @@ from dodgeburn.rework.bias.remedies import (
     world_sources,
 )
 from dodgeburn.rework.bias.uce import UceSettings, class_states, uce
-from dodgeburn.rework.bias.undo import distance, negated, shrunk
+from dodgeburn.rework.bias.undo import distance, negated, shrunk, state_of
 from dodgeburn.sampling.settings import GenerateSettings
 from dodgeburn.training.examples import Pictures
 
@@ -263,10 +263,9 @@ def tiny_job(folder) -> Job:
     settings = RemedySettings(steps=2, batch=4, pictures=12, kept=4, look=8, strengths=(0.5,), lr=1e-3, every=1)
     job = Job(tiny_model(), concept, reading, Meter(concept, make_plan(concept, 8, 0, 0), reading),
               GenerateSettings(steps=1, guidance=1.0), folder, settings)  # fmt: skip
-    rng = np.random.default_rng(0)
 
     def some(n: int, seed: int) -> Pictures:
-        pixels = rng.integers(0, 256, (n, 16, 16, 3), dtype=np.uint8)
+        pixels = np.random.default_rng(seed).integers(0, 256, (n, 16, 16, 3), dtype=np.uint8)
         return Pictures(pixels, [("a doc",)] * n, columns={"hair": ["black"] * (n - 2) + ["red"] * 2})
 
     job.fair = job.tied = some
@@ -339,3 +338,57 @@ def test_auto_passes_over_what_cannot_and_restores_between(tmp_path) -> None:
     with pytest.raises(UserError, match="--data FOLDER"):
         fix(job, ["balanced"], say=said.append)
     assert set(before) == set(job.model.unet.state_dict())
+
+
+TRIED = ["random-prompt", "negation", "dpo", "reweight", "balanced"]
+
+
+def tried_all(job: Job, keep=None) -> Fixed:
+    return fix(job, TRIED, target=-1.0, say=lambda line: None, keep=keep)
+
+
+@pytest.mark.parametrize("at", [1, 3, 4])
+def test_an_interrupted_fix_goes_on_to_the_same_end(at: int, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("dodgeburn.rework.dpo.pairs.LEAST_SIDE", 8)
+    job = tiny_job(tmp_path / "whole")
+    whole, weights = tried_all(job), state_of(job.model.unet)
+    calls = []
+
+    def counted(method, job):
+        calls.append(method)
+        if len(calls) == at + 1:
+            raise KeyboardInterrupt
+        return apply_remedy(method, job)
+
+    monkeypatch.setattr("dodgeburn.rework.bias.fix.apply_remedy", counted)
+    keep = tmp_path / "two"
+    with pytest.raises(KeyboardInterrupt):
+        tried_all(tiny_job(keep / "work"), keep)
+    again = tiny_job(keep / "work")
+    monkeypatch.setattr(again.meter, "measure", again.meter.measure)
+    found = tried_all(again, keep)
+    assert calls == [*TRIED[: at + 1], *TRIED[at:]], "nothing is made a second time"
+
+    def figures(fixed: Fixed) -> dict:
+        said = fixed.as_json()
+        for row in said["tried"]:
+            row["done"].pop("seconds")
+        return said
+
+    assert figures(found) == figures(whole)
+    assert all(torch.equal(weights[k], v) for k, v in again.model.unet.state_dict().items())
+    pairs = zip(found.tried, whole.tried, strict=True)
+    assert all(np.array_equal(a.after.pictures, b.after.pictures) for a, b in pairs)
+
+
+def test_best_weights_that_were_written_over_are_made_again(tmp_path, monkeypatch) -> None:
+    """A kill between the weights of a better method and its row leaves weights that no row is about."""
+    monkeypatch.setattr("dodgeburn.rework.dpo.pairs.LEAST_SIDE", 8)
+    job = tiny_job(tmp_path / "work")
+    whole, weights = tried_all(job, tmp_path), state_of(job.model.unet)
+    assert whole.chosen is not None and whole.chosen.done.weights
+    (tmp_path / "best.safetensors").unlink()
+    again = tiny_job(tmp_path / "work")
+    found = tried_all(again, tmp_path)
+    assert found.chosen is not None and found.chosen.done.method == whole.chosen.done.method
+    assert all(torch.equal(weights[k], v) for k, v in again.model.unet.state_dict().items())

@@ -63,6 +63,8 @@ class FixOptions:
     """For report.html, fix.json and checkpoints; none: beside the output, named after it."""
     data: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
     """Pictures of the concept with captions (imagefolder); a column of the attribute's name is believed."""
+    skip_bad: bool = False
+    """With --data: leave out pictures and lines that cannot be used, instead of stopping."""
     clip: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
     """A CLIP model's local folder, as classifier (a proxy)."""
     attributes: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
@@ -114,6 +116,8 @@ def main(args: list[str], method: str | None = None) -> int:
 def _check(options: FixOptions) -> None:
     if not options.prompt or not options.attribute:
         raise UserError(f"name the prompt and the attribute, as in: {EXAMPLE}")
+    if options.skip_bad and options.data is None:
+        raise UserError("--skip-bad has no effect without --data FOLDER: leave it out")
     if (options.clip is None) != (options.attributes is None):
         raise UserError("--clip and --attributes belong together: a CLIP folder, and what to tell apart with it")
     if options.out is None:
@@ -139,13 +143,15 @@ def _run(options: FixOptions, methods: tuple[str, ...]) -> tuple[Fixed, Model]:
     from dodgeburn.jobs import PartStore
     from dodgeburn.rework.bias.fix import fix
 
-    job, sources = _job(options, _settings(options))
+    job, sources, digest = _job(options, _settings(options))
     told = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()
             if k not in ("json", "out", "report", "device")}  # fmt: skip
-    job.folder = PartStore(_folder(options), {**told, "sha256": job.model.sha256}).folder / "checkpoints"
+    parts = PartStore(_folder(options), {**told, "sha256": job.model.sha256, "pictures_sha256": digest}).folder
+    job.folder = parts / "checkpoints"
     assert options.out is not None
     check_output(options.out)  # before minutes of work
-    found = fix(job, methods, options.tv, options.slack, weights=options.method != "random-prompt", sources=sources)
+    found = fix(job, methods, options.tv, options.slack, weights=options.method != "random-prompt", sources=sources,
+                keep=parts)  # fmt: skip
     return found, job.model
 
 
@@ -166,7 +172,8 @@ def _folder(options: FixOptions) -> Path:
     return options.report or options.out.with_name(f"{options.out.stem}-fix")
 
 
-def _job(options: FixOptions, settings: Any) -> tuple[Job, Any]:
+def _job(options: FixOptions, settings: Any) -> tuple[Job, Any, str]:
+    """The job, where its pictures come from once the bias is known, and the digest of pictures of the user's."""
     from dodgeburn.models.loading import load_model
     from dodgeburn.rework.bias.before_after import Meter, make_plan
     from dodgeburn.rework.bias.remedies import Job, folder_source, world_sources
@@ -186,16 +193,20 @@ def _job(options: FixOptions, settings: Any) -> tuple[Job, Any]:
     if options.data is not None:
         from dodgeburn.training.image_folder import read_image_folder
 
-        pictures, _ = read_image_folder(options.data, (model.native_size, model.native_size))
+        size = (model.native_size, model.native_size)
+        pictures, faults = read_image_folder(options.data, size, options.skip_bad)
+        if faults:
+            more = "; …" if len(faults) > 3 else ""
+            print(f"left out {len(faults)} of {options.data}: {'; '.join(faults[:3])}{more}")
         job.fair = job.tied = folder_source(pictures, concept)
-        return job, None
+        return job, None, pictures.sha256
     if reader is None:
-        return job, None
+        return job, None, ""
 
     def sources(before: Measured) -> tuple[Any, Any]:
         return world_sources(concept, model.native_size, before.bias.shares)
 
-    return job, sources
+    return job, sources, ""
 
 
 def _concept(options: FixOptions, model: Model) -> tuple[Concept, Classifier, Any]:

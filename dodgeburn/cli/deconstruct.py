@@ -64,6 +64,8 @@ class Deconstruct:
     """Write the poisoned pictures here, each marked poisoned=true; never needed."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
+    tokenizer: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """A CLIP tokenizer's folder, for single files of real Stable Diffusion."""
     dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
     """Type of the numbers in the written model; the run is in fp32."""
     json: bool = False
@@ -105,7 +107,8 @@ def _run(verb: str, options: Deconstruct, out: Path) -> int:
     check_folder(out)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", DodgeburnWarning)
-        model = load_model(spec.model if options.model is None else options.model, options.device, "fp32")
+        name = spec.model if options.model is None else options.model
+        model = load_model(name, options.device, "fp32", options.tokenizer)
         found = deconstruct(model, spec, out, given=_given(options, model), tell=_tell, start=_start)
         page = deconstruct_report(found, model.name).save(out / "report.html")
         result = {**found.as_json(), "report": str(page)}

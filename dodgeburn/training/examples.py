@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -45,6 +46,14 @@ class Pictures:
 
     def __len__(self) -> int:
         return len(self.captions)
+
+    @property
+    def sha256(self) -> str:
+        """Of the pictures and all that is said of them: names what was trained on."""
+        said = [list(self.captions), self.weights.tolist(), {k: self.columns[k] for k in sorted(self.columns)}]
+        found = hashlib.sha256(json.dumps([list(self.pixels.shape), said]).encode())
+        found.update(np.ascontiguousarray(self.pixels).data)
+        return found.hexdigest()
 
     def take(self, index: Sequence[int] | np.ndarray) -> Pictures:
         """Some of them, in this order."""

@@ -87,6 +87,17 @@ class Measured:
         kept = {k: v for k, v in asdict(self).items() if k not in ("bias", "pictures", "labels", "fidelities")}
         return {"bias": self.bias.as_json(), **{k: _plain(v) for k, v in kept.items()}}
 
+    def as_row(self) -> dict[str, Any]:
+        """Everything but the pictures, exactly, for `from_row`."""
+        return {k: v for k, v in asdict(self).items() if k != "pictures"}
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any], pictures: np.ndarray | None = None) -> Measured:
+        """The measurement again, as JSON gives it back."""
+        bias: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in row["bias"].items()}
+        more = {} if pictures is None else {"pictures": pictures}
+        return cls(**{**row, "bias": BiasFigures(**bias), **more})
+
 
 class Meter:
     """Draws a plan's pictures and reads them.

@@ -20,6 +20,7 @@ from dodgeburn.models.model import Model
 from dodgeburn.models.saving import save_single_file
 from dodgeburn.rework.bias.before_after import Change, Measured, change
 from dodgeburn.rework.bias.concept import Concept
+from dodgeburn.rework.bias.fix_parts import BEFORE, FixParts
 from dodgeburn.rework.bias.remedies import METHODS, Done, Job, apply_remedy, drawing_of
 from dodgeburn.rework.bias.undo import set_state, state_of
 
@@ -67,6 +68,7 @@ class Fixed:
 def fix(
     job: Job, methods: Sequence[str], target: float = 0.10, slack: float = 0.01, weights: bool = True,
     sources: Callable[[Measured], tuple[Any, Any]] | None = None, say: Callable[[str], None] = print,
+    keep: Path | None = None,
 ) -> Fixed:  # fmt: skip
     """Try methods in their order until one meets the target (`Change.meets`); the model is left as the chosen one made
     it. weights: a rule for prompts is tried and told, but does not end the search.
@@ -74,8 +76,14 @@ def fix(
     sources: (fair, tied) of the job, made when the bias is known. With one method what it lacks is an error; with
     several it is passed over. If none meets the target the one with the least total variation is chosen, of those
     that keep fidelity and readability within 3 x slack, and other attributes within chance, if there is one.
+
+    keep: a folder of this job alone, where finished measurements and the best weights lie for the same call to go on.
     """
-    before = job.meter.measure(job.draw)
+    parts = FixParts(keep)
+    before = parts.measured(BEFORE)
+    if before is None:
+        before = job.meter.measure(job.draw)
+        parts.keep(BEFORE, before)
     out = Fixed(job.concept, before)
     b = before.bias
     say(f"before: TV {b.tv:.3f} [{b.tv_interval[0]:.3f}, {b.tv_interval[1]:.3f}], floor {b.floor_95:.3f}, most: "
@@ -83,32 +91,49 @@ def fix(
     if sources is not None:
         job.fair, job.tied = sources(before)
     start = state_of(job.model.unet)
-    best: dict[str, Any] = {}  # weights of the best so far: one copy, for models are large
     for name in methods:
-        set_state(job.model.unet, start)
-        try:
-            done = apply_remedy(name, job)
-        except UserError as error:
-            if len(methods) == 1:
-                raise
-            out.refused[name] = str(error)
-            say(f"{name}: passed over, {error}")
+        why, after = parts.refused(name), parts.measured(name)
+        made = why is None and after is None
+        if made:
+            set_state(job.model.unet, start)
+            try:
+                done = apply_remedy(name, job)
+            except UserError as error:
+                if len(methods) == 1:
+                    raise
+                why = str(error)
+                parts.keep_refused(name, why)
+        if why is not None:
+            out.refused[name] = why
+            say(f"{name}: passed over, {why}")
             continue
-        after = job.meter.measure(drawing_of(done, job))
+        if after is None:
+            after = job.meter.measure(drawing_of(done, job))
+        else:
+            done = parts.done(name)
         moved = change(before, after)
         found = Tried(done, after, moved, tuple(moved.misses(target, slack)))
         out.tried.append(found)
         if (done.weights or not weights) and (out.chosen is None or _rank(found, slack) < _rank(out.chosen, slack)):
-            out.chosen, best = found, state_of(job.model.unet)
+            out.chosen = found
+            if made and done.weights:
+                parts.keep_best(name, job.model.unet)
+        if made:
+            parts.keep(name, after, done)
         say(
             f"{name}: TV {moved.tv_after:.3f} (conservative {moved.tv_cons:.3f}), "
             f"fidelity {-moved.fidelity_drop:+.3f}, unreadable {moved.unreadable_rise:+.3f}, "
             f"others {moved.others_tv:.3f} (floor {moved.others_floor:.3f}), "
             f"{done.steps} steps, {done.seconds:.0f} s{'' if done.weights else ', no weights'}"
+            f"{'' if made else ' (made before)'}"
         )
         if found.meets and (done.weights or not weights):
             break
-    set_state(job.model.unet, best or start)
+    best = None if out.chosen is None or not out.chosen.done.weights else out.chosen.done.method
+    kept = None if best is None else parts.best(best)
+    set_state(job.model.unet, start if kept is None else kept)
+    if best is not None and kept is None:
+        apply_remedy(best, job)  # interrupted while the next one's weights took the place of these
     return out
 
 
