@@ -11,18 +11,7 @@ from dodgeburn.cli.main import main
 from dodgeburn.cli.picture_files import slug
 from dodgeburn.images.png import read_png
 from dodgeburn.models.loading import load_model
-from dodgeburn.models.saving import save_single_file
 from dodgeburn.sampling.loop import GenerateSettings, generate
-from tests.tiny import tiny_model
-
-
-@pytest.fixture(scope="module")
-def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("model")
-    model = tiny_model()
-    save_single_file(model, root / "tiny.safetensors")
-    model.tokenizers[0].save_pretrained(str(root / "tokenizer"))
-    return root / "tiny.safetensors"
 
 
 def run(model_file: Path, out: Path, *more: str) -> int:

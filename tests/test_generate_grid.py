@@ -16,17 +16,6 @@ from dodgeburn.cli.main import main
 from dodgeburn.images.png import read_png
 from dodgeburn.models import loading
 from dodgeburn.models.adapter_file import save_adapter
-from dodgeburn.models.saving import save_single_file
-
-
-@pytest.fixture(scope="module")
-def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("model")
-    model = tiny_model()
-    for name in ("tiny", "other"):
-        save_single_file(model, root / f"{name}.safetensors")
-    model.tokenizers[0].save_pretrained(str(root / "tokenizer"))
-    return root / "tiny.safetensors"
 
 
 def run(model: Path, out: Path, *more: str, prompt: tuple[str, ...] = ("a red hat",)) -> int:

@@ -8,20 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import tiny_model
 
 from dodgeburn.cli.main import main
-from dodgeburn.models.saving import save_single_file
 from dodgeburn.sampling import saving
-
-
-@pytest.fixture(scope="module")
-def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("model")
-    model = tiny_model()
-    save_single_file(model, root / "tiny.safetensors")
-    model.tokenizers[0].save_pretrained(str(root / "tokenizer"))
-    return root / "tiny.safetensors"
 
 
 def run(model: Path, out: Path, *more: str) -> int:

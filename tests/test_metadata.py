@@ -33,15 +33,6 @@ CARD = Thresholding(
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("model")
-    model = tiny_model()
-    save_single_file(model, root / "tiny.safetensors")
-    model.tokenizers[0].save_pretrained(str(root / "tokenizer"))
-    return root / "tiny.safetensors"
-
-
 def run(*more: str) -> int:
     return main(["generate", *more, "--device", "cpu"])
 
