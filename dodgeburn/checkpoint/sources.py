@@ -213,7 +213,7 @@ class PickleFile(Tensors):
     def __init__(self, path: Path) -> None:
         """Load it with weights_only=True; raises UserError for anything that is not tensors in plain containers."""
         self.path = path
-        self._tensors, left = _tensors_in(_load_pickle(path), path)
+        self._tensors, left = _tensors_in(load_pickle(path), path)
         infos: dict[str, TensorInfo] = {}
         position = 0
         for name, tensor in self._tensors.items():
@@ -245,7 +245,9 @@ class PickleFile(Tensors):
             raise UserError(f"{self.path} was changed while it was being read: try again when it is complete")
 
 
-def _load_pickle(path: Path) -> Any:
+def load_pickle(path: Path) -> Any:
+    """What a pickle holds, read with weights_only=True; UserError for one that holds more than tensors in plain
+    containers, or is damaged."""
     import pickle
 
     import torch

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from dodgeburn.cli import generate_foresee as early
 from dodgeburn.cli import generate_grid as grid
 from dodgeburn.cli.generate_options import Generate
-from dodgeburn.cli.generate_plan import Plan, plan_of, tell_source
+from dodgeburn.cli.generate_plan import Plan, plan_of, read_embeddings, tell_source
 from dodgeburn.cli.loras import apply
 from dodgeburn.cli.options import given_options, parse
 from dodgeburn.cli.picture_files import (
@@ -101,6 +101,7 @@ def _run(options: Generate, plan: Plan) -> dict[str, Any]:
     tell_source(plan, model)
     adapters = apply(plan.loras, options.lora_blocks, model)
     tuned = None if plan.tuned is None else plan.tuned.load(options.device, plan.dtype, options.tokenizer)
+    read_embeddings(plan, [model, None if tuned is None else tuned.model])
     began = time.perf_counter()
     shown: dict[int, Generated] = {}  # on the sheet
     rows: dict[int, dict[str, Any]] = {}

@@ -225,7 +225,7 @@ def run(options: Generate, axes: dict[str, Axis], cells: Sequence[Cell]) -> dict
     """
     from tqdm import tqdm
 
-    from dodgeburn.cli.generate_plan import tell_source
+    from dodgeburn.cli.generate_plan import read_embeddings, tell_source
     from dodgeburn.cli.loras import apply
     from dodgeburn.models.loading import load_model
     from dodgeburn.sampling.loop import planned, stream
@@ -243,6 +243,7 @@ def run(options: Generate, axes: dict[str, Axis], cells: Sequence[Cell]) -> dict
                 loaded = plan.model, plan.dtype
                 tell_source(plan, model)
             tuned = None if plan.tuned is None else plan.tuned.load(options.device, plan.dtype, options.tokenizer)
+            read_embeddings(plan, [model, None if tuned is None else tuned.model], not number)
             places = [(cell, i) for cell in group for i in range(len(cell.plan.seeds))]
             prompts = [cell.plan.prompts[i] for cell, i in places]
             seeds = [cell.plan.seeds[i] for cell, i in places]
@@ -287,7 +288,8 @@ def _groups(cells: Sequence[Cell]) -> list[list[Cell]]:
     found: dict[tuple[Any, ...], list[Cell]] = {}
     for cell in cells:
         plan = cell.plan
-        key = (plan.model, plan.dtype, repr(plan.settings), repr(plan.loras), repr(plan.tuned), plan.batch_size)
+        key = (plan.model, plan.dtype, repr(plan.settings), repr(plan.loras), repr(plan.tuned), plan.batch_size,
+               repr(plan.embeddings))  # fmt: skip
         found.setdefault(key, []).append(cell)
     order = list(dict.fromkeys(key[:2] for key in found))
     return [found[key] for key in sorted(found, key=lambda key: order.index(key[:2]))]

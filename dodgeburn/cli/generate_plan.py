@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dodgeburn.cli.embeddings import find_embeddings, put_on
 from dodgeburn.cli.generate_options import Generate
 from dodgeburn.cli.loras import Finder
 from dodgeburn.cli.tuned import TunedUse, tuned_use
@@ -38,6 +40,7 @@ class Plan:
     loras: list[tuple[Path, LoraUse]] = field(default_factory=list)
     tuned: TunedUse | None = None
     not_honoured: list[str] = field(default_factory=list)  # of the picture's settings
+    embeddings: list[Path] = field(default_factory=list)
     row: int | None = None  # only this row of the batch is kept: the picture that is made again
     rule: PromptRule | None = None
 
@@ -120,7 +123,18 @@ def _with_loras(plan: Plan, options: Generate) -> Plan:
     plan.loras = finder.found
     if options.rule is not None:
         plan.rule = _rule(options.rule, plan)
+    used, exact = ([], False) if plan.source is None else (plan.source.embeddings, plan.source.kind == "dodgeburn")
+    texts, syntax = [*plan.prompts, plan.settings.negative], plan.settings.prompt_syntax
+    plan.embeddings, missed = find_embeddings(options.embedding, options.embedding_dir, texts, syntax, used, exact)
+    plan.not_honoured = plan.not_honoured + missed
     return plan
+
+
+def read_embeddings(plan: Plan, models: Sequence[Model | None], tell: bool = True) -> None:
+    """The plan's textual inversions, for each model that draws."""
+    for i, model in enumerate(models):
+        if model is not None:
+            put_on(model, plan.embeddings, [] if plan.source is None else plan.source.embeddings, tell and not i)
 
 
 def _rule(path: Path, plan: Plan) -> PromptRule:

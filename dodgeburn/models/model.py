@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from dodgeburn.checkpoint.embedding_file import TextEmbedding
 from dodgeburn.checkpoint.layout import Layout
 from dodgeburn.checkpoint.sources import is_index, open_tensors, sha256_source
 from dodgeburn.checkpoint.tensorfile import sha256_file
@@ -33,6 +34,7 @@ class Model:
     device: torch.device
     dtype: torch.dtype  # of the U-Net, and of the text encoders unless loaded as stored
     metadata: dict[str, str] = field(default_factory=dict)  # of its file: recipe, ModelSpec, ...
+    embeddings: list[TextEmbedding] = field(default_factory=list)  # that prompts can name
 
     @property
     def has_added_conditions(self) -> bool:
@@ -65,6 +67,11 @@ class Model:
         for path in sorted(self.source.rglob("*.safetensors")):
             digest.update(f"{path.relative_to(self.source).as_posix()} {sha256_file(path)}\n".encode())
         return digest.hexdigest()
+
+    @property
+    def text_widths(self) -> list[int]:
+        """Of each text encoder's token embeddings."""
+        return [int(encoder.get_input_embeddings().weight.shape[1]) for encoder in self.text_encoders]
 
     def components(self) -> dict[str, Any]:
         """Modules by the names of a diffusers folder: unet, vae, text_encoder[, text_encoder_2]."""

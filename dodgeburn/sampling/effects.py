@@ -1,8 +1,10 @@
 """Settings that have no effect on a generation, or another one than they seem to have, said before the work."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from dodgeburn.models.model import Model
+from dodgeburn.sampling.embeddings import named_in
+from dodgeburn.sampling.emphasis import unread
 from dodgeburn.sampling.schedules import Schedule
 from dodgeburn.sampling.settings import STOCHASTIC, GenerateSettings
 from dodgeburn.sampling.sizes import SIZE_FIELDS
@@ -54,3 +56,15 @@ def _of_model(model: Model, settings: GenerateSettings, plan: Schedule) -> Itera
             "zero terminal SNR with a model that predicts eps: in pure noise its answer says nothing of the picture, "
             "so colours may break; it is meant for v-prediction models"
         )
+
+
+def read_as_words(texts: Sequence[str], syntax: str, embeddings: Sequence[str]) -> list[str]:
+    """A line, if there is need for one, about markup in prompts that means something in other programs and is read as
+    words here. embeddings: names that do mean something."""
+    words = [p for t in dict.fromkeys(texts) for p in named_in(t, syntax, embeddings) if isinstance(p, str)]
+    found = list(dict.fromkeys(part for text in words for part in unread(text, syntax)))
+    if not found:
+        return []
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    return [f"read as words: {', '.join(found[:3])}{more}. LoRAs are given by --lora FILE:SCALE or lie in --lora-dir, "
+            "embeddings likewise; prompt editing and AND have no effect here"]  # fmt: skip

@@ -55,7 +55,8 @@ def pieces(prompt: str, syntax: str) -> list[Piece]:
 
 def unread(prompt: str, syntax: str) -> list[str]:
     """Markup in a prompt that other programs act on and that is read as words here: LoRA tags, prompt editing,
-    alternation, AND, embeddings. Nothing of it means anything in `plain`.
+    alternation, AND, ComfyUI's names of embeddings (of those that are not there). Nothing of it means anything in
+    `plain`.
     """
     return [] if syntax == "plain" else [found[0] for rule in _UNREAD for found in rule.finditer(prompt)]
 

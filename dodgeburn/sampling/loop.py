@@ -21,8 +21,7 @@ from dodgeburn.models.model import Model
 from dodgeburn.sampling.adapted import Adapted, Applied
 from dodgeburn.sampling.brownian import BrownianPath, Noise
 from dodgeburn.sampling.clip_skip import resolve_clip_skip
-from dodgeburn.sampling.effects import without_effect
-from dodgeburn.sampling.emphasis import unread
+from dodgeburn.sampling.effects import read_as_words, without_effect
 from dodgeburn.sampling.guidance import Blend, Denoiser, Tuned
 from dodgeburn.sampling.pictures import Generated, Planned
 from dodgeburn.sampling.prompts import EncodedPrompt, encode
@@ -116,9 +115,9 @@ def stream(
     settings = _with_size(model, settings)
     plan = schedule(settings.sampler, settings.spacing, settings.steps, model.scheduler_config, settings.zero_snr)
     said = without_effect(model, settings, plan)
-    for line in said:
+    markup = read_as_words([*prompts, settings.negative], settings.prompt_syntax, [e.name for e in model.embeddings])
+    for line in [*said, *markup]:
         warnings.warn(line, DodgeburnWarning, stacklevel=3)
-    _warn_of_markup([*prompts, settings.negative], settings.prompt_syntax)
     shape = _latent_shape(model, settings)
     for seed in seeds:
         initial_noise(seed, (1, 1, 1))  # refuse a bad seed now, not after an hour
@@ -170,18 +169,6 @@ def planned(
         Planned(prompt, seed, settings, i, adapters=adapted.uses(i), tuned=tuned)
         for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
     ]
-
-
-def _warn_of_markup(texts: Sequence[str], syntax: str) -> None:
-    found = list(dict.fromkeys(part for text in dict.fromkeys(texts) for part in unread(text, syntax)))
-    if found:
-        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-        warnings.warn(
-            f"read as words: {', '.join(found[:3])}{more}. LoRAs are given by --lora FILE:SCALE or lie in --lora-dir; "
-            "prompt editing, AND and embeddings have no effect here",
-            DodgeburnWarning,
-            stacklevel=4,
-        )
 
 
 def _check_encoded(encoded: Mapping[str, EncodedPrompt], clip_skip: int, syntax: str) -> None:

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dodgeburn.checkpoint.embedding_file import TextEmbedding
 from dodgeburn.models.model import Model
 from dodgeburn.sampling.clip_skip import clip_state, resolve_clip_skip
+from dodgeburn.sampling.embeddings import ids_of, named_in, vectors_for, whole
 from dodgeburn.sampling.emphasis import pieces
 
 COMMA_BACKTRACK = 20  # a chunk that would end mid-phrase ends at a comma instead, if one is this near (A1111's default)
@@ -37,7 +39,7 @@ class EncodedPrompt:
 
 
 Token = tuple[int, float]
-"""(id, weight)"""
+"""(id, weight); an id below 0 is a vector of a textual inversion (embeddings.py)"""
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def split_tokens(tokens: Sequence[Token], length: int, comma: int | None) -> lis
     """Cut tokens into chunks of at most `length`, at least one chunk (an empty prompt has one empty
     chunk).
 
-    Where a chunk is full and a comma is among its last 20 tokens, it ends after that comma.
+    Where a chunk is full and a comma is among its last 20 tokens, it ends after that comma. Embeddings are not cut.
     """
     chunks: list[list[Token]] = []
     rest = list(tokens)
@@ -62,19 +64,27 @@ def split_tokens(tokens: Sequence[Token], length: int, comma: int | None) -> lis
             if rest[length - back][0] == comma:
                 end = length - back + 1
                 break
+        end = whole(rest, end)
         chunks.append(rest[:end])
         rest = rest[end:]
     return [*chunks, rest]
 
 
-def token_chunks(tokenizer: Any, text: str, syntax: str = "plain") -> list[Chunk]:
+def token_chunks(
+    tokenizer: Any, text: str, syntax: str = "plain", embeddings: Sequence[TextEmbedding] = ()
+) -> list[Chunk]:
     """The chunks of a prompt whose weights are written in `syntax` (emphasis.py)."""
     total = int(tokenizer.model_max_length)
     comma = tokenizer.get_vocab().get(",</w>")
+    names, own = [embedding.name for embedding in embeddings], ids_of(embeddings)
     stretches: list[list[Token]] = [[]]
     for piece in pieces(text, syntax):
-        ids = tokenizer(piece.text, add_special_tokens=False, truncation=False, verbose=False).input_ids
-        stretches[-1] += [(i, piece.weight) for i in ids]
+        for part in named_in(piece.text, syntax, names):
+            if isinstance(part, int):
+                ids = own[part]
+            else:
+                ids = tokenizer(part, add_special_tokens=False, truncation=False, verbose=False).input_ids
+            stretches[-1] += [(i, piece.weight) for i in ids]
         if piece.ends_chunk:
             stretches.append([])
     rows = []
@@ -117,7 +127,8 @@ def encode(
     SDXL shape: the last but one hidden state of both encoders side by side, and the second one's pooled
     projection. SD1.5 shape: the only encoder's last hidden state after its final norm. `clip_skip` takes
     an earlier one (`clip_skip.py`; UserError if there is none). `syntax` says how weights in brackets are read
-    (`emphasis.py`); the pooled projection is of the unweighted first chunk.
+    (`emphasis.py`); the pooled projection is of the unweighted first chunk. The model's textual inversions stand for
+    their names (`embeddings.py`).
     """
     distinct = list(dict.fromkeys(texts))
     return dict(zip(distinct, encode_each(model, distinct, clip_skip, syntax), strict=True))
@@ -135,14 +146,17 @@ def encode_each(
     skip = resolve_clip_skip(model, clip_skip)
     if not texts:
         return []
-    per_tokenizer = [[token_chunks(tokenizer, text, syntax) for text in texts] for tokenizer in model.tokenizers]
+    per_tokenizer = [
+        [token_chunks(tokenizer, text, syntax, model.embeddings) for text in texts] for tokenizer in model.tokenizers
+    ]
     counts = [max(len(rows[i]) for rows in per_tokenizer) for i in range(len(texts))]
     if before is not None:
         counts = [max(counts)] * len(texts)
     owners = [i for i, n in enumerate(counts) for _ in range(n)]
     embeds: list[Tensor] = []
     pooled: Tensor | None = None
-    for tokenizer, encoder, rows in zip(model.tokenizers, model.text_encoders, per_tokenizer, strict=True):
+    encoders = zip(model.tokenizers, model.text_encoders, per_tokenizer, strict=True)
+    for number, (tokenizer, encoder, rows) in enumerate(encoders):
         blank = token_chunks(tokenizer, "")
         flat = [row for i, n in enumerate(counts) for row in rows[i] + blank * (n - len(rows[i]))]
         weights = torch.tensor([chunk.weights for chunk in flat], dtype=torch.float32)
@@ -154,7 +168,8 @@ def encode_each(
             ids = torch.tensor([chunk.ids for chunk in flat[start : start + ENCODE_BATCH]], device=model.device)
             if before is not None:
                 before(owners[start : start + ENCODE_BATCH])
-            out = encoder(ids, output_hidden_states=True)
+            with vectors_for(encoder, number, ids, model.embeddings) as given:
+                out = encoder(given, output_hidden_states=True)
             states.append(clip_state(encoder, out, skip, final_norm=not model.has_added_conditions))
             if model.has_added_conditions and getattr(out, "text_embeds", None) is not None:
                 pools.append(out.text_embeds)

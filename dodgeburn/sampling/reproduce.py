@@ -33,9 +33,18 @@ HONOURED = {
     "Steps", "Sampler", "Schedule type", "CFG scale", "Seed", "Size", "Model", "Model hash", "Clip skip", "Version",
     "RNG", "Dynamic thresholding enabled", "Mimic scale", "Separate Feature Channels", "Scaling Startpoint",
     "Variability Measure", "Interpolate Phi", "Threshold percentile", "Mimic mode", "Mimic scale minimum", "CFG mode",
-    "CFG scale minimum", "Scheduler value", "Lora hashes", "Lora starts", "Prompt", "Negative prompt", "User",
-    "Created Date",
+    "CFG scale minimum", "Scheduler value", "Lora hashes", "Lora starts", "TI hashes", "Prompt", "Negative prompt",
+    "User", "Created Date",
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class EmbeddingUse:
+    """A textual inversion that a picture was made with."""
+
+    name: str
+    sha256: str = ""  # of the file, or its first digits
+    file: str = ""
 
 
 @dataclass
@@ -52,6 +61,7 @@ class Request:
     dtype: str | None = None
     device: str | None = None
     adapters: list[LoraUse] = field(default_factory=list)  # to be found by name and hash
+    embeddings: list[EmbeddingUse] = field(default_factory=list)  # likewise
     tuned: tuple[str, str, float] | None = None  # name, sha256 and strength of a tuned model
     not_honoured: list[str] = field(default_factory=list)  # what it says besides that can't be followed here
 
@@ -103,8 +113,17 @@ def _own(record: dict[str, Any]) -> Request:
         kind="dodgeburn", prompt=string("prompt"), seeds=seeds, settings=settings, model=string("model"),
         model_hash=string("model_sha256"), batch=(batch[0], batch[1]), dtype=DTYPES.get(string("dtype")),
         device=string("device") or None, adapters=uses_of(record.get("adapters", [])),
-        tuned=_tuned(record.get("tuned")),
+        embeddings=_embeddings(record.get("embeddings", [])), tuned=_tuned(record.get("tuned")),
     )  # fmt: skip
+
+
+def _embeddings(said: Any) -> list[EmbeddingUse]:
+    known = isinstance(said, list) and len(said) <= 1000
+    rows = [[one.get(key, "") for key in ("name", "sha256", "file")] if isinstance(one, dict) else [None]
+            for one in (said if known else [])]  # fmt: skip
+    if not known or not all(row[0] and all(isinstance(text, str) for text in row) for row in rows):
+        raise UserError("dodgeburn's record has damaged embeddings")
+    return [EmbeddingUse(*row) for row in rows]
 
 
 def _tuned(said: Any) -> tuple[str, str, float] | None:
@@ -168,6 +187,7 @@ def _a1111(info: Infotext) -> Request:
         replace(use, sha256_tensors=hashes.get(use.name, ""), start=_number(starts, use.name, ALWAYS))
         for _, use in tags
     ]
+    embeddings = [EmbeddingUse(name, hash) for name, hash in named_values(said.get("TI hashes", "")).items()]
     missed += [f"LoRA {tag} at strength {strength or '1'}" for tag, strength in _HYPERNET.findall(prompt)]
     prompt = _HYPERNET.sub("", prompt)
     missed += [f"{key}: {value}" for key, value in said.items() if key not in HONOURED]
@@ -178,7 +198,8 @@ def _a1111(info: Infotext) -> Request:
         clip_skip=_whole(said, "Clip skip", 1) if "Clip skip" in said else None, thresholding=_thresholding(said),
     )  # fmt: skip
     return Request("A1111", prompt.strip(), [_whole(said, "Seed", 0)], settings, said.get("Model", ""),
-                   said.get("Model hash", ""), adapters=adapters, not_honoured=missed)  # fmt: skip
+                   said.get("Model hash", ""), adapters=adapters, embeddings=embeddings,
+                   not_honoured=missed)  # fmt: skip
 
 
 def _thresholding(said: dict[str, str]) -> Thresholding | None:

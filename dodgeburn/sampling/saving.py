@@ -4,10 +4,12 @@ from pathlib import Path
 from typing import Any
 
 from dodgeburn import __version__
+from dodgeburn.checkpoint.embedding_file import TextEmbedding
 from dodgeburn.images.comfy import ComfyRequest, write_graph
 from dodgeburn.images.png import Infotext, write_picture
 from dodgeburn.models.loading import is_stock
 from dodgeburn.models.model import Model
+from dodgeburn.sampling.embeddings import as_comfy, used_in
 from dodgeburn.sampling.guidance import Tuned
 from dodgeburn.sampling.loras import ALWAYS
 from dodgeburn.sampling.pictures import Generated, Planned
@@ -37,11 +39,19 @@ def infotext_of(made: Generated, model: Model) -> Infotext:
             "Clip skip": str(skip) if skip > 1 else "",
             **_thresholding_pairs(settings),
             **_lora_pairs(made),
+            "TI hashes": ", ".join(f"{one.name}: {one.sha256[:12]}" for one in embeddings_of(made, model)),
             "Tuned model": "" if made.tuned is None else f"{made.tuned.model.name}:{made.tuned.strength:g}",
             "RNG": "CPU",  # where noise is drawn; A1111's own default is the GPU
             "Version": f"dodgeburn {__version__}",
         },
     )
+
+
+def embeddings_of(made: Planned, model: Model) -> list[TextEmbedding]:
+    """The textual inversions that a picture's prompts name."""
+    names = [one.name for one in model.embeddings]
+    texts = [made.prompt, made.settings.negative]
+    return [model.embeddings[i] for i in used_in(texts, made.settings.prompt_syntax, names)]
 
 
 def _lora_pairs(made: Generated) -> dict[str, str]:
@@ -88,6 +98,11 @@ def record_of(made: Planned, model: Model) -> dict[str, Any]:
         "batch": list(made.batch),
         **made.settings.model_dump(),
         **({"adapters": [use.record() for use in made.adapters]} if made.adapters else {}),
+        **(
+            {"embeddings": [{"name": one.name, "file": one.file, "sha256": one.sha256} for one in embeddings]}
+            if (embeddings := embeddings_of(made, model))
+            else {}
+        ),
         **({} if made.tuned is None else {"tuned": _tuned_record(made.tuned)}),
         "model": model.name,
         "model_sha256": model.sha256,
@@ -114,13 +129,16 @@ def graph_of(made: Generated, model: Model) -> dict[str, Any] | None:
     if made.tuned is not None:
         return None  # nor two models at once
     assert settings.width is not None and settings.height is not None
+    prompt, negative = made.prompt, settings.negative
+    if settings.prompt_syntax == "a1111":
+        prompt, negative = (as_comfy(text, [one.name for one in model.embeddings]) for text in (prompt, negative))
     sizes: list[dict[str, tuple[int, int]]] = [{}, {}]
     if model.has_added_conditions and any(getattr(settings, name) is not None for name in SIZE_FIELDS):
         rows = reversed(time_ids(settings))  # the prompt's, the negative prompt's
         sizes = [{"original": (r[1], r[0]), "crop": (r[3], r[2]), "target": (r[5], r[4])} for r in rows]
     return write_graph(
         ComfyRequest(
-            checkpoint=model.source.name, prompt=made.prompt, negative=settings.negative, seed=made.seed,
+            checkpoint=model.source.name, prompt=prompt, negative=negative, seed=made.seed,
             steps=settings.steps, guidance=settings.guidance, sampler=SAMPLERS[settings.sampler][1],
             scheduler=SPACINGS[settings.spacing][1], width=settings.width, height=settings.height,
             clip_stop=None if settings.clip_skip is None else -settings.clip_skip,

@@ -1,0 +1,85 @@
+"""Textual inversion: files of a few vectors that stand for a word in front of the text encoders (arXiv 2208.01618).
+
+| written by | tensors |
+|---|---|
+| A1111, SD1.5 (.pt) | `string_to_param` -> `*` [n, 768] |
+| A1111 and others, SD1.5 (.safetensors) | `emb_params` [n, 768] |
+| SDXL (.safetensors) | `clip_l` [n, 768], `clip_g` [n, 1280] |
+| diffusers | the word itself [768] or [n, 768] |
+
+A prompt names it by the file's name. Tensors come in the order of the model's text encoders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dodgeburn.checkpoint.sources import load_pickle
+from dodgeburn.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ENDINGS = (".safetensors", ".pt", ".bin", ".ckpt", ".pth")
+MOST_VECTORS = 1000
+_NAMED = ("clip_l", "clip_g")
+
+
+@dataclass(frozen=True)
+class TextEmbedding:
+    """Vectors that stand for a word."""
+
+    name: str  # in prompts: the file's name without its ending
+    vectors: tuple[Tensor, ...]  # float32 [n, width], one for each text encoder
+    file: str = ""
+    sha256: str = ""  # of the file
+
+    def __len__(self) -> int:
+        """Tokens that it takes the place of."""
+        return max(len(v) for v in self.vectors)
+
+
+def read_embedding(path: str | Path, widths: Sequence[int]) -> TextEmbedding:
+    """An embedding's file for a model whose text encoders have these widths. Raises UserError for a file that is none,
+    for one of another architecture, and for NaN."""
+    import torch
+
+    from dodgeburn.checkpoint.tensorfile import sha256_file
+
+    path = Path(path)
+    found = {name: tensor.float() for name, tensor in _tensors(path).items()}
+    for name, tensor in found.items():
+        if tensor.ndim != 2 or not 1 <= len(tensor) <= MOST_VECTORS:
+            raise UserError(f"{path}: {name} has the shape {list(tensor.shape)}, expected [vectors, width]: this is no "
+                            "textual inversion")  # fmt: skip
+        if not bool(torch.isfinite(tensor).all()):
+            raise UserError(f"{path}: {name} has NaN or infinite values: the file is damaged")
+    own = [found[name] for name in _NAMED] if set(found) == set(_NAMED) else list(found.values())
+    if [t.shape[1] for t in own] != list(widths):
+        raise UserError(
+            f"{path} is an embedding for text encoders {' and '.join(str(t.shape[1]) for t in own)} wide, the model's "
+            f"are {' and '.join(map(str, widths))}: it was trained for another architecture"
+        )
+    return TextEmbedding(path.stem, tuple(own), path.name, sha256_file(path))
+
+
+def _tensors(path: Path) -> Mapping[str, Tensor]:
+    """What the file holds, one vector as [1, width]."""
+    import torch
+
+    from dodgeburn.checkpoint.tensorfile import load_tensors
+
+    if not path.is_file():
+        raise UserError(f"embedding {path} is not there")
+    said = load_tensors(path) if path.suffix.lower() == ".safetensors" else load_pickle(path)
+    if isinstance(said, dict) and isinstance(said.get("string_to_param"), dict):
+        said = said["string_to_param"]
+    tensors = {k: v for k, v in said.items() if isinstance(v, torch.Tensor)} if isinstance(said, dict) else {}
+    if not 1 <= len(tensors) <= 2 or any(not isinstance(name, str) or not v.is_floating_point() for name, v in
+                                         tensors.items()):  # fmt: skip
+        raise UserError(f"{path} is no textual inversion: expected string_to_param, emb_params, clip_l and clip_g, or "
+                        "one tensor under its word")  # fmt: skip
+    return {name: v.detach()[None] if v.ndim == 1 else v.detach() for name, v in tensors.items()}

@@ -1,0 +1,239 @@
+"""Textual inversions: files of every writer, names in prompts, vectors in the place of tokens, records and refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from safetensors.torch import save_file
+
+from dodgeburn.checkpoint.embedding_file import TextEmbedding, read_embedding
+from dodgeburn.cli.main import main
+from dodgeburn.errors import DodgeburnWarning, UserError
+from dodgeburn.images.png import read_png
+from dodgeburn.sampling.embeddings import as_comfy, named_in, used_in
+from dodgeburn.sampling.loop import GenerateSettings, generate
+from dodgeburn.sampling.prompts import encode, token_chunks
+from tests.tiny import tiny_model
+
+WIDTHS = {"sd15": [16], "sdxl": [16, 24]}
+
+
+def vectors(n: int, width: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(n, width, generator=torch.Generator().manual_seed(seed))
+
+
+def embedding(name: str, layout: str, n: int = 2, seed: int = 0) -> TextEmbedding:
+    return TextEmbedding(name, tuple(vectors(n, width, seed + i) for i, width in enumerate(WIDTHS[layout])))
+
+
+# -------------------- names
+
+
+def test_names_in_the_dialects() -> None:
+    names = ["bad", "bad-hands", "a.b"]
+    assert named_in("BAD-hands, badly (bad), a.b", "a1111", names) == ["", 1, ", badly (", 0, "), ", 2, ""]
+    assert named_in("axb", "a1111", names) == ["axb"] and named_in("bad", "plain", names) == ["bad"]
+    assert named_in("bad, embedding:bad.pt embedding:badly embedding:a.b", "comfy", names) == [
+        "bad, ", 0, " embedding:badly ", 2, ""
+    ]  # fmt: skip
+    assert used_in(["a.b and bad", "bad"], "a1111", names) == [0, 2] and named_in("bad", "a1111", []) == ["bad"]
+    assert as_comfy("(Bad:1.2), a.b", names) == "(embedding:bad:1.2), embedding:a.b"
+
+
+# -------------------- files
+
+
+def test_files_of_every_writer(tmp_path: Path) -> None:
+    v, g = vectors(3, 16), vectors(3, 24, 1)
+    a1111 = {
+        "string_to_token": {"*": 265},
+        "string_to_param": {"*": torch.nn.Parameter(v.half())},
+        "name": "x",
+        "step": 9,
+    }
+    torch.save(a1111, tmp_path / "one.pt")
+    torch.save({"<one>": v[0]}, tmp_path / "learned_embeds.bin")
+    save_file({"emb_params": v}, tmp_path / "two.safetensors")
+    save_file({"clip_g": g, "clip_l": v}, tmp_path / "xl.safetensors")
+    one = read_embedding(tmp_path / "one.pt", [16])
+    assert torch.equal(one.vectors[0], v.half().float()) and (one.name, one.file, len(one)) == ("one", "one.pt", 3)
+    assert torch.equal(read_embedding(tmp_path / "learned_embeds.bin", [16]).vectors[0], v[:1])
+    assert torch.equal(read_embedding(tmp_path / "two.safetensors", [16]).vectors[0], v)
+    both = read_embedding(tmp_path / "xl.safetensors", [16, 24]).vectors
+    assert torch.equal(both[0], v) and torch.equal(both[1], g)
+    for name, widths in (("xl.safetensors", [16]), ("two.safetensors", [16, 24]), ("two.safetensors", [24])):
+        with pytest.raises(UserError, match="another architecture"):
+            read_embedding(tmp_path / name, widths)
+
+
+def test_what_is_no_embedding(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self):
+            return (print, ("ran",))
+
+    torch.save({"string_to_param": {"*": Evil()}}, tmp_path / "evil.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    torch.save({"string_to_param": {"*": torch.zeros(2, 3, 16)}}, tmp_path / "deep.pt")
+    save_file({"emb_params": torch.full((1, 16), torch.nan)}, tmp_path / "nan.safetensors")
+    save_file({"a": torch.zeros(2, 16), "b": torch.zeros(2, 16), "c": torch.zeros(1)}, tmp_path / "m.safetensors")
+    save_file({"emb_params": torch.zeros(2, 16, dtype=torch.int64)}, tmp_path / "int.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes(b"\x08")
+    for name, said in (
+        ("evil.pt", "could run code"), ("list.pt", "no textual inversion"), ("deep.pt", "shape"),
+        ("nan.safetensors", "NaN"), ("m.safetensors", "no textual inversion"),
+        ("int.safetensors", "no textual inversion"), ("cut.safetensors", "cut"), ("none.pt", "is not there"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=said):
+            read_embedding(tmp_path / name, [16])
+
+
+# -------------------- tokens and states
+
+
+def test_an_embedding_is_not_cut_where_a_chunk_ends() -> None:
+    model = tiny_model("sd15")
+    three = embedding("foo", "sd15", 3)
+    rows = token_chunks(model.tokenizers[0], "a" * 74 + " foo b", "a1111", [three])
+    assert [sum(i < 0 for i in row.ids) for row in rows] == [0, 3] and rows[1].ids[1:4] == [-1, -2, -3]
+    rows = token_chunks(model.tokenizers[0], "a" * 72 + " (foo:1.5) b", "a1111", [three])
+    assert [sum(i < 0 for i in row.ids) for row in rows] == [3, 0] and rows[0].weights[73:77] == [1.5] * 3 + [1.0]
+    # Neighbours are told apart, and one that no chunk holds is cut after all.
+    both = token_chunks(model.tokenizers[0], "a" * 73 + " bar foo", "a1111", [three, embedding("bar", "sd15", 2)])
+    assert [[i for i in row.ids if i < 0] for row in both] == [[-5, -6], [-1, -2, -3]]
+    long = token_chunks(model.tokenizers[0], "foo", "a1111", [embedding("foo", "sd15", 80)])
+    assert [sum(i < 0 for i in row.ids) for row in long] == [75, 5]
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("n", [1, 3])
+def test_states_are_those_of_diffusers(n: int) -> None:
+    model = tiny_model("sd15")
+    one = embedding("foo", "sd15", n)
+    model.embeddings = [one, embedding("unused", "sd15", 4, 9)]
+    ours = encode(model, ["a foo, bb Foo", "plain"])
+    oracle = tiny_model("sd15")
+    parts = {"vae": oracle.vae, "text_encoder": oracle.text_encoders[0], "tokenizer": oracle.tokenizers[0],
+             "unet": oracle.unet}  # fmt: skip
+    none = dict.fromkeys(("scheduler", "safety_checker", "feature_extractor"))
+    pipe = StableDiffusionPipeline(**parts, **none, requires_safety_checker=False)
+    pipe.load_textual_inversion({"<foo>": one.vectors[0]}, token="<foo>")
+    for prompt, text in (("a <foo>, bb <foo>", "a foo, bb Foo"), ("plain", "plain")):
+        expected = pipe.encode_prompt(prompt, torch.device("cpu"), 1, False)[0][0]
+        assert torch.allclose(ours[text].embeds, expected, atol=1e-6)
+    assert not torch.allclose(ours["a foo, bb Foo"].embeds, encode(tiny_model("sd15"), ["a foo, bb Foo"])[
+        "a foo, bb Foo"].embeds, atol=1e-3)  # fmt: skip
+
+
+def test_both_encoders_of_sdxl_see_their_own_vectors() -> None:
+    """An embedding of the vectors that a word's letters have anyway is the word."""
+    model = tiny_model("sdxl")
+    ids = [token_chunks(t, "cat")[0].ids[1:4] for t in model.tokenizers]
+    tables = [encoder.get_input_embeddings().weight for encoder in model.text_encoders]
+    own = tuple(table[torch.tensor(i)].detach().clone() for table, i in zip(tables, ids, strict=True))
+    expected = encode(model, ["a cat (cat:1.3) sat"])["a cat (cat:1.3) sat"]
+    model.embeddings = [TextEmbedding("foo", own)]
+    found = encode(model, ["a foo (foo:1.3) sat"])["a foo (foo:1.3) sat"]
+    assert torch.equal(found.embeds, expected.embeds) and torch.equal(found.pooled, expected.pooled)
+    comfy = encode(model, ["a embedding:foo (embedding:foo:1.3) sat"], syntax="comfy")
+    assert torch.equal(
+        comfy["a embedding:foo (embedding:foo:1.3) sat"].embeds,
+        encode(model, ["a cat (cat:1.3) sat"], syntax="comfy")["a cat (cat:1.3) sat"].embeds,
+    )
+    assert encode(model, ["a foo"], syntax="plain")["a foo"].embeds.shape == found.embeds.shape
+
+
+def test_unknown_names_are_said_and_known_ones_are_not() -> None:
+    model = tiny_model("sd15")
+    model.embeddings = [embedding("foo", "sd15")]
+    settings = GenerateSettings(steps=1, prompt_syntax="comfy")
+    with pytest.warns(DodgeburnWarning, match="read as words: embedding:bar. "):
+        generate(model, ["embedding:foo, embedding:bar"], [0], settings)
+
+
+# -------------------- command line
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    (tmp_path / "ti" / "below").mkdir(parents=True)
+    for name, seed in (("foo", 0), ("below/ugly", 5)):
+        both = {"clip_l": vectors(2, 16, seed), "clip_g": vectors(2, 24, seed + 1)}
+        save_file(both, tmp_path / "ti" / f"{name}.safetensors")
+    return tmp_path
+
+
+def last(capsys: pytest.CaptureFixture[str]) -> dict:
+    return json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+
+
+def test_pictures_say_their_embeddings_and_are_made_again(model_file: Path, place: Path, capsys) -> None:
+    common = ["--model", str(model_file), "--steps", "2", "--json"]
+    args = ["generate", "a foo hat", "--negative", "Ugly", "--embedding-dir", str(place / "ti"), *common]
+    assert main([*args, "-o", str(place / "a")]) == 0
+    said = capsys.readouterr().out
+    assert "embedding foo: 2 vectors" in said and "embedding ugly: 2 vectors" in said
+    picture = place / "a" / "a-foo-hat-0.png"
+    text = read_png(picture)
+    assert text.own is not None and [one["name"] for one in text.own["embeddings"]] == ["ugly", "foo"]
+    assert text.infotext is not None
+    assert text.infotext.settings["TI hashes"].startswith(f"ugly: {text.own['embeddings'][0]['sha256'][:12]}, foo: ")
+    assert main(["generate", "a foo hat", "--negative", "Ugly", "-o", str(place / "b"), *common]) == 0
+    assert (place / "b" / "a-foo-hat-0.png").read_bytes() != picture.read_bytes()
+
+    again = ["generate", "--from", str(picture), *common, "-o", str(place / "c")]
+    capsys.readouterr()
+    assert main(again) == 2 and "made with the embedding ugly.safetensors" in capsys.readouterr().err
+    assert main([*again, "--embedding-dir", str(place / "ti")]) == 0
+    assert (place / "c" / "a-foo-hat-0.png").read_bytes() == picture.read_bytes()
+    save_file({"clip_l": vectors(1, 16), "clip_g": vectors(1, 24)}, place / "ti" / "foo.safetensors")
+    capsys.readouterr()
+    assert main([*again, "--embedding-dir", str(place / "ti")]) == 0
+    assert "made with another foo" in capsys.readouterr().err
+    # In a grid, and where the picture's prompt no longer names them.
+    grid = ["generate", "a foo hat", "--x", "prompt=foo,bare", "--embedding-dir", str(place / "ti"), *common]
+    assert main([*grid, "-o", str(place / "grid")]) == 0
+    rows = last(capsys)["pictures"]
+    named = [read_png(row["path"]).own for row in rows]
+    assert [own is not None and "embeddings" in own for own in named] == [True, False]
+
+
+def test_an_a1111_picture_names_them_too(model_file: Path, place: Path, capsys) -> None:
+    infotext = (
+        "a foo hat\nNegative prompt: nasty\nSteps: 2, Sampler: Euler, Schedule type: Karras, CFG scale: 4, Seed: 1, "
+        'Size: 16x16, RNG: CPU, TI hashes: "foo: 123456789abc, nasty: 0"'
+    )
+    chunks = PngInfo()
+    chunks.add_text("parameters", infotext)
+    Image.new("RGB", (16, 16)).save(place / "a.png", pnginfo=chunks)
+    args = ["generate", "--from", str(place / "a.png"), "--model", str(model_file), "-o", str(place / "o"), "--json"]
+    assert main([*args, "--embedding", str(place / "ti" / "foo.safetensors")]) == 0
+    said = capsys.readouterr()
+    assert "embedding nasty: no such file, its name is read as words" in said.err and "another foo" in said.err
+    assert json.loads(said.out.strip().splitlines()[-1])["not_honoured"] == [
+        "embedding nasty: no such file, its name is read as words"
+    ]
+
+
+def test_bad_input_is_one_line(model_file: Path, place: Path, capsys) -> None:
+    foo = str(place / "ti" / "foo.safetensors")
+    save_file({"emb_params": vectors(2, 16)}, place / "old.safetensors")
+    for more, said in (
+        (["--embedding", foo, "--prompt-syntax", "comfy"], "say 'embedding:foo'"),
+        (["--embedding", str(place / "none.pt")], "no such file"),
+        (["--embedding-dir", str(place / "none")], "no such folder"),
+        (["--embedding", foo, "--embedding", foo], "one name"),
+    ):
+        assert main(["generate", "a foo", "--model", str(model_file), "-o", str(place / "o"), *more]) == 2
+        err = capsys.readouterr().err
+        assert said in err and err.count("\n") == 1, err
+    assert main(["generate", "a hat", "--model", str(model_file), "-o", str(place / "o"), "--embedding", foo]) == 2
+    assert "has no effect" in capsys.readouterr().err
+    old = ["--embedding", str(place / "old.safetensors")]
+    assert main(["generate", "an old hat", "--model", str(model_file), "-o", str(place / "o"), *old]) == 2
+    assert "another architecture" in capsys.readouterr().err and not (place / "o").exists()
