@@ -16,6 +16,7 @@ from dodgeburn.checkpoint.embedding_file import TextEmbedding, read_embedding
 from dodgeburn.cli.main import main
 from dodgeburn.errors import DodgeburnWarning, UserError
 from dodgeburn.images.png import read_png
+from dodgeburn.models.saving import save_single_file
 from dodgeburn.sampling.embeddings import as_comfy, named_in, used_in
 from dodgeburn.sampling.loop import GenerateSettings, generate
 from dodgeburn.sampling.prompts import encode, token_chunks
@@ -237,3 +238,35 @@ def test_bad_input_is_one_line(model_file: Path, place: Path, capsys) -> None:
     old = ["--embedding", str(place / "old.safetensors")]
     assert main(["generate", "an old hat", "--model", str(model_file), "-o", str(place / "o"), *old]) == 2
     assert "another architecture" in capsys.readouterr().err and not (place / "o").exists()
+
+
+def test_inspect_says_what_it_is(place: Path, capsys) -> None:
+    save_file({"emb_params": vectors(8, 768)}, place / "neg.safetensors")
+    save_file({"<cat>": vectors(1, 768)[0]}, place / "cat.safetensors")
+    save_file({"weight": vectors(2, 768)}, place / "odd.safetensors")
+    for name, said in (("neg", "textual inversion of 8 vectors for SD1.5"), ("cat", "inversion of 1 vector for SD1.5"),
+                       ("odd", "unknown"), ("ti/foo", "2 vectors for text encoders 16 and 24 wide")):  # fmt: skip
+        assert main(["inspect", str(place / f"{name}.safetensors")]) == 0
+        assert said in capsys.readouterr().out
+
+
+def test_comparisons_take_them_too(tmp_path: Path, capsys) -> None:
+    model = tiny_model("sdxl")
+    other = tiny_model("sdxl")
+    with torch.no_grad():
+        for weight in other.unet.parameters():
+            weight.mul_(1.1)
+    for name, one in (("a", model), ("b", other)):
+        save_single_file(one, tmp_path / f"{name}.safetensors")
+    model.tokenizers[0].save_pretrained(str(tmp_path / "tokenizer"))
+    save_file({"clip_l": vectors(2, 16), "clip_g": vectors(2, 24)}, tmp_path / "foo.safetensors")
+    (tmp_path / "prompts.txt").write_text("a hat\n")
+    args = ["compare", *(str(tmp_path / f"{name}.safetensors") for name in "ab"), "--presets", "none", "--bases", "0.5"]
+    args += ["--prompts", str(tmp_path / "prompts.txt"), "--seeds", "0", "--steps", "1", "--negative", "foo"]
+    assert main([*args, "-o", str(tmp_path / "one")]) == 0
+    assert main([*args, "-o", str(tmp_path / "two"), "--embedding", str(tmp_path / "foo.safetensors")]) == 0
+    one, two = ({p.name: p.read_bytes() for p in (tmp_path / name).rglob("*.npz")} for name in ("one", "two"))
+    assert one and one.keys() == two.keys() and all(one[name] != two[name] for name in one)
+    assert "foo" in json.loads((tmp_path / "two" / "job.json").read_text())["settings"]["embeddings"]
+    capsys.readouterr()
+    assert main([*args, "-o", str(tmp_path / "two")]) == 2 and "other settings" in capsys.readouterr().err

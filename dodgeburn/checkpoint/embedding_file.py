@@ -12,6 +12,7 @@ A prompt names it by the file's name. Tensors come in the order of the model's t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +24,12 @@ from dodgeburn.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from dodgeburn.checkpoint.header import TensorInfo
+
 ENDINGS = (".safetensors", ".pt", ".bin", ".ckpt", ".pth")
 MOST_VECTORS = 1000
 _NAMED = ("clip_l", "clip_g")
+_WORD = re.compile(r"emb_params|<[^<>]+>")  # the word as diffusers has it
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,20 @@ def read_embedding(path: str | Path, widths: Sequence[int]) -> TextEmbedding:
             f"are {' and '.join(map(str, widths))}: it was trained for another architecture"
         )
     return TextEmbedding(path.stem, tuple(own), path.name, sha256_file(path))
+
+
+def embedding_title(tensors: Mapping[str, TensorInfo]) -> str | None:
+    """A safetensors file's kind in words if its header is that of a textual inversion, else None."""
+    if set(tensors) != set(_NAMED) and (len(tensors) != 1 or not _WORD.fullmatch(next(iter(tensors)))):
+        return None
+    shapes = [info.shape if len(info.shape) == 2 else (1, *info.shape) for info in tensors.values()]
+    known = {(768,): "SD1.5", (768, 1280): "SDXL", (1024,): "SD2"}
+    widths = tuple(sorted(shape[-1] for shape in shapes))
+    if any(len(shape) != 2 or shape[0] > MOST_VECTORS for shape in shapes):
+        return None
+    n = max(shape[0] for shape in shapes)
+    what = known.get(widths, f"text encoders {' and '.join(map(str, widths))} wide")
+    return f"textual inversion of {n} vector{'s' if n > 1 else ''} for {what}"
 
 
 def _tensors(path: Path) -> Mapping[str, Tensor]:

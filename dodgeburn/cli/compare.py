@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from dodgeburn.cli.embeddings import Embeddings, find_embeddings
 from dodgeburn.cli.lists import numbers, seeds_of
 from dodgeburn.cli.options import Grouped, as_option, given, parse
 from dodgeburn.cli.warned import said_at_once
@@ -131,6 +132,7 @@ class Compare(Grouped):
     merging: Merging = field(default_factory=Merging)
     searching: Searching = field(default_factory=Searching)
     pictures: Pictures = field(default_factory=Pictures)
+    embeddings: Embeddings = field(default_factory=Embeddings)
     running: Running = field(default_factory=Running)
 
 
@@ -155,10 +157,12 @@ def main(args: list[str]) -> int:
             width=chosen.width, height=chosen.height, negative=chosen.negative,
         ),
     )  # fmt: skip
+    texts = [*prompts, *([] if search is None else search.prompts), chosen.negative]
+    embeddings, _ = find_embeddings(chosen.embedding, chosen.embedding_dir, texts, settings.generate.prompt_syntax)
     with said_at_once():
         result = compare(
             chosen.a, chosen.b, settings, chosen.out, chosen.device, chosen.dtype, tokenizer=chosen.tokenizer,
-            more=chosen.also, base_model=chosen.base_model, search=search,
+            more=chosen.also, base_model=chosen.base_model, search=search, embeddings=embeddings,
         )  # fmt: skip
     print(table(result))
     if result.search is not None:

@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
 
 from dodgeburn.errors import UserError
 
 if TYPE_CHECKING:
     from dodgeburn.models.model import Model
     from dodgeburn.sampling.reproduce import EmbeddingUse
+
+
+@dataclass
+class Embeddings:
+    """Textual inversions in the prompts, positive or negative."""
+
+    embedding: Annotated[list[Path], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="FILE")] = field(
+        default_factory=list
+    )
+    """A textual inversion, which prompts name by its file's name (with --prompt-syntax comfy as embedding:NAME)."""
+    embedding_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Folder whose textual inversions are taken where prompts name them."""
 
 
 def find_embeddings(

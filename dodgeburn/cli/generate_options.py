@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from dodgeburn.cli.embeddings import Embeddings
 from dodgeburn.cli.generate_foresee import Foresee
 from dodgeburn.cli.generate_grid import Grid
 from dodgeburn.cli.options import Grouped
@@ -15,7 +16,7 @@ from dodgeburn.cli.options import Grouped
 
 @dataclass
 class Loras:
-    """Where LoRAs act and are found; textual inversions, and a tuned model's difference beside them."""
+    """Where LoRAs act and are found, and a tuned model's difference beside them."""
 
     lora_blocks: Annotated[list[str], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=NUMBER,...")] = field(
         default_factory=list
@@ -23,12 +24,6 @@ class Loras:
     """Weights of the LoRAs by block, as bake has them: "*=0,OUT*=1"; one for all LoRAs, or repeated for each."""
     lora_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Folder where LoRAs are found by name; none: beside the model and in this folder."""
-    embedding: Annotated[list[Path], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="FILE")] = field(
-        default_factory=list
-    )
-    """A textual inversion, which prompts name by its file's name (with --prompt-syntax comfy as embedding:NAME)."""
-    embedding_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Folder whose textual inversions are taken where prompts name them."""
     tuned: Annotated[str | None, tyro.conf.arg(metavar="MODEL[:STRENGTH]")] = None
     """A tuned model whose difference to --model is added at every step, STRENGTH (1) times: twice the work."""
 
@@ -172,6 +167,7 @@ class Generate(Grouped):
     grid: Grid = field(default_factory=Grid)
     seeds: Foresee = field(default_factory=Foresee)
     loras: Loras = field(default_factory=Loras)
+    embeddings: Embeddings = field(default_factory=Embeddings)
     sampling: Sampling = field(default_factory=Sampling)
     sdxl: Sdxl = field(default_factory=Sdxl)
     dynamic_thresholding: DynamicThresholding = field(default_factory=DynamicThresholding)

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from dodgeburn.checkpoint.embedding_file import embedding_title
 from dodgeburn.checkpoint.layout import detect_layout
 from dodgeburn.checkpoint.lora_file import adapter_file
 from dodgeburn.checkpoint.lora_inspect import adapter_lines, inspect_adapter
@@ -76,18 +77,20 @@ def inspect_file(name: str) -> dict[str, Any]:
         part["values"] += info.numel
         part["bytes"] += info.nbytes
         part["dtypes"][info.dtype] = part["dtypes"].get(info.dtype, 0) + 1
+    adapter = inspect_adapter(path) if layout is None and not is_index(path) else None
+    embedding = embedding_title(header.tensors) if layout is None and adapter is None else None
     return {
         "file": path.name,
         "bytes": header.size,
         "layout": layout.name if layout else None,
-        "layout_title": layout.title if layout else f"unknown: {why}",
+        "layout_title": layout.title if layout else embedding or f"unknown: {why}",
         "blocks": list(layout.blocks) if layout else [],
         "tensors": len(header.tensors),
         "values": sum(values.values()),
         "dtypes": dict(values),
         "components": components,
         "clip_skip": _clip_skips(layout.name) if layout else {},
-        "adapter": inspect_adapter(path) if layout is None and not is_index(path) else None,
+        "adapter": adapter,
         "metadata": header.metadata,
         "recipe": recipe_of(header.metadata),
         **_slider(header.metadata),

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from dodgeburn.checkpoint.embedding_file import read_embedding
 from dodgeburn.errors import UserError
 from dodgeburn.jobs import PartStore, check_job_folder
 from dodgeburn.merge.compare_measure import Measurer, choose_readers
@@ -83,6 +84,7 @@ def compare(
     more: Sequence[str | Path] = (),
     base_model: str | Path | None = None,
     search: SearchSettings | None = None,
+    embeddings: Sequence[str | Path] = (),
 ) -> Comparison:
     """Compare merges of A and B, the settings' grid and variants; all shares are B's. Writes pictures, tables and
     report.html to `out`.
@@ -90,9 +92,9 @@ def compare(
     Models are packaged names, files, diffusers folders or hub ids, of one architecture and size; `more` and
     `base_model` go to the methods that take them. `reader` reads the pictures and decides the ranks; by default the
     package's reader, for models of the pocket world only, and then the judge reads them too. `search`: propose further
-    merges and grade what was found (search.py). Run again with the same settings on the same folder, it makes only what
-    is missing. Raises UserError for bad input, for a folder that holds something else, and for a search among pictures
-    that nobody can read.
+    merges and grade what was found (search.py). `embeddings`: files that prompts can name. Run again with the same
+    settings on the same folder, it makes only what is missing. Raises UserError for bad input, for a folder that holds
+    something else, and for a search among pictures that nobody can read.
     """
     from dodgeburn.merge.compare_report import write_outputs  # it needs Comparison from here
 
@@ -104,6 +106,7 @@ def compare(
     check_job_folder(Path(out))
     with open_models(a, b, variants, device, dtype, tokenizer) as models:
         live, model = models.live, models.model
+        model.embeddings = [read_embedding(path, model.text_widths) for path in embeddings]
         asked = [parse(prompt) for prompt in settings.prompts]
         reader, judge, reading_notes = choose_readers(reader, model, asked)
         if search is not None and (reader is None or not any(asked)):
@@ -157,4 +160,5 @@ def _job(settings: CompareSettings, search: SearchSettings | None, models: OpenM
         "others": dict(others), "device": models.model.device.type,
         "dtype": str(models.model.dtype).removeprefix("torch."), **found,
         "search": None if search is None else search.job(),
+        **({"embeddings": {e.name: e.sha256 for e in models.model.embeddings}} if models.model.embeddings else {}),
     }  # fmt: skip
