@@ -10,7 +10,8 @@ from tiny import tiny_tokenizer
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
 from dodgeburn.errors import UserError
-from dodgeburn.slide.proxies import LPIPS_WEIGHTS, ClipScore, Lpips, proxy_figures
+from dodgeburn.measure.clip import ClipScore
+from dodgeburn.slide.proxies import LPIPS_WEIGHTS, Lpips, clip_scorer, proxy_figures
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def test_clip_scores_are_cosines_of_the_models_embeddings(folder) -> None:
     # The model's own logits are the same cosines times its temperature.
     wanted = 100 * out.logits_per_image[:, 0] / clip.model.logit_scale.detach().exp()
     assert found == pytest.approx(wanted.numpy(), abs=1e-3)
-    apart = clip.scorer("a smile", "a frown")
+    apart = clip_scorer(clip, "a smile", "a frown")
     assert apart.by.startswith("proxy: CLIP")
     assert apart.scores(drawn) == pytest.approx(found - clip.scores(drawn, "a frown"))
 

@@ -235,7 +235,7 @@ def test_proxies_for_any_model(files, tmp_path, capsys, monkeypatch) -> None:
             assert text == "crisp"
             return pictures.mean((1, 2, 3), dtype=float)
 
-    monkeypatch.setattr("dodgeburn.slide.proxies.ClipScore", Clip)
+    monkeypatch.setattr("dodgeburn.measure.clip.ClipScore", Clip)
     raw, named = load_adapter(files[0]), tmp_path / "named.safetensors"
     save_adapter(raw, named, "sdxl", card=SliderCard(name="crisp", positive="crisp", target="a person"))
     args = ["slider", "evaluate", str(named), "--clip", str(tmp_path), "--steps", "2", "--seeds", "2", "--scales", "3"]

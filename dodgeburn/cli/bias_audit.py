@@ -138,7 +138,7 @@ def _loaded(options: AuditOptions) -> tuple[Model, Classifier]:
     texts = read_attributes(options.attributes) if options.attributes is not None else {}
     model = load_model(options.model, options.device, options.dtype, options.tokenizer)
     if options.clip is not None:
-        from dodgeburn.slide.proxies import ClipScore
+        from dodgeburn.measure.clip import ClipScore
 
         return model, ClipClassifier(ClipScore(options.clip, str(model.device)), texts, options.margin)
     if not speaks_pocket(model):

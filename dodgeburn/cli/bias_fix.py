@@ -218,7 +218,7 @@ def _concept(options: FixOptions, model: Model) -> tuple[Concept, Classifier, An
     target = options.target or None
     others = read_prompts(options.others) if options.others is not None else ()
     if options.clip is not None and options.attributes is not None:
-        from dodgeburn.slide.proxies import ClipScore
+        from dodgeburn.measure.clip import ClipScore
 
         texts = read_attributes(options.attributes)
         if options.attribute not in texts:

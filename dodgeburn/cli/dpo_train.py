@@ -132,6 +132,8 @@ class Train(Grouped):
     """Optimizer steps."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
+    tokenizer: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """A CLIP tokenizer's folder, for single files of real Stable Diffusion."""
     json: bool = False
     """Print one JSON object as the last line."""
     objective: Objective = field(default_factory=Objective)
@@ -172,7 +174,8 @@ def _run(settings: Train, sources: tuple[Path, ...], out: Path) -> tuple[Aligned
         pairs = read_sets(sources, settings.crop, settings.limit)
         _say(pairs.report())
         device = _device(settings.device)
-        model = load_model(settings.model, device=device, dtype=_dtype(device, chosen.rank is None))
+        model = load_model(settings.model, device=device, dtype=_dtype(device, chosen.rank is None),
+                           tokenizer=settings.tokenizer)  # fmt: skip
         side = model.native_size // model.vae_factor
         elements = int(model.vae.config["latent_channels"]) * side * side
         said = betas(chosen.beta_for(elements), elements)

@@ -199,10 +199,11 @@ def _repaired(
 
 def _proxies(options: Evaluate, clip: Path) -> dict[str, Any]:
     """CLIP score change and LPIPS of each slider."""
+    from dodgeburn.measure.clip import ClipScore
     from dodgeburn.slide.edits import AdapterEdit
     from dodgeburn.slide.evaluate import number
     from dodgeburn.slide.off_class import Sides, measure_off_class
-    from dodgeburn.slide.proxies import ClipScore, Lpips, proxy_figures
+    from dodgeburn.slide.proxies import Lpips, proxy_figures
     from dodgeburn.slide.slider_file import open_sliders
     from dodgeburn.slide.splits import FIRST_EVALUATION_SEED
 

@@ -43,6 +43,8 @@ class Train:
     """The model to train on: a packaged name, a single file, a diffusers folder or a hub id."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
+    tokenizer: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """A CLIP tokenizer's folder, for single files of real Stable Diffusion."""
     closed_form: bool = False
     """Solve for cross-attention's keys and values by least squares: seconds, no training, no call of the U-Net."""
     pairs: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
@@ -161,7 +163,7 @@ def _maker(settings: Train, inputs: list[Path]) -> Iterator[SliderMaker]:
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", DodgeburnWarning)
-        model = load_model(settings.model, device=settings.device)
+        model = load_model(settings.model, device=settings.device, tokenizer=settings.tokenizer)
 
         def scorer(attribute: str) -> Scorer:
             return reader_scorer(attribute, Reader.load("reader"))
@@ -196,7 +198,7 @@ def _say(one: Made) -> None:
     elif card.attribute == FINGERS:
         print("  not calibrated: fingers are right or wrong and have no natural deviation; 1.0 is as trained")
     else:
-        print("  not calibrated: 1.0 is what training made of it")
+        print("  not calibrated: 1.0 is what training made of it (see slider calibrate, by --clip on any model)")
 
 
 def _row(one: Made) -> dict[str, object]:

@@ -17,7 +17,9 @@ import numpy as np
 import torch
 
 from dodgeburn.errors import UserError
+from dodgeburn.measure.clip import ClipScore
 from dodgeburn.measure.intervals import bootstrap_mean
+from dodgeburn.measure.own_scorer import own_scorer
 from dodgeburn.slide.calibrate import Scorer
 from dodgeburn.slide.edits import Edit
 from dodgeburn.slide.readings import sweep_rows
@@ -34,49 +36,18 @@ class ScoresPictures(Protocol):
         ...
 
 
-class ClipScore:
-    """100 x the cosine of CLIP's embeddings of picture and text, by a CLIP model in a local folder."""
+def clip_scorer(clip: ClipScore, positive: str, negative: str) -> Scorer:
+    """For `calibrate`: how much nearer to the positive prompt than to the negative one, as a proxy."""
+    return Scorer(
+        f"{positive!r} against {negative!r}", f"proxy: {clip.name}",
+        lambda pictures: clip.scores(pictures, positive) - clip.scores(pictures, negative),
+    )  # fmt: skip
 
-    def __init__(self, folder: str | Path, device: str = "cpu", batch: int = 32) -> None:
-        """folder: a transformers CLIPModel with its processor (config.json, model.safetensors, tokenizer and
-        preprocessor files). Raises UserError if it isn't one; nothing is downloaded.
-        """
-        from transformers import CLIPModel, CLIPProcessor
 
-        folder = Path(folder).expanduser()
-        if not (folder / "config.json").is_file():
-            raise UserError(f"{folder} is no CLIP model's folder: expected config.json, weights, tokenizer")
-        try:
-            network: Any = CLIPModel.from_pretrained(str(folder), local_files_only=True)
-            self.processor: Any = CLIPProcessor.from_pretrained(str(folder), local_files_only=True)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{folder} cannot be read as a CLIP model: {' '.join(str(error).split())[:200]}") from None
-        self.model = network.to(device).eval()
-        self.name, self.device, self.batch = f"CLIP {folder.name}", device, batch
-
-    def scores(self, pictures: np.ndarray, text: str) -> np.ndarray:
-        """As `ScoresPictures.scores`."""
-        return self.similarities(pictures, [text])[:, 0]
-
-    @torch.inference_mode()
-    def similarities(self, pictures: np.ndarray, texts: Sequence[str]) -> np.ndarray:
-        """100 x the cosine of every picture uint8 [n, h, w, 3] with every text: float64 [n, texts]."""
-        out = []
-        for i in range(0, len(pictures), self.batch):
-            inputs = self.processor(text=list(texts), images=list(pictures[i : i + self.batch]), return_tensors="pt",
-                                    padding=True, truncation=True).to(self.device)  # fmt: skip
-            found = self.model(**inputs)
-            words = torch.nn.functional.normalize(found.text_embeds.float(), dim=-1)
-            seen = torch.nn.functional.normalize(found.image_embeds.float(), dim=-1)
-            out.append(100 * (seen @ words.T).double().cpu().numpy())
-        return np.concatenate(out) if out else np.zeros((0, len(texts)))
-
-    def scorer(self, positive: str, negative: str) -> Scorer:
-        """For `calibrate`: how much nearer to the positive prompt than to the negative one, as a proxy."""
-        return Scorer(
-            f"{positive!r} against {negative!r}", f"proxy: {self.name}",
-            lambda pictures: self.scores(pictures, positive) - self.scores(pictures, negative),
-        )  # fmt: skip
+def own_proxy(said: str) -> Scorer:
+    """For `calibrate`: a user's FILE.py:FUNCTION, whose prompts are all "". Raises UserError as `own_scorer`."""
+    scores, function, file = own_scorer(said)
+    return Scorer(function, f"proxy: {file}:{function}", lambda pictures: scores(pictures, [""] * len(pictures)))
 
 
 class Lpips:

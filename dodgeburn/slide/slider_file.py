@@ -72,9 +72,10 @@ def open_sliders(paths: Sequence[str | Path], model: Model) -> list[Slider]:
 
 def calibrated_card(card: SliderCard, found: Calibration) -> SliderCard:
     """The card of the file that `Calibration.applied` belongs in: unit, sigma, safe range and curve; no certificate,
-    since that was of the file as it was.
+    since that was of the file as it was. What a proxy follows is a phrase and no attribute.
     """
-    said = {"attribute": found.attribute, "unit": found.unit, "sigma": found.sigma, "safe_range": found.safe_range,
+    own = card.attribute if found.by.startswith("proxy") else found.attribute
+    said = {"attribute": own, "unit": found.unit, "sigma": found.sigma, "safe_range": found.safe_range,
             "curve": found.curve, "certificate": None}  # fmt: skip
     return SliderCard(**{**card.model_dump(), **said})
 

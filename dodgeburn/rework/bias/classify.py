@@ -10,11 +10,11 @@ import numpy as np
 
 from dodgeburn.errors import UserError, did_you_mean
 from dodgeburn.measure.bias import UNREAD
+from dodgeburn.measure.clip import ClipScore
 from dodgeburn.measure.fidelity import BINS
 from dodgeburn.pocket.attributes import CATEGORICAL, CONTINUOUS
 from dodgeburn.pocket.captions import parse
 from dodgeburn.pocket.reader import Readings
-from dodgeburn.slide.proxies import ClipScore
 from dodgeburn.slide.readings import ReadsPictures
 
 LEVELS = tuple(f"{i / BINS:.1f}-{(i + 1) / BINS:.1f}" for i in range(BINS))

@@ -80,7 +80,7 @@ def classifier_for(model: Model, spec: DeconstructSpec) -> Classifier:
     from dodgeburn.merge.compare_measure import speaks_pocket
 
     if spec.clip is not None:
-        from dodgeburn.slide.proxies import ClipScore
+        from dodgeburn.measure.clip import ClipScore
 
         name = spec.concept.attribute
         texts = {v: f"{spec.concept.prompts[0]}, {words}" for v, words in spec.concept.values.items()}

@@ -8,15 +8,14 @@ function in a Python file; a person's choices are no scores (`make_pairs.py`).
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from dodgeburn.errors import UserError, did_you_mean
+from dodgeburn.measure.own_scorer import is_own_scorer, own_scorer
 from dodgeburn.pocket.attributes import CATEGORICAL, FINGER_COUNTS, FINGER_SHARES
 from dodgeburn.pocket.captions import Asked, parse
 from dodgeburn.pocket.reader import Readings
@@ -139,49 +138,13 @@ def rating(by: str, reader: ReadsPictures | None = None, name: str = "reader") -
             return faithfulness([parse(prompt) for prompt in prompts], seen, HAND_WEIGHT if by == "faithful" else 0.0)
 
         return Rating(by, name, by_reading)
-    path, colon, function = by.rpartition(":")
-    if not colon or not path.endswith(".py"):
+    if not is_own_scorer(by):
         raise UserError(
             f"no preference {by!r}: {did_you_mean(by, BUILT_IN)}expected {', '.join(BUILT_IN)}, FILE.py:FUNCTION or a "
             "choices.json"
         )
-    return Rating(function, Path(path).name, _of_file(Path(path).expanduser(), function))
-
-
-def _of_file(path: Path, function: str) -> Scores:
-    """A user's function, checked whenever it is called. Its file may import what lies beside it."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; a scorer is named FILE.py:FUNCTION")
-    from importlib.util import module_from_spec, spec_from_file_location
-
-    spec = spec_from_file_location(f"_scorer_{path.stem}", path)
-    assert spec is not None and spec.loader is not None  # of a .py file
-    module = module_from_spec(spec)
-    sys.path.insert(0, str(path.parent))
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # whatever a user's file does
-        raise UserError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
-    finally:
-        sys.path.remove(str(path.parent))
-    found = getattr(module, function, None)
-    if not callable(found):
-        raise UserError(f"{path} has no function {function}")
-    own = found
-
-    def scores(pictures: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
-        try:
-            answer = np.asarray(own(pictures, list(prompts)), dtype=np.float64)
-        except Exception as error:
-            raise UserError(f"{path.name}:{function} failed: {type(error).__name__}: {error}") from error
-        if answer.shape != (len(pictures),):
-            raise UserError(
-                f"{path.name}:{function} answered with shape {list(answer.shape)}: expected one number for each of "
-                f"{len(pictures)} pictures"
-            )
-        return answer
-
-    return scores
+    scores, function, file = own_scorer(by)
+    return Rating(function, file, scores)
 
 
 def wins(tuned: np.ndarray, base: np.ndarray, tolerance: float = 1e-9) -> np.ndarray:
