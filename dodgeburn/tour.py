@@ -29,7 +29,7 @@ from dodgeburn.merge.compare import CompareSettings, Comparison, compare
 from dodgeburn.merge.compare_measure import speaks_pocket
 from dodgeburn.merge.compare_report import add_sections, summary
 from dodgeburn.merge.compare_settings import packaged_prompts
-from dodgeburn.merge.ranking import PictureReader
+from dodgeburn.merge.gauges import PictureReader
 from dodgeburn.merge.run import MergeResult, merge
 from dodgeburn.models.loading import load_model
 from dodgeburn.models.model import Model

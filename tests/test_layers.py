@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "dodgeburn"
 # From the ground up: a part may import itself and what stands before it.
 ORDER = (
-    "errors", "given_settings", "prompt_file", "jobs", "pocket", "checkpoint", "images", "measure", "models",
+    "errors", "quiet", "given_settings", "prompt_file", "jobs", "pocket", "checkpoint", "images", "measure", "models",
     "sampling", "merge", "training", "slide", "rework", "rework.dpo", "rework.bias", "rework.deconstruct",
     "foresee", "tour", "cli",
 )  # fmt: skip

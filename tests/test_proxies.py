@@ -6,8 +6,6 @@ import types
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_tokenizer
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
 from dodgeburn.errors import UserError
 from dodgeburn.measure.clip import ClipScore
@@ -15,16 +13,8 @@ from dodgeburn.slide.proxies import LPIPS_WEIGHTS, Lpips, clip_scorer, proxy_fig
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("clip")
-    torch.manual_seed(0)
-    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = {**small, "vocab_size": 514, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
-    config = CLIPConfig(text_config=text, vision_config={**small, "image_size": 32, "patch_size": 8}, projection_dim=8)
-    CLIPModel(config).save_pretrained(path)
-    images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    CLIPProcessor(image_processor=images, tokenizer=tiny_tokenizer()).save_pretrained(path)
-    return path
+def folder(clip_folder):
+    return clip_folder
 
 
 def pictures(n: int) -> np.ndarray:

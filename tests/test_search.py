@@ -201,6 +201,7 @@ def test_a_lucky_pick_is_marked_by_the_judge_on_held_out_pictures() -> None:
         trials = [None]
         found = lucky
         graded = [lucky]
+        proxy = False
 
     assert "luck" in verdict(One())  # type: ignore[arg-type]
     parent = Graded("A", "A", None, seen, lucky.held_out, {})

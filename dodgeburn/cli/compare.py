@@ -17,6 +17,7 @@ from dodgeburn.errors import UserError
 
 if TYPE_CHECKING:
     from dodgeburn.merge.compare import Comparison
+    from dodgeburn.merge.gauges import Gauge
     from dodgeburn.merge.search import SearchSettings
 
 HELP = "try every preset and base of two models, and rank the merges without writing one"
@@ -81,6 +82,17 @@ class Pictures:
 
 
 @dataclass
+class Reading:
+    """Who reads the pictures. Those of the pocket world have a reader and a judge of their own."""
+
+    clip: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """A CLIP model's local folder, as a proxy: its score of picture and prompt decides the ranks. Any model can then be
+    searched too."""
+    clip_judge: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """Another CLIP, which reads the same pictures and decides nothing but the grade of what a search found."""
+
+
+@dataclass
 class Running:
     """Where it is computed."""
 
@@ -133,6 +145,7 @@ class Compare(Grouped):
     searching: Searching = field(default_factory=Searching)
     pictures: Pictures = field(default_factory=Pictures)
     embeddings: Embeddings = field(default_factory=Embeddings)
+    reading: Reading = field(default_factory=Reading)
     running: Running = field(default_factory=Running)
 
 
@@ -159,10 +172,11 @@ def main(args: list[str]) -> int:
     )  # fmt: skip
     texts = [*prompts, *([] if search is None else search.prompts), chosen.negative]
     embeddings, _ = find_embeddings(chosen.embedding, chosen.embedding_dir, texts, settings.generate.prompt_syntax)
+    reader, judge = _gauges(chosen)
     with said_at_once():
         result = compare(
-            chosen.a, chosen.b, settings, chosen.out, chosen.device, chosen.dtype, tokenizer=chosen.tokenizer,
-            more=chosen.also, base_model=chosen.base_model, search=search, embeddings=embeddings,
+            chosen.a, chosen.b, settings, chosen.out, chosen.device, chosen.dtype, reader, chosen.tokenizer,
+            judge=judge, more=chosen.also, base_model=chosen.base_model, search=search, embeddings=embeddings,
         )  # fmt: skip
     print(table(result))
     if result.search is not None:
@@ -201,6 +215,26 @@ def _merges(chosen: Compare) -> dict[str, Any]:
     return found
 
 
+def _gauges(chosen: Compare) -> tuple[Gauge | None, Gauge | None]:
+    """CLIP as who reads, and another as the judge, where they are asked for."""
+    if chosen.clip is None:
+        if chosen.clip_judge is not None:
+            raise UserError("--clip-judge has no effect without --clip FOLDER: leave it out")
+        return None, None
+    from dodgeburn.measure.clip import ClipScore
+    from dodgeburn.merge.gauges import ByClip
+    from dodgeburn.models.model import choose_device
+
+    device = str(choose_device(chosen.device))
+    reader = ByClip(ClipScore(chosen.clip, device))
+    if chosen.clip_judge is None:
+        return reader, None
+    judge = ByClip(ClipScore(chosen.clip_judge, device))
+    if judge.clip.sha256 == reader.clip.sha256:
+        raise UserError(f"--clip-judge {chosen.clip_judge} is the same model as --clip: nobody grades their own choice")
+    return reader, judge
+
+
 def _search(chosen: Compare, seeds: list[int]) -> tuple[tuple[str, ...], SearchSettings | None]:
     """The comparison's prompts, and the search's settings if one is wanted."""
     from dodgeburn.merge.compare_settings import drawn_prompts, packaged_prompts
@@ -236,7 +270,8 @@ def table(result: Comparison, top: int = TOP) -> str:
     names = {row.name: row.preset if plain and row.preset else row.name for row in [*result.parents, *result.rows]}
     wide = max(25, *(len(name) + 2 for name in names.values()))
     what = "preset" if plain else "variant"
-    lines = [f"{'rank':>4}  {what:<{wide}}{'base':>5}  {'fidelity':<22}{'like A':>7}{'like B':>8}  Pareto"]
+    score = "CLIP score" if result.proxy else "fidelity"
+    lines = [f"{'rank':>4}  {what:<{wide}}{'base':>5}  {score:<22}{'like A':>7}{'like B':>8}  Pareto"]
     read = result.rows[0].measured.resemblance_a is not None
     prefix = "resemblance" if read else "pixel_resemblance"
     for row in [*result.parents, *result.rows[:top]]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dodgeburn.errors import UserError
+from dodgeburn.quiet import quiet
 
 
 class ClipScore:
@@ -32,8 +33,9 @@ class ClipScore:
         if not (folder / "config.json").is_file():
             raise UserError(f"{folder} is no CLIP model's folder: expected config.json, weights, tokenizer")
         try:
-            network: Any = CLIPModel.from_pretrained(str(folder), local_files_only=True)
-            self.processor: Any = CLIPProcessor.from_pretrained(str(folder), local_files_only=True)
+            with quiet():
+                network: Any = CLIPModel.from_pretrained(str(folder), local_files_only=True)
+                self.processor: Any = CLIPProcessor.from_pretrained(str(folder), local_files_only=True)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{folder} cannot be read as a CLIP model: {' '.join(str(error).split())[:200]}") from None
         self.model = network.to(device).eval()

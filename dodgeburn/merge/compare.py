@@ -20,11 +20,12 @@ from tqdm import tqdm
 from dodgeburn.checkpoint.embedding_file import read_embedding
 from dodgeburn.errors import UserError
 from dodgeburn.jobs import PartStore, check_job_folder
-from dodgeburn.merge.compare_measure import Measurer, choose_readers
+from dodgeburn.merge.compare_measure import Measurer, choose_gauges
 from dodgeburn.merge.compare_models import PARENTS, OpenModels, open_models, typed
 from dodgeburn.merge.compare_pictures import PictureMaker, Twins, about_merge, load_pictures, part_name, twin_notes
 from dodgeburn.merge.compare_settings import CompareSettings
-from dodgeburn.merge.ranking import PictureReader, Row, rank
+from dodgeburn.merge.gauges import ByClip, Gauge, PictureReader, gauge_of
+from dodgeburn.merge.ranking import Row, rank
 from dodgeburn.merge.search import Search, SearchSettings, Trial, grade, run_search
 from dodgeburn.merge.variants import Variant
 from dodgeburn.pocket.captions import Asked, parse
@@ -51,6 +52,7 @@ class Comparison:
     full_reads: float  # bytes read to merge, in units of all models' tensors once
     device: str
     read_by: str | None  # "reader", or None where nothing could be read
+    proxy: bool  # whether who reads is no reader of attributes: figures are scores and no shares
     held_out: dict[str, Any] | None
     search: Search | None = None
     files: dict[str, str] = field(default_factory=dict)
@@ -78,9 +80,10 @@ def compare(
     out: str | Path,
     device: str = "auto",
     dtype: str | None = None,
-    reader: PictureReader | None = None,
+    reader: PictureReader | Gauge | None = None,
     tokenizer: str | Path | None = None,
     *,
+    judge: PictureReader | Gauge | None = None,
     more: Sequence[str | Path] = (),
     base_model: str | Path | None = None,
     search: SearchSettings | None = None,
@@ -90,8 +93,8 @@ def compare(
     report.html to `out`.
 
     Models are packaged names, files, diffusers folders or hub ids, of one architecture and size; `more` and
-    `base_model` go to the methods that take them. `reader` reads the pictures and decides the ranks; by default the
-    package's reader, for models of the pocket world only, and then the judge reads them too. `search`: propose further
+    `base_model` go to the methods that take them. `reader` reads the pictures and decides the ranks (gauges.py), and
+    `judge` reads them too; by default the package's own, for models of the pocket world only. `search`: propose further
     merges and grade what was found (search.py). `embeddings`: files that prompts can name. Run again with the same
     settings on the same folder, it makes only what is missing. Raises UserError for bad input, for a folder that holds
     something else, and for a search among pictures that nobody can read.
@@ -107,17 +110,16 @@ def compare(
     with open_models(a, b, variants, device, dtype, tokenizer) as models:
         live, model = models.live, models.model
         model.embeddings = [read_embedding(path, model.text_widths) for path in embeddings]
-        asked = [parse(prompt) for prompt in settings.prompts]
-        reader, judge, reading_notes = choose_readers(reader, model, asked)
-        if search is not None and (reader is None or not any(asked)):
+        gauge, second, reading_notes = choose_gauges(gauge_of(reader), gauge_of(judge), model, settings.prompts)
+        if search is not None and (gauge is None or not any(gauge.knows(settings.prompts))):
             raise UserError(f"nothing to search by: {reading_notes[-1]}")
-        store = PartStore(out, _job(settings, search, models))
+        store = PartStore(out, {**_job(settings, search, models), **_read_by(search, gauge)})
         maker = PictureMaker(live, settings.prompts, settings.seeds, settings.generate, store)
         twins = Twins(live)
         same = {variant.name: first for variant in variants if (first := twins.first(variant)) is not None}
         with store.begun():
             maker.make([variant for variant in variants if variant.name not in same], parents=True)
-        measurer = Measurer(maker, reader, judge)
+        measurer = Measurer(maker, gauge, second)
         rows = [
             measurer.row(v, same.get(v.name), live.plan(v.merge, v.more, v.base_model).plan.blocks)
             for v in tqdm(variants, desc="measure", disable=None, leave=False)
@@ -134,9 +136,10 @@ def compare(
             folder=store.folder, settings=settings, models=models.facts,
             typed={**{name: typed(name) for name in models.facts}, "A": typed(a), "B": typed(b)},
             layout=model.layout.title, rows=ranked, parents=parents, variants={v.name: v for v in variants},
-            asked=asked, notes=models.notes + reading_notes + twin_notes(same), seconds=0.0, resumed=maker.resumed,
+            asked=[parse(prompt) for prompt in settings.prompts],
+            notes=models.notes + reading_notes + twin_notes(same), seconds=0.0, resumed=maker.resumed,
             full_reads=0.0, device=str(model.device),
-            read_by=getattr(reader, "name", type(reader).__name__) if reader is not None else None, held_out=held_out,
+            read_by=None if gauge is None else gauge.name, proxy=gauge is not None and gauge.proxy, held_out=held_out,
         )  # fmt: skip
         if search is not None:
             result.search, resumed = grade(search, settings, measurer, trials, ranked, result.variants)
@@ -147,6 +150,13 @@ def compare(
     write_outputs(result)
     result.seconds = time.perf_counter() - started
     return result
+
+
+def _read_by(search: SearchSettings | None, gauge: Gauge | None) -> dict[str, str]:
+    """What a search depends on besides: who reads decides what is proposed next."""
+    if search is None or not isinstance(gauge, ByClip):
+        return {}
+    return {"clip": gauge.clip.sha256}
 
 
 def _job(settings: CompareSettings, search: SearchSettings | None, models: OpenModels) -> dict[str, Any]:

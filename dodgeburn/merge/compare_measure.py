@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from dodgeburn.errors import UserError
 from dodgeburn.merge.compare_models import PARENTS
 from dodgeburn.merge.compare_pictures import PictureMaker
-from dodgeburn.merge.ranking import Measured, PictureReader, Row, measure
+from dodgeburn.merge.gauges import ByReader, Gauge
+from dodgeburn.merge.ranking import Measured, Row, measure
 from dodgeburn.merge.variants import Variant
 from dodgeburn.models.model import Model
-from dodgeburn.pocket.captions import Asked, parse
-from dodgeburn.pocket.reader import Readings
 
 
 class Measurer:
@@ -22,11 +22,10 @@ class Measurer:
     A and B must have been made.
     """
 
-    def __init__(self, maker: PictureMaker, reader: PictureReader | None, judge: PictureReader | None) -> None:
-        self.maker, self.reader, self.judge = maker, reader, judge
-        self.asked = [parse(prompt) for prompt in maker.prompts]
+    def __init__(self, maker: PictureMaker, gauge: Gauge | None, judge: Gauge | None) -> None:
+        self.maker, self.gauge, self.judge = maker, gauge, judge
         self._measured: dict[str, Measured] = {}
-        self._parents: dict[str, tuple[np.ndarray, Readings | None]] = {}
+        self._parents: dict[str, tuple[np.ndarray, Any]] = {}
 
     def parents(self) -> list[Row]:
         """Rows of A and B."""
@@ -44,38 +43,47 @@ class Measurer:
             if not self._parents:
                 self._parents = {p: self._read(p) for p in PARENTS}
             shown, seen = self._parents[name] if name in PARENTS else self._read(name)
-            judged = self.judge.read(_flat(shown)) if self.judge else None
-            self._measured[name] = measure(shown, seen, self.asked, self._parents["A"], self._parents["B"], judged)
+            (a, of_a), (b, of_b) = (self._parents[p] for p in PARENTS)
+            judged = self.judge.see(_flat(shown)) if self.judge else None
+            self._measured[name] = measure(
+                shown, self.maker.prompts, a, b, self.gauge, (seen, of_a, of_b), self.judge, judged
+            )
         return self._measured[name]
 
-    def _read(self, name: str) -> tuple[np.ndarray, Readings | None]:
+    def _read(self, name: str) -> tuple[np.ndarray, Any]:
         shown = self.maker.load(name)
         if shown is None:
             raise UserError(f"the pictures of {name} are missing or damaged: run the same command again")
-        return shown, self.reader.read(_flat(shown)) if self.reader else None
+        return shown, self.gauge.see(_flat(shown)) if self.gauge else None
 
 
-def choose_readers(
-    reader: PictureReader | None, model: Model, asked: Sequence[Asked]
-) -> tuple[PictureReader | None, PictureReader | None, list[str]]:
-    """Who decides the ranks, and who reads the same pictures without a say: a search must not grade itself."""
-    notes = []
-    judge: PictureReader | None = None
-    if reader is None and speaks_pocket(model):
+def choose_gauges(
+    gauge: Gauge | None, judge: Gauge | None, model: Model, prompts: Sequence[str]
+) -> tuple[Gauge | None, Gauge | None, list[str]]:
+    """Who decides the ranks, and who reads the same pictures without a say: a search must not grade itself. And what
+    there is to say of it."""
+    if gauge is None and speaks_pocket(model):
         from dodgeburn.pocket.reader import Reader
 
-        reader, judge = Reader.load("reader"), Reader.load("judge")
-    if reader is None:
-        notes.append(
+        gauge, judge = ByReader(Reader.load("reader")), ByReader(Reader.load("judge"))
+    if gauge is None:
+        return None, None, [
             "The models are not of the pocket world, so there is no reader for their pictures: no prompt fidelity and "
-            "no reader distance. Variants are ranked by pixel resemblance to the parent they resemble less."
-        )
-    empty = sum(not wishes for wishes in asked)
-    if reader is not None and empty == len(asked):
-        notes.append("No prompt names anything the reader knows, so there is no prompt fidelity to rank by.")
-    elif reader is not None and empty:
-        notes.append(f"{empty} of {len(asked)} prompts name nothing the reader knows; fidelity is over the others.")
-    return reader, judge, notes
+            "no reader distance. Variants are ranked by pixel resemblance to the parent they resemble less. CLIP would "
+            "read them, as a proxy (--clip FOLDER)."
+        ]  # fmt: skip
+    if gauge.proxy:
+        return gauge, judge, [
+            f"Read by {gauge.name}, a proxy: fidelity is the cosine of picture and prompt, resemblance that of two "
+            "pictures. It knows words, not beauty, hands or counts, and small differences mean little."
+        ]  # fmt: skip
+    known = gauge.knows(prompts)
+    if not any(known):
+        return gauge, judge, ["No prompt names anything the reader knows, so there is no prompt fidelity to rank by."]
+    if not all(known):
+        count = f"{known.count(False)} of {len(known)}"
+        return gauge, judge, [f"{count} prompts name nothing the reader knows; fidelity is over the others."]
+    return gauge, judge, []
 
 
 def speaks_pocket(model: Model) -> bool:

@@ -18,16 +18,19 @@ OFFSETS = ((0, 10), (10, 3), (-10, 3), (9, -8), (-9, -8))  # of the first ranks'
 NAME_HEIGHT = 0.045  # of a name, as a share of its panel
 
 
-def add_plot(report: Report, variants: Sequence[Mapping[str, Any]], parents: Sequence[Mapping[str, Any]]) -> None:
-    """Add the plot of these rows (as `Row.as_dict`) to the report: two panels, or one where nothing was read."""
+def add_plot(
+    report: Report, variants: Sequence[Mapping[str, Any]], parents: Sequence[Mapping[str, Any]], score: str
+) -> None:
+    """Add the plot of these rows (as `Row.as_dict`) to the report: two panels, or one where nothing was read. score:
+    what fidelity is called."""
     read = variants[0]["resemblance_a"] is not None
     prefix = "resemblance" if read else "pixel_resemblance"
     if variants[0]["fidelity"] is None:  # nothing to put on the second axis but the other parent
         panels = [(f"{prefix}_a", f"{prefix}_b", "resemblance to A", "resemblance to B")]
     else:
         panels = [
-            (f"{prefix}_a", "fidelity", "resemblance to A", "prompt fidelity"),
-            (f"{prefix}_b", "fidelity", "resemblance to B", "prompt fidelity"),
+            (f"{prefix}_a", "fidelity", "resemblance to A", score),
+            (f"{prefix}_b", "fidelity", "resemblance to B", score),
         ]
     groups = grouped(variants)
     titles = sorted(set(groups.values()))
@@ -63,7 +66,7 @@ def add_plot(report: Report, variants: Sequence[Mapping[str, Any]], parents: Seq
         return figure
 
     report.figure(
-        draw, "Scatter plot of the variants' prompt fidelity against their resemblance to A and to B",
+        draw, f"Scatter plot of the variants' {score} against their resemblance to A and to B",
         "Filled: on the Pareto front of fidelity and both resemblances. Numbers: the first five ranks. Lines A and B: "
         "the parents' fidelity, and their resemblance to one another. Dashed: the front of each panel alone.",
     )  # fmt: skip

@@ -23,7 +23,7 @@ from dodgeburn.merge.compare_pictures import about_merge
 from dodgeburn.merge.compare_plot import add_plot
 from dodgeburn.merge.compare_sheets import add_sheets, shown_settings, write_sheets
 from dodgeburn.merge.ranking import FIGURES
-from dodgeburn.merge.search_report import add_search, search_json, verdict
+from dodgeburn.merge.search_report import add_search, search_json, shown_score, verdict
 
 
 def write_outputs(result: Comparison) -> None:
@@ -120,20 +120,24 @@ def summary(result: Comparison, variants: Sequence[Mapping[str, Any]], parents: 
             f"({best[kind + '_a']:.3f} to A, {best[kind + '_b']:.3f} to B, where 1 is the same picture)."
         )
     a, b = parents
+    said = shown_score(result.proxy)
     alike = sum(abs(row["fidelity"] - best["fidelity"]) < 1e-9 for row in variants)
-    first = f"{called(best)} shows most of what the prompts ask for"
+    most, much, has = ("shows most", "show equally much", "shows")
+    what = "of what the prompts ask for"
+    if result.proxy:
+        most, much, has = "follows the prompts best", "follow the prompts equally well", "has"
+        what = f"by {result.read_by}"
+    first = f"{called(best)} {most} {what}"
     if alike > 1:
-        first = (
-            f"{alike} show equally much of what the prompts ask for, and of these {called(best)} stays closest to both "
-            "models"
-        )
-    share = f"{best['fidelity']:.1%}{_ends(best['fidelity_ci'])}"
-    text = f"Of the merges, {first}: {share}; A shows {a['fidelity']:.1%}, B {b['fidelity']:.1%}. "
+        first = f"{alike} {much} {what}, and of these {called(best)} stays closest to both models"
+    share = f"{said(best['fidelity'])}{_ends(best['fidelity_ci'], result.proxy)}"
+    text = f"Of the merges, {first}: {share}; A {has} {said(a['fidelity'])}, B {said(b['fidelity'])}. "
     if result.held_out:
         text += (
             "The best of many looks better on the pictures it was chosen by than it is. Chosen on all prompts but one, "
             "and looked at on the one left out, it has "
-            f"{result.held_out['fidelity']:.1%}{_ends(result.held_out['fidelity_ci'])}: {_verdict(result.held_out)}."
+            f"{said(result.held_out['fidelity'])}{_ends(result.held_out['fidelity_ci'], result.proxy)}: "
+            f"{_verdict(result.held_out)}."
         )
     return text
 
@@ -146,8 +150,9 @@ def called(row: Mapping[str, Any]) -> str:
     return f"{row['preset']} at base {row['base']:g}{method}"
 
 
-def _ends(ends: Sequence[float] | None) -> str:
-    return f" (95 % interval {ends[0]:.1%} to {ends[1]:.1%})" if ends else ""
+def _ends(ends: Sequence[float] | None, proxy: bool) -> str:
+    said = shown_score(proxy)
+    return f" (95 % interval {said(ends[0])} to {said(ends[1])})" if ends else ""
 
 
 def _verdict(held: Mapping[str, Any]) -> str:
@@ -183,8 +188,8 @@ def add_sections(
     report.bullets(result.notes)
     if result.search is not None:
         add_search(report, result.search, result.typed, {"A": result.a["name"], "B": result.b["name"]})
-    report.heading("Fidelity against resemblance")
-    add_plot(report, variants, parents)
+    report.heading("CLIP score against resemblance" if result.proxy else "Fidelity against resemblance")
+    add_plot(report, variants, parents, "CLIP score" if result.proxy else "prompt fidelity")
     report.heading("All variants, best first")
     _add_table(report, result, variants, parents)
     report.heading("Contact sheets")
@@ -215,19 +220,23 @@ def _add_table(
                                           row["same_as"] and f"same as {row['same_as']}")))}
         for row in [*parents, *variants]
     ]  # fmt: skip
-    low = {key: min([r[key + "_ci"][0] for r in rows if r[key + "_ci"]], default=0.0) for key in FIGURES}
+    ends = {key: [end for r in rows if r[key + "_ci"] for end in r[key + "_ci"]] for key in FIGURES}
+    top = {"fidelity": max(ends["fidelity"], default=1.0)} if result.proxy else {}  # cosines of texts are far below 1
+    how = ("share of what the prompts name that the pictures show", "1 - reader distance to")
+    if result.proxy:
+        how = f"cosine of picture and prompt, {result.read_by}", "cosine with"
 
     def column(key: str, title: str, hint: str, brief: bool = False) -> Column:
-        return Column(key, title, "interval", 3, hint, (low[key], 1.0), brief)
+        return Column(key, title, "interval", 3, hint, (min(ends[key], default=0.0), top.get(key, 1.0)), brief)
 
     columns = [
         Column("rank", "rank", "number", 0),
         Column("preset", "preset", under="below", hint="and by which method, where there are several"),
         Column("base", "base", "number", 2, "B's share of everything outside the U-Net's blocks, unless kept"),
-        column("fidelity", "fidelity", "share of what the prompts name that the pictures show"),
+        column("fidelity", "CLIP score" if result.proxy else "fidelity", how[0]),
         Column("fidelity_judge", "by the judge", "number", 3, "the same, read by the judge, who decides no rank"),
-        column("resemblance_a", "like A", "1 - reader distance to A's picture"),
-        column("resemblance_b", "like B", "1 - reader distance to B's picture"),
+        column("resemblance_a", "like A", f"{how[1]} A's picture"),
+        column("resemblance_b", "like B", f"{how[1]} B's picture"),
         Column(
             "shares", "B by block", "curve", hint="B's share: IN00 at the left, M00 in the middle, OUT at the right"
         ),
@@ -239,8 +248,8 @@ def _add_table(
         Column("fidelity_vs_b", "minus B", "signed", 3, "difference in fidelity, same prompts and seeds"),
     ]
     columns = [c for c in columns if c.kind == "text" or any(row.get(c.key) is not None for row in rows)]
-    all_read = not any(row["unreadable"] for row in rows)
-    columns = [c for c in columns if not (c.key == "unreadable" and all_read)]
+    all_read = not result.proxy and not any(row["unreadable"] for row in rows)
+    columns = [c for c in columns if not (c.key == "unreadable" and not any(row["unreadable"] for row in rows))]
     report.table(
         columns, rows,
         "Numbers in brackets are 95 % intervals over prompts and seeds. Tinted rows are on the Pareto front. "
@@ -271,8 +280,12 @@ def _add_method(report: Report, result: Comparison) -> None:
         }
     )  # fmt: skip
     report.heading("Prompts", 3)
-    report.bullets([f"{p} (asks for {_wishes(w)})" for p, w in zip(settings.prompts, result.asked, strict=True)])
+    asks = [f"{p} (asks for {_wishes(w)})" for p, w in zip(settings.prompts, result.asked, strict=True)]
+    report.bullets(list(settings.prompts) if result.proxy else asks)
     report.heading("Figures", 3)
+    if result.proxy:
+        report.bullets(_proxy_figures(result))
+        return
     report.bullets(
         [
             "Fidelity: of the attributes that a prompt names, the share that the reader finds in the picture. A named "
@@ -288,6 +301,18 @@ def _add_method(report: Report, result: Comparison) -> None:
             "flatters it. The figure with a prompt left out, read by the judge, does not.",
         ]
     )
+
+
+def _proxy_figures(result: Comparison) -> list[str]:
+    return [
+        f"CLIP score: cosine of the embeddings of picture and prompt by {result.read_by}. A proxy: it knows words, not "
+        "beauty, hands or counts. Scores of different prompts are no measure of one another; compare within a column.",
+        "Resemblance: cosine of the embeddings of the picture and of the parent's picture of the same prompt and seed.",
+        "Pixel resemblance: 1 minus the root mean square difference of the pixels.",
+        f"Intervals: {RESAMPLES} bootstrap draws of prompts, and of seeds within each prompt.",
+        "The first of many variants is chosen on the pictures it is read in, so its own figure flatters it. The figure "
+        "with a prompt left out does not, except for what CLIP itself likes.",
+    ]
 
 
 def _wishes(wishes: Mapping[str, Any]) -> str:

@@ -4,29 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from dodgeburn.measure.distances import pixel_distance, reader_distance
-from dodgeburn.measure.fidelity import fidelity
+from dodgeburn.measure.distances import pixel_distance
 from dodgeburn.measure.intervals import Interval, bootstrap_mean
 from dodgeburn.measure.pareto import pareto_front
-from dodgeburn.pocket.captions import Asked
-from dodgeburn.pocket.reader import Readings
-
-
-class PictureReader(Protocol):
-    """What reads pictures: uint8 [n, h, w, 3] -> Readings."""
-
-    def read(self, pictures: np.ndarray, /) -> Readings: ...
+from dodgeburn.merge.gauges import Gauge
 
 
 @dataclass
 class Measured:
     """Figures of one variant's pictures, each float64 [prompts, seeds]; None where there is no reader.
 
-    Resemblance is 1 - distance to the parent's picture of the same prompt and seed (measure/distances.py).
+    What they are is for `gauges` to say; pixel resemblance is 1 - RMS difference (measure/distances.py).
     """
 
     fidelity: np.ndarray | None
@@ -95,36 +87,34 @@ def _rounded(value: float) -> float:
 
 
 def measure(
-    pictures: np.ndarray,
-    readings: Readings | None,
-    asked: Sequence[Asked],
-    a: tuple[np.ndarray, Readings | None],
-    b: tuple[np.ndarray, Readings | None],
-    judged: Readings | None = None,
-) -> Measured:
-    """Figures of `pictures` (uint8 [prompts, seeds, h, w, 3]) against the parents' pictures and readings.
+    pictures: np.ndarray, prompts: Sequence[str], a: np.ndarray, b: np.ndarray, gauge: Gauge | None = None,
+    seen: Sequence[Any] = (), judge: Gauge | None = None, judged: Any = None,
+) -> Measured:  # fmt: skip
+    """Figures of `pictures` (uint8 [prompts, seeds, h, w, 3]) against the parents' pictures a and b.
 
-    `readings` are of the pictures in order, prompt by prompt, and `judged` are the second reader's; `asked` is by
-    prompt.
+    seen: what the gauge sees in the pictures, in A's and in B's, in order, prompt by prompt; judged: what the judge,
+    who decides nothing, sees in the pictures.
     """
     shape = pictures.shape[:2]
 
     def flat(grid: np.ndarray) -> np.ndarray:
         return grid.reshape(-1, *grid.shape[2:])
 
-    pixel_a, pixel_b = (1 - pixel_distance(flat(pictures), flat(p)).reshape(shape) for p, _ in (a, b))
-    if readings is None or a[1] is None or b[1] is None:
+    pixel_a, pixel_b = (1 - pixel_distance(flat(pictures), flat(p)).reshape(shape) for p in (a, b))
+    if gauge is None:
         return Measured(None, None, None, pixel_a, pixel_b, None)
-    wishes = [wish for wish in asked for _ in range(shape[1])]
-    followed = fidelity(wishes, readings).reshape(shape)
+    own, of_a, of_b = seen
+    asked = [prompt for prompt in prompts for _ in range(shape[1])]
+    followed = gauge.fidelity(asked, own).reshape(shape)
+    lost = gauge.unreadable(own)
     return Measured(
         fidelity=None if np.isnan(followed).all() else followed,
-        resemblance_a=1 - reader_distance(readings, a[1]).reshape(shape),
-        resemblance_b=1 - reader_distance(readings, b[1]).reshape(shape),
+        resemblance_a=gauge.resemblance(own, of_a).reshape(shape),
+        resemblance_b=gauge.resemblance(own, of_b).reshape(shape),
         pixel_resemblance_a=pixel_a,
         pixel_resemblance_b=pixel_b,
-        unreadable=np.asarray(readings.unreadable, dtype=np.float64).reshape(shape),
-        fidelity_judge=None if judged is None else fidelity(wishes, judged).reshape(shape),
+        unreadable=None if lost is None else lost.astype(np.float64).reshape(shape),
+        fidelity_judge=None if judge is None else judge.fidelity(asked, judged).reshape(shape),
     )
 
 

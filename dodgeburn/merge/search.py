@@ -107,6 +107,7 @@ class Graded:
     held_out: Row
     params: Mapping[str, float | str]
     minus_best: Interval | None = None  # held-out fidelity less the best without search's, picture by picture
+    proxy: bool = False  # whether fidelity is a score that says nothing across prompts
 
     @property
     def grade(self) -> Interval | None:
@@ -115,7 +116,10 @@ class Graded:
 
     @property
     def excluded(self) -> bool:
-        """Whether the held-out interval does not hold the value that the search saw."""
+        """Whether the held-out interval does not hold the value that the search saw; never said of a proxy's scores,
+        which differ from prompt to prompt."""
+        if self.proxy:
+            return False
         seen, grade = self.search.mean("fidelity"), self.grade
         return seen is not None and grade is not None and not grade.low <= seen <= grade.high
 
@@ -129,6 +133,7 @@ class Search:
     settings: SearchSettings
     trials: list[Trial]
     graded: list[Graded]
+    proxy: bool = False  # whether fidelity is a proxy's score and no share
 
     @property
     def found(self) -> Graded:
@@ -253,7 +258,8 @@ def grade(
     searched = measurer.maker
     maker = PictureMaker(searched.live, settings.prompts, settings.seeds, compared.generate, searched.store, HELD_OUT)
     maker.make([variants[row.name] for row in [*others, *picks]], parents=True)
-    final = Measurer(maker, measurer.reader, measurer.judge)
+    proxy = measurer.gauge is not None and measurer.gauge.proxy
+    final = Measurer(maker, measurer.gauge, measurer.judge)
     lines: list[Graded] = []
     for name, seen, held in zip(PARENTS, measurer.parents(), final.parents(), strict=True):
         lines.append(Graded(name, "A" if name == "A" else "B", None, seen, held, {}))
@@ -267,7 +273,9 @@ def grade(
     for line in lines:
         if best is not None and line is not best:
             line.minus_best = _difference(line.held_out, best.held_out)
-    return Search(settings, list(trials), lines), maker.resumed
+    for line in lines:
+        line.proxy = proxy
+    return Search(settings, list(trials), lines, proxy), maker.resumed
 
 
 def _difference(one: Row, two: Row) -> Interval | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from dodgeburn.measure.intervals import Interval
@@ -49,10 +49,13 @@ def verdict(search: Search) -> str:
     seen, grade, minus = found.search.interval("fidelity"), found.grade, found.minus_best
     if seen is None or grade is None:
         return "Nothing could be graded: the held-out prompts name nothing that the reader knows."
+    said = shown_score(search.proxy)
     text = (
-        f"The best of {len(search.trials)} proposals, {found.name}, showed {seen.mean:.1%} of what the search's "
-        f"prompts ask for; on held-out prompts and seeds it shows {_said(grade)}"
-    )
+        f"The best of {len(search.trials)} proposals, {found.name}, "
+        + (f"had the CLIP score {said(seen.mean)} on the search's prompts" if search.proxy else
+           f"showed {said(seen.mean)} of what the search's prompts ask for")
+        + f"; on held-out prompts and seeds it {'has' if search.proxy else 'shows'} {_said(grade, search.proxy)}"
+    )  # fmt: skip
     others = " and ".join(line.name for line in search.graded if line.role in ("A", "B") and line.excluded)
     if found.excluded:
         text += ", which excludes what the search saw"
@@ -62,14 +65,20 @@ def verdict(search: Search) -> str:
     if best is not None and minus is not None and best.grade is not None:
         how = "better than" if minus.low > 0 else "worse than" if minus.high < 0 else "not told apart from"
         text += (
-            f"There it is {how} {best.name}, the best without search ({_said(best.grade)}; difference "
+            f"There it is {how} {best.name}, the best without search ({_said(best.grade, search.proxy)}; difference "
             f"{minus.mean:+.3f}, 95 % interval {minus.low:+.3f} to {minus.high:+.3f})."
         )
     return text
 
 
-def _said(found: Interval) -> str:
-    return f"{found.mean:.1%} (95 % interval {found.low:.1%} to {found.high:.1%})"
+def shown_score(proxy: bool) -> Callable[[float], str]:
+    """How fidelity is written: a share as per cent, a proxy's score as a number."""
+    return "{:.3f}".format if proxy else "{:.1%}".format
+
+
+def _said(found: Interval, proxy: bool) -> str:
+    said = shown_score(proxy)
+    return f"{said(found.mean)} (95 % interval {said(found.low)} to {said(found.high)})"
 
 
 def search_text(search: Search, models: Mapping[str, str]) -> str:
@@ -111,27 +120,31 @@ def add_search(report: Report, search: Search, models: Mapping[str, str], names:
                 "luck": "excluded" if line.excluded else "",
             }
         )  # fmt: skip
-    low = min([row[f"{key}_ci"][0] for row in rows for key in ("seen", "grade") if row[f"{key}_ci"]], default=0.0)
+    ends = [end for row in rows for key in ("seen", "grade") if row[f"{key}_ci"] for end in row[f"{key}_ci"]]
+    span = min(ends, default=0.0), max(ends, default=1.0) if search.proxy else 1.0
+    who = "CLIP" if search.proxy else "the reader"
     judged = any(row["judge"] is not None for row in rows)
     columns = [
         Column("name", "merge"), Column("role", "role"), Column("method", "method"),
         Column("base", "base", "number", 2),
         Column("shares", "B by block", "curve"),
-        Column("seen", "search", "interval", 3, "fidelity on the search's prompts, by the reader", (low, 1.0)),
+        Column("seen", "search", "interval", 3, f"fidelity on the search's prompts, by {who}", span),
         Column("judge", "search, by the judge", "number", 3, "the same pictures, read by the judge"),
         Column("grade", "held out", "interval", 3, "fidelity on held-out prompts and seeds, "
-               + ("by the judge" if judged else "by the reader"), (low, 1.0)),
+               + ("by the judge" if judged else f"by {who}"), span),
         Column("minus", "minus best", "signed", 3, "held-out fidelity less that of the best without search"),
         Column("a", "like A", "number", 3, "on held-out prompts"),
         Column("b", "like B", "number", 3, "on held-out prompts"),
         Column("luck", "search's value", hint="whether the held-out interval excludes the search's value"),
     ]  # fmt: skip
-    columns = [c for c in columns if judged or c.key != "judge"]
+    columns = [c for c in columns if (judged or c.key != "judge") and not (search.proxy and c.key == "luck")]
+    luck = "" if search.proxy else (
+        " Where the search's value is excluded, the held-out interval does not hold it; where that is so for A and B "
+        "too, the prompts differ rather than the merges."
+    )  # fmt: skip
     report.table(
         columns, rows,
-        "The best proposals by what the search saw, from the Pareto front of its goals. Where the search's value is "
-        "excluded, the held-out interval does not hold it; where that is so for A and B too, the prompts differ rather "
-        "than the merges.",
+        f"The best proposals by what the search saw, from the Pareto front of its goals.{luck}",
         lambda row: "parent" if row["role"] == "parent" else "marked" if row["luck"] else "",
     )  # fmt: skip
     found = search.found.variant

@@ -2,14 +2,12 @@
 
 import json
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from diffusers.utils import logging as diffusers_logging
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from dodgeburn.checkpoint.convert import fit_names, single_file_to_diffusers, unet_key_map
@@ -24,6 +22,7 @@ from dodgeburn.errors import DodgeburnWarning, UserError, did_you_mean
 from dodgeburn.models.model import Configs, Model, choose_device, choose_dtype
 from dodgeburn.models.tokenizers import find_tokenizers, load_tokenizer
 from dodgeburn.pocket.model import NAMES
+from dodgeburn.quiet import quiet
 
 _CONFIGS = Path(__file__).parent / "configs"
 _PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
@@ -211,7 +210,7 @@ def check_shapes(
 
 def _empty(part: str, config: dict[str, Any]) -> Any:
     if part in _CLASSES:
-        with _quiet():  # unknown keys of a foreign config are ignored
+        with quiet():  # unknown keys of a foreign config are ignored
             return _CLASSES[part].from_config(config)
     return _TEXT_CLASSES[part](CLIPTextConfig(**config))
 
@@ -292,25 +291,6 @@ def _plain_config(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if not key.startswith("_")}
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without diffusers' and transformers' progress bars and load reports."""
-    from transformers.utils import logging as transformers_logging
-
-    level, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    diffusers_level = diffusers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    diffusers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        diffusers_logging.set_verbosity(diffusers_level)
-        if bar:
-            transformers_logging.enable_progress_bar()
-
-
 def _download(repository: str) -> Path:
     from huggingface_hub import snapshot_download
 
@@ -346,7 +326,7 @@ def assemble(
     """
     device = torch.device(device)
     upcast = bool(configs["vae"].get("force_upcast", True)) and dtype == torch.float16
-    with _quiet():  # diffusers warns of every change of dtype, also where it has nothing to warn of
+    with quiet():  # diffusers warns of every change of dtype, also where it has nothing to warn of
         for part, module in modules.items():
             module.to(device=device)
             if dtype is not None:
