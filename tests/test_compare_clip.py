@@ -97,10 +97,35 @@ def test_any_model_can_be_searched(place: Path, clip_folder: Path, tmp_path: Pat
     assert "clip was" in capsys.readouterr().err
 
 
+def test_a_function_of_ones_own_decides(place: Path, tmp_path: Path, capsys) -> None:
+    own = tmp_path / "taste.py"
+    own.write_text(
+        "def warmth(pictures, prompts):\n"
+        "    assert set(prompts) <= {'a hat', 'a long coat', 'a shoe', 'a scarf'}\n"
+        "    return pictures[..., 0].mean((1, 2)) * 1.0\n"
+    )
+    search = ["--search", "2", "--held-out", str(place / "others.txt"), "--picks", "1", "--goals", "fidelity"]
+    assert run(place, tmp_path / "s", "--score", f"{own}:warmth", *search) == 0
+    found, text = last(capsys)
+    by_name = {row["name"]: row for row in [*found["parents"], *found["rows"]]}
+    for name, row in by_name.items():
+        pictures = load_pictures(tmp_path / "s" / part_name(name))
+        assert row["fidelity"] == pytest.approx(pictures[..., 0].mean(), abs=1e-4)
+        assert row["resemblance_a"] == row["pixel_resemblance_a"]
+    ranked = [row["fidelity"] for row in found["rows"]]
+    assert ranked == sorted(ranked, reverse=True) and found["read_by"] == "taste.py:warmth"
+    assert "warmth" in text and "CLIP" not in text and "warmth" in (tmp_path / "s" / "report.html").read_text()
+    assert found["search"]["graded"][0]["grade"] is not None
+    own.write_text(own.read_text().replace("1.0", "2.0"))
+    assert run(place, tmp_path / "s", "--score", f"{own}:warmth", *search) == 2
+    assert "scorer was" in capsys.readouterr().err
+
+
 def test_bad_input_is_one_line(place: Path, clip_folder: Path, tmp_path: Path, capsys) -> None:
     for more, said in (
         (["--clip", str(tmp_path)], "no CLIP model's folder"), (["--clip-judge", str(clip_folder)], "without --clip"),
         (["--clip", str(clip_folder), "--clip-judge", str(clip_folder)], "the same model"),
+        (["--clip", str(clip_folder), "--score", "x.py:f"], "one decides"), (["--score", "x.py:f"], "no such file"),
     ):  # fmt: skip
         assert run(place, tmp_path / "out", *more) == 2
         err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]

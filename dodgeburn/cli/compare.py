@@ -88,6 +88,9 @@ class Reading:
     clip: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
     """A CLIP model's local folder, as a proxy: its score of picture and prompt decides the ranks. Any model can then be
     searched too."""
+    score: Annotated[str | None, tyro.conf.arg(metavar="FILE.py:FUNCTION")] = None
+    """Instead of CLIP a function of yours, called with pictures (uint8 [n, h, w, 3]) and their prompts, which answers
+    with a number each: more is better."""
     clip_judge: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
     """Another CLIP, which reads the same pictures and decides nothing but the grade of what a search found."""
 
@@ -217,13 +220,16 @@ def _merges(chosen: Compare) -> dict[str, Any]:
 
 def _gauges(chosen: Compare) -> tuple[Gauge | None, Gauge | None]:
     """CLIP as who reads, and another as the judge, where they are asked for."""
-    if chosen.clip is None:
-        if chosen.clip_judge is not None:
-            raise UserError("--clip-judge has no effect without --clip FOLDER: leave it out")
-        return None, None
+    if chosen.clip is not None and chosen.score is not None:
+        raise UserError("--clip and --score: one decides the ranks, leave out the other")
+    if chosen.clip is None and chosen.clip_judge is not None:
+        raise UserError("--clip-judge has no effect without --clip FOLDER: leave it out")
     from dodgeburn.measure.clip import ClipScore
-    from dodgeburn.merge.gauges import ByClip
+    from dodgeburn.merge.gauges import ByClip, ByOwn
     from dodgeburn.models.model import choose_device
+
+    if chosen.clip is None:
+        return (None if chosen.score is None else ByOwn(chosen.score)), None
 
     device = str(choose_device(chosen.device))
     reader = ByClip(ClipScore(chosen.clip, device))
@@ -270,7 +276,7 @@ def table(result: Comparison, top: int = TOP) -> str:
     names = {row.name: row.preset if plain and row.preset else row.name for row in [*result.parents, *result.rows]}
     wide = max(25, *(len(name) + 2 for name in names.values()))
     what = "preset" if plain else "variant"
-    score = "CLIP score" if result.proxy else "fidelity"
+    score = result.score[:20] if result.proxy else "fidelity"
     lines = [f"{'rank':>4}  {what:<{wide}}{'base':>5}  {score:<22}{'like A':>7}{'like B':>8}  Pareto"]
     read = result.rows[0].measured.resemblance_a is not None
     prefix = "resemblance" if read else "pixel_resemblance"

@@ -24,7 +24,7 @@ from dodgeburn.merge.compare_measure import Measurer, choose_gauges
 from dodgeburn.merge.compare_models import PARENTS, OpenModels, open_models, typed
 from dodgeburn.merge.compare_pictures import PictureMaker, Twins, about_merge, load_pictures, part_name, twin_notes
 from dodgeburn.merge.compare_settings import CompareSettings
-from dodgeburn.merge.gauges import ByClip, Gauge, PictureReader, gauge_of
+from dodgeburn.merge.gauges import Gauge, PictureReader, gauge_of
 from dodgeburn.merge.ranking import Row, rank
 from dodgeburn.merge.search import Search, SearchSettings, Trial, grade, run_search
 from dodgeburn.merge.variants import Variant
@@ -52,10 +52,20 @@ class Comparison:
     full_reads: float  # bytes read to merge, in units of all models' tensors once
     device: str
     read_by: str | None  # "reader", or None where nothing could be read
-    proxy: bool  # whether who reads is no reader of attributes: figures are scores and no shares
+    gauge: Gauge | None  # who that is
     held_out: dict[str, Any] | None
     search: Search | None = None
     files: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def proxy(self) -> bool:
+        """Whether figures are a proxy's scores, and no shares."""
+        return self.gauge is not None and self.gauge.proxy
+
+    @property
+    def score(self) -> str:
+        """What fidelity is called."""
+        return "prompt fidelity" if self.gauge is None else self.gauge.score
 
     @property
     def a(self) -> dict[str, str]:
@@ -113,7 +123,9 @@ def compare(
         gauge, second, reading_notes = choose_gauges(gauge_of(reader), gauge_of(judge), model, settings.prompts)
         if search is not None and (gauge is None or not any(gauge.knows(settings.prompts))):
             raise UserError(f"nothing to search by: {reading_notes[-1]}")
-        store = PartStore(out, {**_job(settings, search, models), **_read_by(search, gauge)})
+        store = PartStore(
+            out, {**_job(settings, search, models), **({} if search is None or gauge is None else gauge.job)}
+        )
         maker = PictureMaker(live, settings.prompts, settings.seeds, settings.generate, store)
         twins = Twins(live)
         same = {variant.name: first for variant in variants if (first := twins.first(variant)) is not None}
@@ -139,7 +151,7 @@ def compare(
             asked=[parse(prompt) for prompt in settings.prompts],
             notes=models.notes + reading_notes + twin_notes(same), seconds=0.0, resumed=maker.resumed,
             full_reads=0.0, device=str(model.device),
-            read_by=None if gauge is None else gauge.name, proxy=gauge is not None and gauge.proxy, held_out=held_out,
+            read_by=None if gauge is None else gauge.name, gauge=gauge, held_out=held_out,
         )  # fmt: skip
         if search is not None:
             result.search, resumed = grade(search, settings, measurer, trials, ranked, result.variants)
@@ -150,13 +162,6 @@ def compare(
     write_outputs(result)
     result.seconds = time.perf_counter() - started
     return result
-
-
-def _read_by(search: SearchSettings | None, gauge: Gauge | None) -> dict[str, str]:
-    """What a search depends on besides: who reads decides what is proposed next."""
-    if search is None or not isinstance(gauge, ByClip):
-        return {}
-    return {"clip": gauge.clip.sha256}
 
 
 def _job(settings: CompareSettings, search: SearchSettings | None, models: OpenModels) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import numpy as np
 from dodgeburn.errors import UserError
 from dodgeburn.merge.compare_models import PARENTS
 from dodgeburn.merge.compare_pictures import PictureMaker
-from dodgeburn.merge.gauges import ByReader, Gauge
+from dodgeburn.merge.gauges import ByClip, ByReader, Gauge
 from dodgeburn.merge.ranking import Measured, Row, measure
 from dodgeburn.merge.variants import Variant
 from dodgeburn.models.model import Model
@@ -70,12 +70,13 @@ def choose_gauges(
         return None, None, [
             "The models are not of the pocket world, so there is no reader for their pictures: no prompt fidelity and "
             "no reader distance. Variants are ranked by pixel resemblance to the parent they resemble less. CLIP would "
-            "read them, as a proxy (--clip FOLDER)."
+            "read them, as a proxy (--clip FOLDER), or a function of your own (--score FILE.py:FUNCTION)."
         ]  # fmt: skip
     if gauge.proxy:
         return gauge, judge, [
-            f"Read by {gauge.name}, a proxy: fidelity is the cosine of picture and prompt, resemblance that of two "
-            "pictures. It knows words, not beauty, hands or counts, and small differences mean little."
+            f"Read by {gauge.name}, a proxy: fidelity is {gauge.means[0]}, resemblance {gauge.means[1]} the parent's "
+            "picture. Small differences mean little."
+            + (" CLIP knows words, not beauty, hands or counts." if isinstance(gauge, ByClip) else "")
         ]  # fmt: skip
     known = gauge.knows(prompts)
     if not any(known):

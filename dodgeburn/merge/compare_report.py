@@ -188,8 +188,8 @@ def add_sections(
     report.bullets(result.notes)
     if result.search is not None:
         add_search(report, result.search, result.typed, {"A": result.a["name"], "B": result.b["name"]})
-    report.heading("CLIP score against resemblance" if result.proxy else "Fidelity against resemblance")
-    add_plot(report, variants, parents, "CLIP score" if result.proxy else "prompt fidelity")
+    report.heading(f"{result.score[:1].upper()}{result.score[1:]} against resemblance")
+    add_plot(report, variants, parents, result.score)
     report.heading("All variants, best first")
     _add_table(report, result, variants, parents)
     report.heading("Contact sheets")
@@ -221,10 +221,8 @@ def _add_table(
         for row in [*parents, *variants]
     ]  # fmt: skip
     ends = {key: [end for r in rows if r[key + "_ci"] for end in r[key + "_ci"]] for key in FIGURES}
-    top = {"fidelity": max(ends["fidelity"], default=1.0)} if result.proxy else {}  # cosines of texts are far below 1
-    how = ("share of what the prompts name that the pictures show", "1 - reader distance to")
-    if result.proxy:
-        how = f"cosine of picture and prompt, {result.read_by}", "cosine with"
+    top = {"fidelity": max(ends["fidelity"], default=1.0)} if result.proxy else {}  # a score is no share
+    how = ("", "") if result.gauge is None else result.gauge.means
 
     def column(key: str, title: str, hint: str, brief: bool = False) -> Column:
         return Column(key, title, "interval", 3, hint, (min(ends[key], default=0.0), top.get(key, 1.0)), brief)
@@ -233,7 +231,7 @@ def _add_table(
         Column("rank", "rank", "number", 0),
         Column("preset", "preset", under="below", hint="and by which method, where there are several"),
         Column("base", "base", "number", 2, "B's share of everything outside the U-Net's blocks, unless kept"),
-        column("fidelity", "CLIP score" if result.proxy else "fidelity", how[0]),
+        column("fidelity", result.score if result.proxy else "fidelity", how[0]),
         Column("fidelity_judge", "by the judge", "number", 3, "the same, read by the judge, who decides no rank"),
         column("resemblance_a", "like A", f"{how[1]} A's picture"),
         column("resemblance_b", "like B", f"{how[1]} B's picture"),
@@ -304,14 +302,16 @@ def _add_method(report: Report, result: Comparison) -> None:
 
 
 def _proxy_figures(result: Comparison) -> list[str]:
+    assert result.gauge is not None
+    fidelity, resemblance = result.gauge.means
     return [
-        f"CLIP score: cosine of the embeddings of picture and prompt by {result.read_by}. A proxy: it knows words, not "
-        "beauty, hands or counts. Scores of different prompts are no measure of one another; compare within a column.",
-        "Resemblance: cosine of the embeddings of the picture and of the parent's picture of the same prompt and seed.",
+        f"{result.score[:1].upper()}{result.score[1:]}: {fidelity}. A proxy, which may like what nobody asked for. "
+        "Scores of different prompts are no measure of one another; compare within a column.",
+        f"Resemblance: {resemblance} the parent's picture of the same prompt and seed.",
         "Pixel resemblance: 1 minus the root mean square difference of the pixels.",
         f"Intervals: {RESAMPLES} bootstrap draws of prompts, and of seeds within each prompt.",
         "The first of many variants is chosen on the pictures it is read in, so its own figure flatters it. The figure "
-        "with a prompt left out does not, except for what CLIP itself likes.",
+        "with a prompt left out does not, except for what the proxy itself likes.",
     ]
 
 

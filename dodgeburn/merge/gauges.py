@@ -8,13 +8,16 @@ CLIP     fidelity: cosine of picture and prompt (the CLIP score of arXiv 2104.08
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from dodgeburn.checkpoint.tensorfile import sha256_file
 from dodgeburn.measure.clip import ClipScore
-from dodgeburn.measure.distances import reader_distance
+from dodgeburn.measure.distances import pixel_distance, reader_distance
 from dodgeburn.measure.fidelity import fidelity
+from dodgeburn.measure.own_scorer import own_scorer
 from dodgeburn.pocket.captions import parse
 from dodgeburn.pocket.reader import Readings
 
@@ -34,7 +37,19 @@ class Gauge(Protocol):
 
     @property
     def proxy(self) -> bool:
-        """Whether figures are scores of a model that was made for something else, and no shares."""
+        """Whether figures are scores of something that was made for something else, and no shares."""
+
+    @property
+    def score(self) -> str:
+        """What fidelity is called where it is shown."""
+
+    @property
+    def means(self) -> tuple[str, str]:
+        """What fidelity is, and what resemblance is ("... A's picture"), in words."""
+
+    @property
+    def job(self) -> dict[str, str]:
+        """What names it among the settings of a search, which goes by what is read; {} for what ships."""
 
     def see(self, pictures: np.ndarray) -> Any:
         """uint8 [n, h, w, 3] -> what is seen in them, for the other methods."""
@@ -57,6 +72,9 @@ class ByReader:
     """The pocket's reader or judge, or another with the same readings."""
 
     proxy = False
+    score = "prompt fidelity"
+    means = "share of what the prompts name that the pictures show", "1 - reader distance to"
+    job: dict[str, str] = {}
 
     def __init__(self, reader: PictureReader) -> None:
         self.reader = reader
@@ -87,9 +105,16 @@ class ByClip:
     """A CLIP model of a local folder."""
 
     proxy = True
+    score = "CLIP score"
 
     def __init__(self, clip: ClipScore) -> None:
         self.clip, self.name = clip, clip.name
+        self.means = f"cosine of picture and prompt, {clip.name}", "cosine with"
+
+    @property
+    def job(self) -> dict[str, str]:
+        """As `Gauge`."""
+        return {"clip": self.clip.sha256}
 
     def see(self, pictures: np.ndarray) -> np.ndarray:
         """As `Gauge`: embeddings [n, width] of length 1."""
@@ -108,6 +133,39 @@ class ByClip:
     def resemblance(self, seen: np.ndarray, others: np.ndarray) -> np.ndarray:
         """As `Gauge`."""
         return np.sum(seen * others, axis=1)
+
+    def unreadable(self, seen: np.ndarray) -> None:
+        """As `Gauge`."""
+        return None
+
+
+class ByOwn:
+    """A function of the user's, FILE.py:FUNCTION, of pictures and prompts."""
+
+    proxy = True
+
+    def __init__(self, said: str) -> None:
+        """Raises UserError as `own_scorer`."""
+        self._scores, self.score, file = own_scorer(said)
+        self.name = f"{file}:{self.score}"
+        self.means = f"what {self.name} says of picture and prompt", "1 - RMS pixel difference to"
+        self.job = {"scorer": sha256_file(Path(said.rpartition(":")[0]).expanduser())}
+
+    def see(self, pictures: np.ndarray) -> np.ndarray:
+        """As `Gauge`."""
+        return pictures
+
+    def knows(self, prompts: Sequence[str]) -> list[bool]:
+        """As `Gauge`."""
+        return [True] * len(prompts)
+
+    def fidelity(self, prompts: Sequence[str], seen: np.ndarray) -> np.ndarray:
+        """As `Gauge`."""
+        return self._scores(seen, prompts)
+
+    def resemblance(self, seen: np.ndarray, others: np.ndarray) -> np.ndarray:
+        """As `Gauge`."""
+        return 1 - pixel_distance(seen, others)
 
     def unreadable(self, seen: np.ndarray) -> None:
         """As `Gauge`."""

@@ -133,7 +133,12 @@ class Search:
     settings: SearchSettings
     trials: list[Trial]
     graded: list[Graded]
-    proxy: bool = False  # whether fidelity is a proxy's score and no share
+    score: str | None = None  # what fidelity is called where it is a proxy's score and no share
+
+    @property
+    def proxy(self) -> bool:
+        """Whether fidelity is a proxy's score."""
+        return self.score is not None
 
     @property
     def found(self) -> Graded:
@@ -275,7 +280,8 @@ def grade(
             line.minus_best = _difference(line.held_out, best.held_out)
     for line in lines:
         line.proxy = proxy
-    return Search(settings, list(trials), lines, proxy), maker.resumed
+    score = measurer.gauge.score if proxy and measurer.gauge is not None else None
+    return Search(settings, list(trials), lines, score), maker.resumed
 
 
 def _difference(one: Row, two: Row) -> Interval | None:

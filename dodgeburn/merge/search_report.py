@@ -52,7 +52,7 @@ def verdict(search: Search) -> str:
     said = shown_score(search.proxy)
     text = (
         f"The best of {len(search.trials)} proposals, {found.name}, "
-        + (f"had the CLIP score {said(seen.mean)} on the search's prompts" if search.proxy else
+        + (f"had the {search.score} {said(seen.mean)} on the search's prompts" if search.proxy else
            f"showed {said(seen.mean)} of what the search's prompts ask for")
         + f"; on held-out prompts and seeds it {'has' if search.proxy else 'shows'} {_said(grade, search.proxy)}"
     )  # fmt: skip
@@ -122,7 +122,7 @@ def add_search(report: Report, search: Search, models: Mapping[str, str], names:
         )  # fmt: skip
     ends = [end for row in rows for key in ("seen", "grade") if row[f"{key}_ci"] for end in row[f"{key}_ci"]]
     span = min(ends, default=0.0), max(ends, default=1.0) if search.proxy else 1.0
-    who = "CLIP" if search.proxy else "the reader"
+    who = f"the {search.score}" if search.proxy else "the reader"
     judged = any(row["judge"] is not None for row in rows)
     columns = [
         Column("name", "merge"), Column("role", "role"), Column("method", "method"),
