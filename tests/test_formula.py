@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import save_file
+from tiny_checkpoints import single_file
 
 from dodgeburn.cli.main import main
 from dodgeburn.merge.formula import Line, formula_lines, formula_text
@@ -122,3 +124,21 @@ def test_the_verb_prints_it_before_and_after(tmp_path: Path, capsys: pytest.Capt
     with pytest.raises(SystemExit):
         main(["merge", "--help"])
     assert "ComfyUI" in capsys.readouterr().out
+
+
+def test_lines_stand_in_the_models_order_whatever_the_files(tmp_path: Path) -> None:
+    """Other programs sort a file's tensors by name: input_blocks.10 before input_blocks.2, the VAE before the U-Net."""
+    for seed, name in enumerate("ab"):
+        save_file(single_file("sd15", seed), tmp_path / f"{name}.safetensors")
+    plan, _ = dry_run(tmp_path / "a.safetensors", tmp_path / "b.safetensors", preset="Cosine", base=0.3, keep=["vae"])
+    first = [line.places[0] for line in formula_lines(plan, 2)]
+    assert first == ["BASE", *(f"IN{i:02d}" for i in range(12)), "M00", *(f"OUT{i:02d}" for i in range(12))]
+
+
+def test_parts_of_blocks_stand_in_the_models_order(tmp_path: Path) -> None:
+    for seed, name in enumerate("ab"):
+        save_file(single_file("sd15", seed), tmp_path / f"{name}.safetensors")
+    rules = ["IN10:in_layers:0.1", "IN02:in_layers:0.1"]
+    plan, _ = dry_run(tmp_path / "a.safetensors", tmp_path / "b.safetensors", base=0.5, rules=rules)
+    said = {line.formula: line.places for line in formula_lines(plan, 2)}
+    assert [place[:4] for place in said["A 90 % + B 10 %"]] == ["IN02", "IN10"]

@@ -203,3 +203,13 @@ def test_the_verb(tmp_path: Path, capsys: Any) -> None:
         assert main(args) == 2
         captured = capsys.readouterr()
         assert what in captured.err and captured.err.count("\n") == 1
+
+
+def test_blocks_stand_in_the_models_order(tmp_path: Path) -> None:
+    """Whatever order the file has: here the alphabet's, in which IN10 comes before IN02."""
+    for seed, name in enumerate("ab"):
+        save_tensors(tmp_path / f"{name}.safetensors", dict(sorted(single_file("sd15", seed).items())), {})
+    merge(tmp_path / "a.safetensors", tmp_path / "b.safetensors", tmp_path / "m.safetensors", base=0.3)
+    blocks = list(verify(tmp_path / "m.safetensors", samples=None).blocks())
+    ins, outs = [f"IN{i:02d}" for i in range(12)], [f"OUT{i:02d}" for i in range(12)]
+    assert blocks == ["BASE", *ins, "M00", *outs, "VAE"]

@@ -48,9 +48,11 @@ def formula_lines(plan: Plan, models: int) -> list[Line]:
         found.setdefault((_said(work, plan, models), work.alpha), Counter())[place] += 1
     order = {place: i for i, place in enumerate([*plan.layout.all_blocks, *_TITLES.values()])}
     lines = []
-    for (formula, alpha), places in found.items():
+    # Files that other programs write have their tensors in the alphabet's order: IN10 before IN02.
+    for (formula, alpha), places in sorted(found.items(), key=lambda item: min(order[place] for place in item[1])):
         whole = sorted((p for p, n in places.items() if n == totals[p]), key=lambda place: order[place])
-        partly = [f"{p} ({n} of {totals[p]} tensors)" for p, n in places.items() if n < totals[p]]
+        parts = sorted((p for p, n in places.items() if n < totals[p]), key=lambda place: order[place])
+        partly = [f"{p} ({places[p]} of {totals[p]} tensors)" for p in parts]
         lines.append(Line(formula, alpha, (*_ranges(whole, plan), *partly), sum(places.values())))
     return lines
 

@@ -68,7 +68,7 @@ class Verification:
         return not self.different and self.hash_equal is not False
 
     def blocks(self) -> dict[str, dict[str, int]]:
-        """Tensors checked and equal by block."""
+        """Tensors checked and equal by block, in the model's order."""
         out: dict[str, dict[str, int]] = {}
         for check in self.checks:
             row = out.setdefault(check.block, {"checked": 0, "equal": 0})
@@ -121,7 +121,9 @@ def verify(
         chosen, seed = _chosen(source, written, opened.layout, samples, seed)
         result = Verification(path, str(recipe.get("kind")), places, len(source.keys()), seed)
         with one_thread():
-            result.checks = list(_checks(source, derived, written, opened.layout, chosen))
+            checks = _checks(source, derived, written, opened.layout, chosen)
+            order = {block: i for i, block in enumerate(opened.layout.all_blocks)}
+            result.checks = sorted(checks, key=lambda check: order.get(check.block, len(order)))
         said = source.header.metadata.get(SPEC_HASH, "").removeprefix("0x")
         if said and path.is_file() and said != NO_HASH:
             result.hash_equal = said == sha256_tensors(path)
