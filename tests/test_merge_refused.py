@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -78,6 +79,41 @@ def test_other_shapes_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"1 tensors of b.safetensors .*input_blocks.0.0.weight: \[4, 9\] instead of"):
         merge(*pair(tmp_path, a, b), tmp_path / "m.safetensors")
     assert left(tmp_path) == ["a.safetensors", "b.safetensors"]
+
+
+def test_an_inpainting_model_is_named_with_what_to_do(tmp_path: Path) -> None:
+    """Its first convolution takes 9 channels: it has to be A, and to keep that one."""
+    inpainting, other = small(1) | {CONV_IN: torch.zeros(4, 9, 3, 3)}, small(2) | {CONV_IN: torch.ones(4, 4, 3, 3)}
+    a, b = pair(tmp_path, inpainting, other)
+    with pytest.raises(
+        UserError, match=r"a.safetensors is an inpainting model.* 9 channels instead of 4; keep"
+    ) as said:
+        merge(a, b, tmp_path / "m.safetensors")
+    rule = str(said.value).rpartition("--rule ")[2]
+    with pytest.raises(UserError, match=r"a.safetensors is an inpainting model.*name a.safetensors first"):
+        merge(b, a, tmp_path / "m.safetensors")
+    merge(a, b, tmp_path / "m.safetensors", base=1.0, rules=[rule])
+    assert torch.equal(load_tensors(tmp_path / "m.safetensors")[CONV_IN], inpainting[CONV_IN])
+
+
+def test_models_that_predict_different_things_are_warned_of(tmp_path: Path) -> None:
+    """v_pred is the marker of SDXL models that predict velocity."""
+    a, b = pair(tmp_path, small(1), small(2) | {"v_pred": torch.tensor([])})
+    out, same, other = (tmp_path / f"{name}.safetensors" for name in ("m", "same", "other"))
+    shutil.copy(b, same)
+    shutil.copy(a, other)
+    with pytest.warns(DodgeburnWarning, match="a.safetensors predicts epsilon, b.safetensors v_prediction"):
+        merge(a, b, out)
+    quiet = [
+        {"components": {"unet": 0.0}},  # text encoders and VAE do not predict noise
+        {"method": "add_difference", "base_model": same},  # what B learned beyond a base of its kind
+    ]
+    for options in quiet:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", DodgeburnWarning)
+            merge(a, b, out, **options)
+    with pytest.warns(DodgeburnWarning, match="other.safetensors predicts epsilon, b.safetensors v_prediction"):
+        merge(a, b, out, method="add_difference", base_model=other)
 
 
 def test_nothing_in_common(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from dodgeburn.checkpoint.naming import find_checkpoint
 from dodgeburn.checkpoint.slider_card import SLIDER, card_lines, slider_of
 from dodgeburn.checkpoint.sources import is_index, open_tensors
 from dodgeburn.checkpoint.tensorfile import read_header
+from dodgeburn.checkpoint.unet_kind import input_channels, kind_of, prediction_type
 from dodgeburn.cli.options import parse
 from dodgeburn.errors import UserError
 from dodgeburn.images.png import KINDS
@@ -77,6 +78,7 @@ def inspect_file(name: str) -> dict[str, Any]:
         part["values"] += info.numel
         part["bytes"] += info.nbytes
         part["dtypes"][info.dtype] = part["dtypes"].get(info.dtype, 0) + 1
+    channels = input_channels({key: info.shape for key, info in header.tensors.items()}) if layout else None
     adapter = inspect_adapter(path) if layout is None and not is_index(path) else None
     embedding = embedding_title(header.tensors) if layout is None and adapter is None else None
     return {
@@ -89,6 +91,8 @@ def inspect_file(name: str) -> dict[str, Any]:
         "values": sum(values.values()),
         "dtypes": dict(values),
         "components": components,
+        "in_channels": channels,
+        "prediction_type": prediction_type(header) if layout else None,
         "clip_skip": _clip_skips(layout.name) if layout else {},
         "adapter": adapter,
         "metadata": header.metadata,
@@ -129,6 +133,10 @@ def _text(found: dict[str, Any]) -> str:
     if found["blocks"]:
         ins = sum(block.startswith("IN") for block in found["blocks"])
         lines.append(f"blocks: {ins} IN + M00 + {len(found['blocks']) - ins - 1} OUT")
+    if found["in_channels"] not in (None, 4):
+        lines.append(f"{kind_of(found['in_channels'])}: its U-Net takes {found['in_channels']} channels")
+    if found["prediction_type"] not in (None, "epsilon"):
+        lines.append(f"the U-Net predicts {found['prediction_type']}")
     if found["clip_skip"]:
         lines.append("CLIP skip (as A1111 counts; the first as trained):")
         lines += [f"  {n} = {row}" for n, row in found["clip_skip"].items()]

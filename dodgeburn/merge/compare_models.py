@@ -11,6 +11,7 @@ from types import TracebackType
 
 from dodgeburn.checkpoint.metadata import configs_of
 from dodgeburn.checkpoint.sources import Tensors, sha256_source
+from dodgeburn.checkpoint.unet_kind import prediction_type
 from dodgeburn.errors import DodgeburnWarning, UserError
 from dodgeburn.merge.live import LiveMerge
 from dodgeburn.merge.plan import Plan, check_layouts, plan_merge
@@ -85,9 +86,13 @@ def _planned(variant: Variant, sources: Mapping[str, Tensors]) -> Plan:
 def _odd(model: Model, b: Tensors) -> list[str]:
     """What B's own configs say against sampling it A's way."""
     configs: Mapping[str, Mapping[str, object]] = configs_of(b.header.metadata) or {}
+    said = {
+        "prediction_type": prediction_type(b.header),
+        "scaling_factor": configs.get("vae", {}).get("scaling_factor"),
+    }
     notes = []
     for part, key in (("scheduler", "prediction_type"), ("vae", "scaling_factor")):
-        ours, theirs = model.configs[part].get(key), configs.get(part, {}).get(key)
+        ours, theirs = model.configs[part].get(key), said[key]
         if theirs is not None and ours != theirs:
             notes.append(f"A's {key} is {ours}, B's is {theirs}: everything is sampled A's way, so B will look wrong")
     return notes

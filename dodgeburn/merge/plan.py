@@ -8,6 +8,8 @@ from typing import Literal
 
 from dodgeburn.checkpoint.header import DTYPE_BITS, FLOAT_DTYPES, Header, TensorInfo
 from dodgeburn.checkpoint.layout import VAE, Layout, detect_layout
+from dodgeburn.checkpoint.unet_keys import UNET
+from dodgeburn.checkpoint.unet_kind import CONV_IN, input_channels, kind_of, prediction_type
 from dodgeburn.errors import UserError
 from dodgeburn.merge.blocks import alphas
 from dodgeburn.merge.methods import Method, find_method
@@ -22,7 +24,7 @@ ISSUES = {
     "missing_in_b": "not in B: A's are kept",
     "missing_elsewhere": "not in every other model: A's are kept",
     "extra_in_b": "only in B: left out",
-    "outside": "outside the model (EMA copies, schedule buffers): A's are kept",
+    "outside": "outside the model (EMA copies, schedule buffers, markers): A's are kept",
     "dtype_differs": "of another type in B: computed in float32, rounded once to A's type",
     "integers": "of integers: A's are kept, never averaged",
     "shape_differs": "of another shape in B, but A's are kept anyway",
@@ -65,6 +67,7 @@ class Plan:
     rules: tuple[Rule, ...]
     work: list[Work] = field(default_factory=list)
     issues: dict[str, list[str]] = field(default_factory=lambda: {kind: [] for kind in ISSUES})
+    odd: list[str] = field(default_factory=list)  # what is odd about the models as wholes, in words
 
     @property
     def counts(self) -> dict[str, int]:
@@ -88,7 +91,7 @@ class Plan:
 
     def warnings(self) -> list[str]:
         """The issues a user should hear of, one counted line each."""
-        lines = [issue_line(kind, self.issues[kind]) for kind in WARNED if self.issues.get(kind)]
+        lines = [*self.odd, *(issue_line(kind, self.issues[kind]) for kind in WARNED if self.issues.get(kind))]
         if all(w.action in ("copy_a", "cast_a") for w in self.work):
             lines.append("no tensor takes anything from B: the output will hold A's tensors")
         return lines
@@ -151,7 +154,27 @@ def plan_merge(models: Models, settings: MergeSettings, has_base: bool = False) 
         raise UserError("clipping has no effect: a weighted sum lies between A and B already")
     if settings.seed and not found.random:
         raise UserError(f"the seed has no effect: {found.name} is not random")
-    return make_plan(models, layout, shares, settings)
+    plan = make_plan(models, layout, shares, settings)
+    if any(w.action in ("merge", "copy_b") and layout.is_unet(w.name) for w in plan.work):
+        plan.odd = _predictions(models, has_base)
+    return plan
+
+
+def _predictions(models: Models, has_base: bool) -> list[str]:
+    """A warning where U-Nets are mixed that say that they predict different things.
+
+    What B has learned beyond a base of its own kind is a change of weights, which may be added to any model.
+    """
+    said = [prediction_type(header) for _, header in models]
+    (name, _), first = models[0], said[0]
+    compared = range(1, len(models) - has_base)
+    odd = [i for i in compared if said[i] != (said[-1] if has_base else first)]
+    if not odd:
+        return []
+    other = models[odd[0]][0]
+    if has_base:
+        name, first = models[-1][0], said[-1]
+    return [f"{name} predicts {first}, {other} {said[odd[0]]}: a mix of two such U-Nets predicts neither"]
 
 
 def make_plan(models: Models, layout: Layout, blocks: Mapping[str, float], settings: MergeSettings) -> Plan:
@@ -220,6 +243,8 @@ def make_plan(models: Models, layout: Layout, blocks: Mapping[str, float], setti
         raise UserError(f"rule {rule.text!r} matches no tensor that could be merged: check its blocks and words")
     if mismatched:
         first = mismatched[0]
+        if mismatched == [CONV_IN] and (said := _other_inputs(models)):
+            raise UserError(said)
         raise UserError(
             f"{len(mismatched)} tensors of {name_b} have other shapes than A's, first {first}: "
             f"{list(b.tensors[first].shape)} instead of {list(a.tensors[first].shape)}; "
@@ -232,6 +257,20 @@ def make_plan(models: Models, layout: Layout, blocks: Mapping[str, float], setti
     if not any(name in b.tensors for name in a.tensors):
         raise UserError(f"{name_b} has none of A's {len(a.tensors)} tensors: nothing to merge")
     return plan
+
+
+def _other_inputs(models: Models) -> str:
+    """What to do where A and B differ in the U-Net's first convolution alone, as an inpainting model and another do."""
+    (name_a, a), (name_b, b), *_ = models
+    ours, theirs = ((input_channels({CONV_IN: header.tensors[CONV_IN].shape}) or 0) for header in (a, b))
+    if 4 not in (ours, theirs) or ours == theirs:
+        return ""
+    odd = name_b if ours == 4 else name_a
+    first = f"name {odd} first, and " if ours == 4 else ""
+    return (
+        f"{odd} is {kind_of(max(ours, theirs))}: its first convolution takes {max(ours, theirs)} channels instead of "
+        f"4; {first}keep that of A with --rule IN00:{CONV_IN.removeprefix(UNET)}:0"
+    )
 
 
 def _check_more(name: str, info: TensorInfo, more: Sequence[tuple[str, Header]]) -> None:

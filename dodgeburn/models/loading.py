@@ -16,7 +16,7 @@ from dodgeburn.checkpoint.metadata import CONFIGS
 from dodgeburn.checkpoint.naming import HUB_ID
 from dodgeburn.checkpoint.packaged import packaged_checkpoint
 from dodgeburn.checkpoint.sources import open_tensors, weights_in
-from dodgeburn.checkpoint.unet_keys import UNET
+from dodgeburn.checkpoint.unet_kind import has_zero_snr, input_channels, kind_of, predicts_v
 from dodgeburn.checkpoint.vae_keys import modern_vae_name
 from dodgeburn.errors import DodgeburnWarning, UserError, did_you_mean
 from dodgeburn.models.model import Configs, Model, choose_device, choose_dtype
@@ -107,26 +107,26 @@ def _load_file(
 
 def configs_of_file(metadata: Mapping[str, str], shapes: Mapping[str, Sequence[int]], path: Path) -> Configs:
     """Component configs of a single file: those it carries, or those of the real model of its layout, with the number
-    of input channels and the kind of prediction that the file itself shows.
+    of input channels, the kind of prediction and the end of the noise schedule that the file itself shows.
     """
     try:
         layout = detect_layout(shapes, shapes)
     except UserError as error:
         raise UserError(f"{path.name}: {error}") from None
     configs = _configs_in(metadata, path) or known_configs(layout.name)
-    first = shapes.get(f"{UNET}input_blocks.0.0.weight", ())
-    if len(first) == 4:
-        configs["unet"]["in_channels"] = first[1]
-    if _predicts_v(metadata, shapes):
+    if (channels := input_channels(shapes)) is not None:
+        configs["unet"]["in_channels"] = channels
+    if predicts_v(metadata, shapes):
         configs["scheduler"]["prediction_type"] = "v_prediction"
+    if has_zero_snr(shapes):
+        configs["scheduler"]["rescale_betas_zero_snr"] = True
     return configs
 
 
 def _check_inputs(channels: int, path: Path) -> None:
-    kinds = {9: "an inpainting model", 8: "an instruct-pix2pix model", 5: "a depth model"}
     if channels != 4:
         raise UserError(
-            f"{path.name} is {kinds.get(channels, 'no text-to-image model')}: its U-Net takes {channels} input "
+            f"{path.name} is {kind_of(channels)}: its U-Net takes {channels} input "
             "channels, and pictures from a prompt alone need 4; it can be converted and merged, but not sampled"
         )
 
@@ -134,11 +134,6 @@ def _check_inputs(channels: int, path: Path) -> None:
 def _computable(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor in a type that models compute in: fp8 becomes fp16, which holds every value of it."""
     return tensor.half() if tensor.dtype.itemsize == 1 and tensor.is_floating_point() else tensor
-
-
-def _predicts_v(metadata: Mapping[str, str], keys: Iterable[str]) -> bool:
-    """Whether a file says that its U-Net predicts velocity: by ModelSpec, or by the marker tensor in use for SDXL."""
-    return metadata.get("modelspec.prediction_type", "").lower() in ("v", "v_prediction") or "v_pred" in keys
 
 
 def _configs_in(metadata: Mapping[str, str], path: Path) -> Configs | None:
