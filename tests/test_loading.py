@@ -3,6 +3,7 @@ one line.
 """
 
 import json
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from dodgeburn.models.loading import _empty, assemble, is_stock, known_configs, 
 from dodgeburn.models.model import Model, choose_device, choose_dtype
 from dodgeburn.models.saving import save_diffusers_folder, save_single_file
 from dodgeburn.sampling.loop import GenerateSettings, generate
+from dodgeburn.sampling.prompts import token_chunks
 from tests.tiny import tiny_model
 
 LAYOUTS = ("sdxl", "sd15")
@@ -231,6 +233,37 @@ def test_no_tokenizer_says_what_to_do(places: Path, tmp_path: Path, monkeypatch:
     with pytest.raises(UserError, match="holds no tokenizer"):
         load_model(tmp_path / "m.safetensors", "cpu", tokenizer=tmp_path)
     assert load_model(tmp_path / "m.safetensors", "cpu", tokenizer=places / "sdxl").name == "m"
+
+
+def test_a_cache_without_the_tokenizer_gives_none(
+    places: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers 5 makes a tokenizer of two tokens out of nothing, with which no prompt could be read."""
+
+    class Empty:
+        model_max_length = 10**30
+
+        @staticmethod
+        def from_pretrained(*_: object, **__: object) -> "Empty":
+            return Empty()
+
+        def __len__(self) -> int:
+            return 2
+
+    monkeypatch.setattr("transformers.CLIPTokenizer", Empty)
+    (tmp_path / "m.safetensors").write_bytes((places / "sdxl.safetensors").read_bytes())
+    with pytest.raises(UserError, match=r"no CLIP tokenizer found for m.safetensors.*--tokenizer"):
+        load_model(tmp_path / "m.safetensors", "cpu")
+
+
+def test_a_tokenizer_of_two_plain_files_reads_77_tokens(places: Path, tmp_path: Path) -> None:
+    """vocab.json and merges.txt, as the error message asks for, do not say how long a prompt may be."""
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(places / "sdxl" / "tokenizer" / name, tmp_path / name)
+    (tmp_path / "m.safetensors").write_bytes((places / "sdxl.safetensors").read_bytes())
+    model = load_model(tmp_path / "m.safetensors", "cpu", tokenizer=tmp_path)
+    assert model.tokenizers[0].model_max_length == 77
+    assert len(token_chunks(model.tokenizers[0], "a")[0].ids) == 77
 
 
 def test_incomplete_folders(places: Path, tmp_path: Path) -> None:

@@ -14,6 +14,9 @@ _CACHED = (
     ("runwayml/stable-diffusion-v1-5", "tokenizer"),
     ("stabilityai/stable-diffusion-xl-base-1.0", "tokenizer"),
 )
+_CLIP_TOKENS = 49408
+_CLIP_LENGTH = 77
+_ENDLESS = 1 << 20  # transformers' own word for a length that nothing says is far above
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -23,9 +26,12 @@ def load_tokenizer(folder: Path) -> Any:
     if not ((folder / "tokenizer.json").exists() or (folder / "vocab.json").exists()):
         raise UserError(f"{folder} holds no tokenizer: expected vocab.json and merges.txt, or tokenizer.json")
     try:
-        return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+        found = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:
         raise UserError(f"{folder} holds no readable tokenizer: {str(error).splitlines()[0]}") from error
+    if found.model_max_length > _ENDLESS:  # vocab.json and merges.txt alone do not say it
+        found.model_max_length = _CLIP_LENGTH
+    return found
 
 
 def find_tokenizers(configs: dict[str, dict[str, Any]], path: Path | None, folder: str | Path | None) -> list[Any]:
@@ -62,9 +68,11 @@ def _find_first(vocabulary: int, path: Path | None, folder: str | Path | None) -
 
     for repository, subfolder in _CACHED:
         try:
-            return CLIPTokenizer.from_pretrained(repository, subfolder=subfolder, local_files_only=True)
+            found = CLIPTokenizer.from_pretrained(repository, subfolder=subfolder, local_files_only=True)
         except (OSError, ValueError):
             continue
+        if len(found) == _CLIP_TOKENS:  # transformers 5 makes one of two tokens where nothing is in the cache
+            return found
     raise UserError(
         f"no CLIP tokenizer found for {path.name if path else 'the model'}: put the `tokenizer` folder "
         "of any Stable Diffusion model (vocab.json, merges.txt) beside the file, or name one with --tokenizer"
@@ -77,7 +85,7 @@ def _second(first: Any, config: dict[str, Any]) -> Any:
     Only where the vocabulary is CLIP's own: a model whose text encoders were trained with one padding keeps
     it.
     """
-    if len(first) != 49408:
+    if len(first) != _CLIP_TOKENS:
         return first
     import copy
 
