@@ -72,6 +72,19 @@ def test_a_change_from_zero_is_infinite_and_stays_valid_json(tmp_path: Path) -> 
     assert json.loads(json.dumps(found.as_dict(), allow_nan=False))["blocks"]["VAE"]["relative_change"] is None
 
 
+def test_integers_are_in_no_norm_of_many_tensors(tmp_path: Path) -> None:
+    """77 position ids have a norm of 386, in which the change of weights would drown."""
+    ids, norm = (f"cond_stage_model.transformer.text_model.{name}" for name in ("ids", "norm.bias"))
+    a = tiny(**{ids: torch.arange(77), norm: torch.tensor([3.0, 4.0])})
+    b = tiny(**{ids: torch.arange(77) + 1, norm: torch.tensor([3.0, 5.0])})
+    found = diff(write(tmp_path / "a.safetensors", a), write(tmp_path / "b.safetensors", b))
+    text = found.components["clip_l"]
+    assert (text.tensors, text.changed, text.values, text.values_changed) == (2, 2, 79, 78)
+    assert text.relative == pytest.approx(1 / 5) and text.cosine == pytest.approx(29 / (5 * 34**0.5))
+    assert found.total.relative == pytest.approx((1 / (25 + 25 + 2 + 4 + 2)) ** 0.5)
+    assert found.tensors[ids].relative > 0 and not found.equal
+
+
 def test_equal_models_are_equal_whatever_their_types(tmp_path: Path) -> None:
     a = write(tmp_path / "a.safetensors", tiny())
     b = write(tmp_path / "b.safetensors", {name: tensor.half() for name, tensor in tiny().items()})

@@ -35,7 +35,8 @@ class Change:
     """The change from A to B of some tensors: counts, and sums of squares in float64.
 
     `tensors` were compared as numbers, `changed` of them differ in at least one value; `values` and `values_changed`
-    count single numbers. `change` is the sum of (B - A)², `a` and `b` those of A² and B², `product` that of A B.
+    count single numbers. `change` is the sum of (B - A)², `a` and `b` those of A² and B², `product` that of A B; sums
+    over several tensors hold those of weights only, not those of integers.
     """
 
     tensors: int = 0
@@ -48,9 +49,12 @@ class Change:
     product: float = 0.0
     largest: float = 0.0
 
-    def add(self, other: Change) -> None:
-        """Take another's tensors in."""
-        for name in ("tensors", "changed", "values", "values_changed", "change", "a", "b", "product"):
+    def add(self, other: Change, weights: bool = True) -> None:
+        """Take another's tensors in. Only `weights` go into norms and cosine: 77 position ids alone have a norm of 386,
+        in which a text encoder's change would drown.
+        """
+        counts, sums = ("tensors", "changed", "values", "values_changed"), ("change", "a", "b", "product")
+        for name in (*counts, *sums) if weights else counts:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.largest = max(self.largest, other.largest)
 
@@ -273,15 +277,16 @@ def _compare(name: str, pair: SideBySide, found: Diff) -> None:
         change.add_tile(a, b)
     change.changed = int(change.values_changed > 0)
     found.tensors[name] = change
-    found.total.add(change)
+    weights = all(source.info(name).dtype in FLOAT_DTYPES for source in pair.sources)
+    found.total.add(change, weights)
     layout = found.layout
     if layout is not None:
         component = layout.component(name)
         block = layout.block(name) or OTHER
-        found.blocks.setdefault(block, Change()).add(change)
+        found.blocks.setdefault(block, Change()).add(change, weights)
     else:
         component = name.partition(".")[0]
-    found.components.setdefault(_TITLES.get(component, component), Change()).add(change)
+    found.components.setdefault(_TITLES.get(component, component), Change()).add(change, weights)
 
 
 def in_order(names: Iterable[str], layout: Layout | None) -> list[str]:
