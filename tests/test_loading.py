@@ -25,7 +25,7 @@ from dodgeburn.checkpoint.tensorfile import (
 from dodgeburn.cli.main import main
 from dodgeburn.errors import UserError
 from dodgeburn.models.latents import decode_pictures, denormalise, normalise
-from dodgeburn.models.loading import _empty, assemble, is_stock, known_configs, load_model
+from dodgeburn.models.loading import _empty, assemble, find_model, is_stock, known_configs, load_model
 from dodgeburn.models.model import Model, choose_device, choose_dtype
 from dodgeburn.models.saving import save_diffusers_folder, save_single_file
 from dodgeburn.sampling.loop import GenerateSettings, generate
@@ -327,3 +327,9 @@ def test_jobs_on_weights_say_what_a_name_may_mean(
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_bytes(b"")
     assert find_checkpoint(name) == Path(name)  # a file of that name is that file
+
+
+def test_a_model_is_found_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "model.safetensors").touch()
+    assert find_model("~/model.safetensors") == tmp_path / "model.safetensors"

@@ -150,3 +150,17 @@ def test_other_words_may_be_empty() -> None:
     assert (options.out, options.negative, options.masks) == (Path("here"), "", None)
     with pytest.raises(UserError, match="expected a value behind it"):
         parse(Files, ["-o"], "do", "dodgeburn do")
+
+
+@dataclass
+class Written(Grouped):
+    """Write a thing."""
+
+    out: Path | None = None
+    """Where."""
+
+
+def test_home_is_put_in_place_of_a_path_s_tilde(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Shells do that at the start of a word only, not in --out=~/a.safetensors."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert parse(Written, ["--out=~/a b"], "write", "dodgeburn write").out == tmp_path / "a b"

@@ -62,7 +62,7 @@ def parse(kind: type[T], args: Sequence[str], verb: str, *examples: str, about: 
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(kind, args=list(args), prog=prog, config=CONFIG)
+            return _at_home(tyro.cli(kind, args=list(args), prog=prog, config=CONFIG))
     except SystemExit as stopped:
         if not stopped.code:
             raise
@@ -84,6 +84,18 @@ def _check_paths(kind: Any, args: Sequence[str]) -> None:
         name, given_here, value = arg.partition("=")
         if name in ways and not (value if given_here else "".join(args[at + 1 : at + 2]) or at + 1 == len(args)):
             raise UserError(f"{name} is empty: expected a path behind it, or leave {name} out")
+
+
+def _at_home(options: T) -> T:
+    """The options with the home folder in place of every path's ~: shells put it there only at the start of a word, not
+    in --out=~/merged.safetensors."""
+    for one in fields(options):  # type: ignore[arg-type]
+        value = getattr(options, one.name)
+        if isinstance(value, Path):
+            setattr(options, one.name, value.expanduser())
+        elif is_dataclass(value):
+            _at_home(value)
+    return options
 
 
 def _path_options(kind: Any) -> Iterator[str]:

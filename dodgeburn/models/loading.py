@@ -64,7 +64,7 @@ def find_model(name_or_path: str | Path) -> Path:
     Raises UserError for a name that means nothing.
     """
     name = str(name_or_path)
-    path = Path(name)
+    path = Path(name).expanduser()
     if name in NAMES:
         return packaged_checkpoint(name)
     if name and path.is_dir() or path.is_file():
