@@ -127,6 +127,8 @@ def moves_to_diffusers(
 
 def _plain(component: str, keys: Mapping[str, str], shapes: Mapping[str, Sequence[int]]) -> dict[str, Move]:
     missing = [key for key in keys if key not in shapes]
+    if component == "vae" and len(missing) == len(keys):
+        raise UserError("the checkpoint has no VAE: `dodgeburn convert FILE --vae VAE -o OUT` puts one in")
     if missing:
         raise UserError(f"the checkpoint's {component} lacks {len(missing)} of {len(keys)} tensors: {missing[0]}, …")
     return {name: Move((key,)) for key, name in keys.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import warnings
 from dataclasses import dataclass, field
@@ -60,6 +61,15 @@ def parse_strength(text: str) -> tuple[str, float]:
     return text, 1.0
 
 
+def _adapter(text: str) -> tuple[str, float]:
+    """A LoRA's file and strength; UserError for a strength that stands by itself, which no file is named like."""
+    path, strength = parse_strength(text)
+    if not Path(text).exists():
+        with contextlib.suppress(ValueError):
+            raise UserError(f"{text} is a strength without a file: write it behind its LoRA, FILE:{float(text):g}")
+    return path, strength
+
+
 def main(args: list[str]) -> int:
     """Run `dodgeburn bake`; raises UserError for bad input."""
     settings = parse(Bake, args, "bake", EXAMPLE)
@@ -69,7 +79,7 @@ def main(args: list[str]) -> int:
         raise UserError("no output file: say where to write with -o OUT.safetensors")
     from dodgeburn.merge.bake import bake
 
-    adapters = [parse_strength(text) for text in settings.loras]
+    adapters = [_adapter(text) for text in settings.loras]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", DodgeburnWarning)
         result = bake(settings.checkpoint, adapters, settings.out, settings.block_weights)

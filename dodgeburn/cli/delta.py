@@ -92,7 +92,8 @@ def _extract(args: list[str]) -> int:
     print(table(report))
     size = settings.out.stat().st_size
     ranks = sorted(report.ranks.values())
-    what = f"LoRA of {len(ranks)} modules, rank {ranks[0]} to {ranks[-1]}" if ranks else "full delta"
+    rank = f"{ranks[0]} to {ranks[-1]}" if ranks and ranks[0] != ranks[-1] else f"{ranks[0]}" if ranks else ""
+    what = f"LoRA of {len(ranks)} modules, rank {rank}" if ranks else "full delta"
     print(f"wrote {settings.out}: {what}, {size / 1e6:,.1f} MB, in {report.seconds:.1f} s")
     if settings.json:
         found = {

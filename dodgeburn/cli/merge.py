@@ -142,15 +142,22 @@ class Merge(Grouped):
 
 def main(args: list[str]) -> int:
     """Run `dodgeburn merge`; raises UserError for bad input."""
-    settings = parse(Merge, args, "merge", EXAMPLE, EXAMPLE_RECIPE)
+    try:
+        settings = parse(Merge, args, "merge", EXAMPLE, EXAMPLE_RECIPE)
+    except UserError as error:
+        raise UserError(f"{error}{_elsewhere(str(error))}") from None
     if settings.estimate is not None:
         return _estimate(settings)
     if settings.simplex:
         raise UserError("--simplex has no effect: it belongs to --estimate C")
     if settings.out is None and not settings.dry_run:
         raise UserError("no output file: say where to write with -o OUT.safetensors, or look first with --dry-run")
+    from dodgeburn.merge.recipe_text import is_recipe_name
+
     if settings.b is None:
         return _recipe(settings)
+    if is_recipe_name(settings.a):
+        raise UserError(f"{settings.a} is a recipe, which names its models itself: leave {settings.b} out")
     if settings.dry_run:
         return _dry_run(settings, settings.b)
     assert settings.out is not None
@@ -179,6 +186,23 @@ def main(args: list[str]) -> int:
         )  # fmt: skip
         print(json.dumps(found))
     return 0
+
+
+def _elsewhere(message: str) -> str:
+    """What is meant here by an option of another program, or by a third model, that was not understood."""
+    _, found, rest = message.partition("not understood: ")
+    if not found:
+        return ""
+    word = rest.split(",")[0].split(" (")[0].partition("=")[0]
+    if word in ("--multiplier", "--alpha", "--weight"):
+        return "; B's share is --base (A1111's multiplier)"
+    if word == "--ratio":
+        return "; B's share is --base (ComfyUI's ratio is model1's: its 0.6 is --base 0.4)"
+    return (
+        ""
+        if word.startswith("-")
+        else "; a third model is given with --also, what others were tuned from with --base-model"
+    )
 
 
 def _settings(options: Merge) -> MergeSettings:
