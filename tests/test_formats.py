@@ -307,3 +307,9 @@ def test_values_that_are_no_numbers_are_kept_and_said(place: Path, tmp_path: Pat
     again = load_tensors(tmp_path / "again.safetensors")
     assert again.keys() == tensors.keys()
     assert all(torch.equal(again[k].nan_to_num(7), tensors[k].nan_to_num(7)) for k in tensors)
+
+
+@pytest.mark.parametrize("ending", [".safetensor", ".ckpt", ".bin"])
+def test_a_mistyped_ending_makes_no_folder(ending: str, place: Path, tmp_path: Path, capsys) -> None:
+    assert main(["convert", str(place / "sdxl.safetensors"), "-o", str(tmp_path / f"out{ending}")]) == 2
+    assert "name it out.safetensors" in capsys.readouterr().err and not list(tmp_path.iterdir())

@@ -117,7 +117,11 @@ def test_output_types(dtype: str, four: dict[str, Path], tmp_path: Path) -> None
     a, b, out = load_tensors(four["a"]), load_tensors(four["b"]), load_tensors(tmp_path / "m.safetensors")
     for key in a:
         wide = a[key].float() if "first_stage" in key else torch.lerp(a[key].float(), b[key].float(), 0.3)
-        assert out[key].dtype == kinds[dtype] and torch.equal(out[key].float(), wide.to(kinds[dtype]).float())
+        # As `convert` has it: fp8 visibly spoils a VAE, and norms and biases are small.
+        fine = dtype.startswith("fp8") and (wide.ndim < 2 or "first_stage" in key)
+        kind = torch.float16 if fine else kinds[dtype]
+        assert out[key].dtype == kind and torch.equal(out[key].float(), wide.to(kind).float())
+    assert dtype != "fp8_e4m3fn" or {t.dtype for t in out.values()} == {torch.float16, torch.float8_e4m3fn}
 
 
 def test_rules_and_components(four: dict[str, Path], tmp_path: Path) -> None:

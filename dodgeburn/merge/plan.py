@@ -8,13 +8,14 @@ from typing import Literal
 
 from dodgeburn.checkpoint.header import DTYPE_BITS, FLOAT_DTYPES, Header, TensorInfo
 from dodgeburn.checkpoint.layout import VAE, Layout, detect_layout
+from dodgeburn.checkpoint.rewrite import chosen_dtype
 from dodgeburn.checkpoint.unet_keys import UNET
 from dodgeburn.checkpoint.unet_kind import CONV_IN, input_channels, kind_of, prediction_type
 from dodgeburn.errors import UserError
 from dodgeburn.merge.blocks import alphas
 from dodgeburn.merge.methods import Method, find_method
 from dodgeburn.merge.rules import Rule, check_components, component_share, parse_rules
-from dodgeburn.merge.settings import DTYPES, MergeSettings
+from dodgeburn.merge.settings import MergeSettings
 
 Models = Sequence[tuple[str, Header]]  # file name and header of A, B, further models, and last the base if there is one
 Action = Literal["copy_a", "copy_b", "cast_a", "merge"]
@@ -212,7 +213,9 @@ def make_plan(models: Models, layout: Layout, blocks: Mapping[str, float], setti
                     unused.pop(rule, None)
         other = b.tensors.get(name)
         action: Action = "copy_a"
-        wanted = DTYPES[dtype] if dtype is not None and info.dtype in FLOAT_DTYPES else ""
+        wanted = ""
+        if dtype is not None and info.dtype in FLOAT_DTYPES:
+            wanted = chosen_dtype(dtype, layout.component(name), info.shape)
         if block is None:
             plan.issues["outside"].append(name)
         elif of_a_only or (alpha == 0.0 and method.zero_is_a):

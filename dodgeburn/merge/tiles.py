@@ -317,7 +317,9 @@ class _Job:
         if len(names) > 1:  # not the files' fault: do them one by one, and the one that fails says so
             for work in tile.works:
                 self._tile(Tile(0, (work,), 0, work.info.numel))
-        raise UserError(f"tensor {names[0]} of the result is too large for {dtype}: convert A to a wider type first")
+        raise UserError(
+            f"tensor {names[0]} of the result is too large for {dtype}: convert the model to a wider type first"
+        )
 
 
 def _cut(work: Work) -> Iterator[Tile]:
