@@ -75,8 +75,8 @@ class File:
     """The values of the result, and how the file is written."""
 
     dtype: Literal["fp32", "fp16", "bf16", "fp8_e4m3fn"] | None = None
-    """The output's type of float tensors; none: as in A, tensor by tensor. fp8: matrices of U-Net and text encoders, the
-    rest fp16."""
+    """The output's type of float tensors; none: as in A, tensor by tensor. fp8: matrices of U-Net and text encoders,
+    the rest fp16."""
     clip: bool = False
     """Bring every value of the result between A's and B's."""
     threads: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
