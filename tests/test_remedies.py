@@ -388,7 +388,10 @@ def test_best_weights_that_were_written_over_are_made_again(tmp_path, monkeypatc
     whole, weights = tried_all(job, tmp_path), state_of(job.model.unet)
     assert whole.chosen is not None and whole.chosen.done.weights
     (tmp_path / "best.safetensors").unlink()
+    for name, damage in (("before", b""), ("negation", b"\x93NUMPY")):
+        (tmp_path / f"{name}.npy").write_bytes(damage)
     again = tiny_job(tmp_path / "work")
     found = tried_all(again, tmp_path)
     assert found.chosen is not None and found.chosen.done.method == whole.chosen.done.method
+    assert np.array_equal(found.before.pictures, whole.before.pictures)
     assert all(torch.equal(weights[k], v) for k, v in again.model.unet.state_dict().items())

@@ -88,11 +88,14 @@ def _tensors(path: Path) -> Mapping[str, Tensor]:
     """What the file holds, one vector as [1, width]."""
     import torch
 
-    from dodgeburn.checkpoint.tensorfile import load_tensors
+    from dodgeburn.checkpoint.tensorfile import load_tensors, read_header
 
     if not path.is_file():
         raise UserError(f"embedding {path} is not there")
-    said = load_tensors(path) if path.suffix.lower() == ".safetensors" else load_pickle(path)
+    plain = path.suffix.lower() == ".safetensors"
+    if plain and len(read_header(path).tensors) > len(_NAMED):
+        raise UserError(f"{path} is no textual inversion but has {len(read_header(path).tensors)} tensors")
+    said = load_tensors(path) if plain else load_pickle(path)
     if isinstance(said, dict) and isinstance(said.get("string_to_param"), dict):
         said = said["string_to_param"]
     tensors = {k: v for k, v in said.items() if isinstance(v, torch.Tensor)} if isinstance(said, dict) else {}

@@ -34,8 +34,11 @@ class FixParts:
         """What was measured after a method (or `BEFORE`), if that was finished before."""
         if self.folder is None or self.log is None or "measured" not in self.log.rows.get(name, {}):
             return None
-        path = self.folder / f"{name}.npy"
-        return Measured.from_row(self.log.rows[name]["measured"], np.load(path)) if path.exists() else None
+        try:
+            pictures = np.load(self.folder / f"{name}.npy")
+        except (OSError, ValueError, EOFError):
+            return None  # gone or damaged: measured again
+        return Measured.from_row(self.log.rows[name]["measured"], pictures)
 
     def done(self, name: str) -> Done:
         """What the method did."""
