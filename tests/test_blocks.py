@@ -7,6 +7,7 @@ from tiny_checkpoints import single_file
 
 from dodgeburn.checkpoint.layout import Layout, detect_layout
 from dodgeburn.errors import UserError
+from dodgeburn.merge.addends import block_weights
 from dodgeburn.merge.blocks import alphas, parse_blocks
 from dodgeburn.merge.presets import preset_alphas, preset_names
 
@@ -65,3 +66,34 @@ def test_parse_blocks() -> None:
     for wrong in ("IN04", "IN04=x", "IN04=1.5", "IN04="):
         with pytest.raises(UserError, match="IN04"):
             parse_blocks([wrong])
+
+
+SD15, SDXL = (detect_layout(single_file(kind)) for kind in ("sd15", "sdxl"))
+
+
+@pytest.mark.parametrize(("layout", "count"), [(SD15, 25), (SD15, 26), (SDXL, 19), (SDXL, 20)])
+def test_lists_as_mbw_has_them(layout: Layout, count: int) -> None:
+    numbers = [round(i / 100, 2) for i in range(count)]
+    found = alphas(layout, base=0.9, blocks=parse_blocks([",".join(map(str, numbers))]))
+    blocks = numbers[1:] if count % 2 == 0 else numbers
+    assert [found[block] for block in layout.blocks] == blocks
+    assert found["BASE"] == (numbers[0] if count % 2 == 0 else 0.9) and found["VAE"] == 0.9
+
+
+def test_lists_of_another_length() -> None:
+    with pytest.raises(UserError, match=r"3 block weights without names.*19 \(IN00 … OUT08\), 20 \(BASE … OUT08\)"):
+        parse_blocks(["0.1,0.2, 0.3"])
+    with pytest.raises(UserError, match="no block 'IN09'"):
+        alphas(SDXL, blocks=parse_blocks([",".join(["0.5"] * 25)]))
+
+
+def test_lists_of_lora_block_weights() -> None:
+    found = block_weights(SD15, ["1,0,0,0,0,0,0,0,1,1,1,0,0,0,0,0,0"])
+    assert {b for b, weight in found.items() if weight == 0} == {
+        "IN01", "IN02", "IN04", "IN05", "IN07", "IN08", "M00", *(f"OUT{i:02d}" for i in range(6, 12))
+    }  # fmt: skip
+    found = block_weights(SDXL, ["0.5,0,0,0,0,0,1,1,1,1,1,-0.3", "VAE=0"])
+    assert (found["BASE"], found["IN04"], found["M00"], found["OUT05"], found["VAE"]) == (0.5, 0, 0, -0.3, 0)
+    assert found["IN00"] == found["OUT08"] == 1
+    with pytest.raises(UserError, match=r"12 \(BASE … OUT05\), 17 \(BASE … OUT11\)"):
+        block_weights(SD15, ["1,0,0"])

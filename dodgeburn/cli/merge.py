@@ -33,7 +33,8 @@ class Shares:
         default_factory=list
     )
     """B's share of single blocks, such as IN04=0.3 or OUT00=0,OUT01=0, or of all that a pattern matches ("OUT*=0.1",
-    over which a name wins); replaces the preset's. Repeatable."""
+    over which a name wins), or all as MBW lists them (25 or 26 numbers for SD1.5, 19 or 20 for SDXL, BASE first);
+    replaces the preset's. Repeatable."""
     component: Annotated[list[str], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=SHARE")] = field(
         default_factory=list
     )

@@ -19,6 +19,7 @@ from dodgeburn.checkpoint.moves import Move
 from dodgeburn.checkpoint.rewrite import is_finite
 from dodgeburn.checkpoint.sources import Tensors, open_tensors
 from dodgeburn.errors import UserError
+from dodgeburn.merge.blocks import LORA_LISTS, listed
 
 if TYPE_CHECKING:
     import torch
@@ -151,15 +152,15 @@ def block_weights(layout: Layout, texts: Sequence[str]) -> dict[str, float]:
     """Weight by block (BASE, IN00 …, M00, OUT00 …, VAE), 1 where nothing is said.
 
     Each text holds items apart by commas, later ones replacing earlier ones: `NAME=NUMBER`, where NAME may be a pattern
-    (`IN*=0.5`, `*=0`), or the name of a preset, which sets the U-Net's blocks. Any finite number will do. Raises
-    UserError for anything else, and for a name that no block has.
+    (`IN*=0.5`, `*=0`), or the name of a preset, which sets the U-Net's blocks; or it is a list of bare numbers, as
+    A1111's LoRA block weights. Any finite number will do. Raises UserError for anything else, and for a name that no
+    block has.
     """
     from dodgeburn.merge.presets import preset_alphas
 
     out = dict.fromkeys(layout.all_blocks, 1.0)
-    for item in (part.strip() for text in texts for part in text.split(",")):
-        if not item:
-            continue
+    found = [[part.strip() for part in text.split(",") if part.strip()] for text in texts]
+    for item in (item for items in found for item in listed(items, LORA_LISTS) or items):
         name, equals, number = item.partition("=")
         if not equals:
             if ":" in item and any(fnmatchcase(block, item.partition(":")[0].upper()) for block in layout.all_blocks):

@@ -70,10 +70,43 @@ def _find_blocks(layout: Layout, name: str) -> list[str]:
     raise UserError(f"{layout.title} has no block {name!r}: did you mean {', '.join(near)}?")
 
 
+def _names(n_in: int, n_out: int) -> list[str]:
+    return [*(f"IN{i:02d}" for i in range(n_in)), "M00", *(f"OUT{i:02d}" for i in range(n_out))]
+
+
+# Block weights as lists of bare numbers, as other programs' users pass them on: what each stands for, by how many.
+LISTS: dict[int, Sequence[str]] = {
+    25: _names(12, 12), 26: ["BASE", *_names(12, 12)],  # MBW and supermerger, SD1.5
+    19: _names(9, 9), 20: ["BASE", *_names(9, 9)],  # the same, SDXL
+}  # fmt: skip
+# Those of LoRAs leave out blocks without attention (sd-webui-lora-block-weight).
+LORA_LISTS = LISTS | {
+    17: ("BASE", "IN01", "IN02", "IN04", "IN05", "IN07", "IN08", "M00", *(f"OUT{i:02d}" for i in range(3, 12))),
+    12: ("BASE", "IN04", "IN05", "IN07", "IN08", "M00", *(f"OUT{i:02d}" for i in range(6))),
+}
+
+
+def listed(items: Sequence[str], lists: Mapping[int, Sequence[str]]) -> list[str] | None:
+    """`NAME=NUMBER` for a list of bare numbers; None where there is no list of them. UserError for a list of another
+    length than any of `lists`."""
+    try:
+        [float(item) for item in items]
+    except ValueError:
+        return None
+    if len(items) < 2:
+        return None
+    if len(items) not in lists:
+        known = ", ".join(f"{n} ({names[0]} … {names[-1]})" for n, names in sorted(lists.items()))
+        raise UserError(f"{len(items)} block weights without names: expected NAME=NUMBER, or a list of {known}")
+    return [f"{name}={item.strip()}" for name, item in zip(lists[len(items)], items, strict=True)]
+
+
 def parse_blocks(texts: Sequence[str]) -> dict[str, float]:
-    """`IN04=0.3` texts (also several in one, comma-separated) as a dict; UserError for anything else."""
+    """`IN04=0.3` texts (also several in one, comma-separated) as a dict, or a list of bare numbers as MBW has it;
+    UserError for anything else."""
     out: dict[str, float] = {}
-    for item in (part for text in texts for part in text.split(",") if part.strip()):
+    found = [[part for part in text.split(",") if part.strip()] for text in texts]
+    for item in (item for items in found for item in listed(items, LISTS) or items):
         name, equals, number = item.partition("=")
         if not equals:
             raise UserError(f"block share {item!r} is not NAME=NUMBER, such as IN04=0.3")
