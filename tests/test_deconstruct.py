@@ -107,6 +107,7 @@ def test_file_card_and_report_say_how_it_was_made(finished, tmp_path: Path) -> N
     (tmp_path / "again").mkdir()
     write_model(model, found, tmp_path / "again" / "out.safetensors", "fp32")
     assert (tmp_path / "again" / "out.safetensors").read_bytes() == first
+    model.tokenizers[0].save_pretrained(str(tmp_path / "tokenizer"))
     loaded = load_model(str(path), device="cpu", dtype="fp32")
     assert all(torch.equal(v, unet_state(model)[k]) for k, v in unet_state(loaded).items())
     card = path.with_suffix(".md").read_text()

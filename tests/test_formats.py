@@ -161,7 +161,9 @@ def test_ema_copies(place: Path, tmp_path: Path) -> None:
         convert(single, tmp_path / "none.safetensors", ConvertSettings(prune_ema=True))
 
 
-@pytest.mark.parametrize("form", ["checkpoint", "ldm", "diffusers file", "diffusers folder", "pickle"])
+@pytest.mark.parametrize(
+    "form", ["checkpoint", "ldm", "diffusers file", "diffusers folder", "diffusers model", "pickle"]
+)
 def test_vae_replaced(form: str, place: Path, tmp_path: Path) -> None:
     single = place / "sdxl.safetensors"
     tensors, metadata = load_tensors(single), read_header(single).metadata
@@ -179,6 +181,7 @@ def test_vae_replaced(form: str, place: Path, tmp_path: Path) -> None:
         convert(tmp_path / "other.safetensors", tmp_path / "o", ConvertSettings(tokenizer=place / "tokenizer"))
         vae = tmp_path / "o" / "vae"
         vae = vae / "diffusion_pytorch_model.safetensors" if form == "diffusers file" else vae
+        vae = vae.parent if form == "diffusers model" else vae
     wanted = {k: other[k] if k.startswith("first_stage_model.") else v for k, v in tensors.items()}
     done = convert(single, tmp_path / "new.safetensors", ConvertSettings(vae=vae))
     assert same(wanted, tmp_path / "new.safetensors") and list(load_tensors(tmp_path / "new.safetensors")) == list(
@@ -309,7 +312,7 @@ def test_values_that_are_no_numbers_are_kept_and_said(place: Path, tmp_path: Pat
     assert all(torch.equal(again[k].nan_to_num(7), tensors[k].nan_to_num(7)) for k in tensors)
 
 
-@pytest.mark.parametrize("ending", [".safetensor", ".ckpt", ".bin"])
+@pytest.mark.parametrize("ending", [".safetensor", ".sft", ".ckpt"])
 def test_a_mistyped_ending_makes_no_folder(ending: str, place: Path, tmp_path: Path, capsys) -> None:
     assert main(["convert", str(place / "sdxl.safetensors"), "-o", str(tmp_path / f"out{ending}")]) == 2
-    assert "name it out.safetensors" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    assert "out.safetensors" in capsys.readouterr().err and not list(tmp_path.iterdir())

@@ -17,8 +17,6 @@ from dodgeburn.errors import DodgeburnWarning, UserError
 HELP = "convert between a single .safetensors file and a diffusers folder, and LoRAs between spellings"
 EXAMPLE = "dodgeburn convert pocket -o pocket-folder"
 
-_NO_FOLDERS = (".safetensor", ".sft", ".ckpt", ".pt", ".pth", ".bin", ".gguf")  # meant as a file's
-
 
 @dataclass
 class Convert:
@@ -55,8 +53,6 @@ def main(args: list[str]) -> int:
     options = parse(Convert, args, "convert", EXAMPLE)
     if options.out is None:
         raise UserError("no output: say where to write with -o OUT.safetensors or -o FOLDER")
-    if options.out.suffix.lower() in _NO_FOLDERS and not options.out.is_dir():
-        raise UserError(f"{options.out}: a file is written as .safetensors, name it {options.out.stem}.safetensors")
     from dodgeburn.checkpoint.lora_file import names_adapter
     from dodgeburn.cli.warned import print_warnings
 

@@ -75,6 +75,8 @@ def convert(src: str | Path, out: str | Path, settings: ConvertSettings | None =
     with ExitStack() as stack:
         parts: _File | _Folder = _Folder(path, stack) if path.is_dir() else _File(path, stack)
         vae = stack.enter_context(_open_vae(settings.vae)) if settings.vae is not None else None
+        if out.suffix.lower() in (".safetensor", ".sft"):
+            raise UserError(f"{out}: name a file {out.stem}.safetensors, or give a folder")
         if out.suffix.lower() in PICKLES:
             raise UserError(f"{out}: pickles are read, not written: name it {out.stem}.safetensors, or give a folder")
         make = _to_single if out.suffix == ".safetensors" else _to_folder
@@ -86,6 +88,8 @@ def convert(src: str | Path, out: str | Path, settings: ConvertSettings | None =
 
 def _open_vae(place: str | Path) -> Tensors:
     path = Path(place).expanduser()
+    if (path / "model_index.json").is_file():
+        path = path / "vae"  # a whole model's folder
     return open_tensors(weights_in(path) if path.is_dir() else path)
 
 
