@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -43,6 +44,12 @@ def apart(a: Path, b: Path) -> int:
     assert sorted(contents(a)) == sorted(contents(b))
     pairs = [(np.asarray(Image.open(a / name)), np.asarray(Image.open(b / name))) for name in contents(a)]
     return max(int(np.abs(x.astype(int) - y.astype(int)).max()) for x, y in pairs)
+
+
+def apart_from(path: Path, data: bytes) -> int:
+    """The same of a file and a picture in memory."""
+    one, two = (np.asarray(Image.open(source)).astype(int) for source in (path, io.BytesIO(data)))
+    return int(np.abs(one - two).max())
 
 
 @pytest.mark.parametrize(("stop", "ending"), [(4, "png"), (4, "webp"), (3, "png"), (1, "png")])
@@ -107,6 +114,16 @@ def test_a_grid_goes_on_too(model_file: Path, tmp_path: Path, capsys, monkeypatc
     found = last(capsys)
     assert found["kept"] == 5 and len(found["pictures"]) == len(whole["pictures"]) == 8
     assert apart(tmp_path / "two", tmp_path / "whole") <= 1
+
+
+def test_a_damaged_picture_is_made_again(model_file: Path, tmp_path: Path, capsys) -> None:
+    assert run(model_file, tmp_path, "-n", "2") == 0
+    whole = contents(tmp_path)
+    (tmp_path / "a-red-hat-1.png").write_bytes(whole["a-red-hat-1.png"][:-200])
+    capsys.readouterr()
+    assert run(model_file, tmp_path, "-n", "2", "--resume", "--batch-size", "1") == 0
+    found = last(capsys)
+    assert found["kept"] == 1 and apart_from(Path(found["pictures"][1]["path"]), whole["a-red-hat-1.png"]) <= 1
 
 
 def test_seeds_that_are_chosen_among_cannot_go_on(model_file: Path, tmp_path: Path, capsys) -> None:

@@ -96,8 +96,11 @@ def made_before(path: Path, picture: Planned, model: Model) -> Generated | None:
     if record is None:
         return None
     row, of = record.get("batch") or picture.batch
-    with Image.open(path) as image:
-        return replace(picture, batch=(row, of)).made(image.convert("RGB"))
+    try:
+        with Image.open(path) as image:
+            return replace(picture, batch=(row, of)).made(image.convert("RGB"))
+    except OSError:
+        return None  # damaged: made again
 
 
 def is_picture_name(out: Path) -> bool:
