@@ -115,7 +115,8 @@ def test_a_function_of_ones_own_decides(place: Path, tmp_path: Path, capsys) -> 
     ranked = [row["fidelity"] for row in found["rows"]]
     assert ranked == sorted(ranked, reverse=True) and found["read_by"] == "taste.py:warmth"
     assert "warmth" in text and "CLIP" not in text and "warmth" in (tmp_path / "s" / "report.html").read_text()
-    assert found["search"]["graded"][0]["grade"] is not None
+    held = load_pictures(tmp_path / "s" / "held-out" / "A.npz")
+    assert found["search"]["graded"][0]["grade"] == pytest.approx(held[..., 0].mean(), abs=1e-4)
     own.write_text(own.read_text().replace("1.0", "2.0"))
     assert run(place, tmp_path / "s", "--score", f"{own}:warmth", *search) == 2
     assert "scorer was" in capsys.readouterr().err

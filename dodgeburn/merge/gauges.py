@@ -1,8 +1,9 @@
-"""Who reads a comparison's pictures: the pocket's reader, or CLIP where nobody knows the world, as a proxy.
+"""Who reads a comparison's pictures: the pocket's reader, or a proxy where nobody knows the world.
 
-reader   fidelity: share of the named attributes that are shown; resemblance: 1 - reader distance
-CLIP     fidelity: cosine of picture and prompt (the CLIP score of arXiv 2104.08718 without factor 2.5 and
-         clipping); resemblance: cosine of the two pictures
+reader      fidelity: share of the named attributes that are shown; resemblance: 1 - reader distance
+CLIP        fidelity: cosine of picture and prompt (the CLIP score of arXiv 2104.08718 without factor 2.5 and
+            clipping); resemblance: cosine of the two pictures
+one's own   fidelity: what a function of the user's says; resemblance: of pixels
 """
 
 from __future__ import annotations
