@@ -66,7 +66,7 @@ def test_prices_and_equal_prices_by_hand() -> None:
 def test_good_estimates_save_and_worthless_ones_do_not() -> None:
     for signal, least, most in ((20.0, 0.4, 1.0), (0.0, -0.05, 0.05)):
         choice, test = slots(signal), slots(signal, seed=1)
-        wanted = float(savings.best_of(choice).mean(0)[3])
+        wanted = savings.best_of(choice)[:, 3]
         funnel = savings.cheapest(choice, wanted, 8)
         reached = savings.run(funnel, test)
         equal = savings.equal_price(float(reached.mean()), savings.best_of(test).mean(0))

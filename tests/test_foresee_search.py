@@ -64,13 +64,13 @@ def test_the_cheapest_is_as_good_on_other_slots_and_estimates_make_it_cheaper(no
     choice, test = seeds(severity[:200], noise, 1), seeds(severity[200:], noise, 2)
     slots = savings.Slots(np.zeros((400, 8, 20)), severity, np.arange(400).astype(str))
     curve = savings.best_of(slots)
-    made = cheapest([choice], curve[:200, 3], 8)
+    made = cheapest([choice], curve[:200, 3], slots.prompt[:200], 8)
     assert made is not None
     search, price = made
     found = run(search, test)
     assert price <= most and found.price.mean() == pytest.approx(price, rel=0.1)
     assert found.severity.mean() <= curve[200:, 3].mean() + 0.05
-    plain = cheapest([choice], curve[:200, 3], 8, with_looks=False)
+    plain = cheapest([choice], curve[:200, 3], slots.prompt[:200], 8, with_looks=False)
     assert plain is None or plain[1] >= price
 
 
@@ -78,7 +78,7 @@ def test_worthless_estimates_save_nothing() -> None:
     rng = np.random.default_rng(2)
     severity = np.where(rng.random((200, 8)) < 0.5, 0.0, rng.uniform(1, 5, (200, 8)))
     slots = savings.Slots(np.zeros((200, 8, 20)), severity, np.arange(200).astype(str))
-    found = cheapest([seeds(rng.permuted(severity, axis=1), 50.0)], savings.best_of(slots)[:, 3], 8)
+    found = cheapest([seeds(rng.permuted(severity, axis=1), 50.0)], savings.best_of(slots)[:, 3], slots.prompt, 8)
     assert found is None or found[1] >= 3.9
 
 

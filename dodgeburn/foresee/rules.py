@@ -75,10 +75,10 @@ def _choose_numbers(estimator: Estimator, found: Judgements) -> None:
         wanted["90_of_8"] = curve[:, 0] - 0.9 * (curve[:, 0] - curve[:, 7])
     seeds = seeds_under(estimator, found)
     for key, quality in wanted.items():
-        funnel = savings.cheapest(slots, float(quality.mean()), n)
-        one_by_one = search.cheapest(seeds, quality, n)
+        funnel = savings.cheapest(slots, quality, n)
+        one_by_one = search.cheapest(seeds, quality, slots.prompt, n)
         if one_by_one is not None and one_by_one[1] < funnel.price:
-            plain = search.cheapest(seeds, quality, n, with_looks=False)
+            plain = search.cheapest(seeds, quality, slots.prompt, n, with_looks=False)
             prices = {"price": one_by_one[1], "price_without_looks": plain[1] if plain else None}
             estimator.record["searches"][key] = {**one_by_one[0].as_dict(), **rounded(prices)}
         estimator.record["funnels"][key] = _plain(funnel)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dodgeburn.foresee.confirm import confirmed
 from dodgeburn.foresee.policy import GRID
 
 SHARES = (0.125, 0.25, 0.375, 0.5, 0.625)  # where estimators look
@@ -112,21 +113,19 @@ def equal_price(severity: float, curve: np.ndarray) -> float:
     return m + float((curve[m - 1] - severity) / max(curve[m - 1] - curve[m], 1e-12))
 
 
-def cheapest(slots: Slots, wanted: float, most: int) -> Funnel:
-    """The cheapest funnel whose chosen pictures are at least as good as `wanted` (true severity); on calibration data.
+def cheapest(slots: Slots, wanted: np.ndarray, most: int) -> Funnel:
+    """The cheapest funnel whose chosen pictures are with 95 % confidence at least as good as `wanted` (true severity
+    [slots]) in the mean: on prompts that nothing else learned from (`confirm.py`).
 
     Complete pictures are among the candidates, so where estimates are worthless nothing is stopped.
     """
     n = slots.severity.shape[1]
-    curve = best_of(slots).mean(0)
-    whole = [m for m in range(1, n + 1) if curve[m - 1] <= wanted + 1e-9]
-    best = Funnel(whole[0] if whole else n)
-    for funnel in sorted(funnels(min(most, n)), key=lambda f: f.price):
-        if funnel.price >= best.price:
-            break
-        if run(funnel, slots).mean() <= wanted:
-            return funnel
-    return best
+    ways = [*(Funnel(m) for m in range(1, n + 1)), *funnels(min(most, n))]
+    off = np.array([run(funnel, slots) for funnel in ways]) - wanted
+    off[np.abs(off) < 1e-9] = 0.0  # as many pictures as are wanted are as good, whatever the rounding
+    prices = np.array([funnel.price for funnel in ways])
+    taken = confirmed(np.repeat(prices[:, None], len(off[0]), axis=1), off, slots.prompt)
+    return Funnel(n) if taken is None else ways[taken]
 
 
 def gain(severity: float, curve: np.ndarray, n: int) -> float:

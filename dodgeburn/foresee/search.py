@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dodgeburn.foresee.ahead import SHARES, Plan
+from dodgeburn.foresee.confirm import confirmed
 from dodgeburn.foresee.policy import NEAR, Looks, Way
 
 STRICT = (0.5, 0.65, 0.8, 0.9)  # shares of the pictures that a look lets through, in what is tried
-CONFIDENT = 1.645  # standard errors of a one-sided bound of 95 %
 STOPS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # shares of the finished pictures that end a search
 
 
@@ -125,20 +125,18 @@ def searches(seeds: Seeds, most: int) -> list[Search]:
 
 
 def cheapest(
-    choices: Sequence[Seeds], wanted: np.ndarray, most: int, with_looks: bool = True
+    choices: Sequence[Seeds], wanted: np.ndarray, prompt: np.ndarray, most: int, with_looks: bool = True
 ) -> tuple[Search, float] | None:  # fmt: skip
     """The cheapest search, under any of the plans, whose pictures are with 95 % confidence at least as good as `wanted`
-    (true severity [slots]) in the mean, and its price; None if there is none. On calibration data. with_looks: False:
-    all seeds are finished, so that the difference is what foreseeing is worth."""
-    best: tuple[Search, float] | None = None
-    for seeds in choices:
-        for search in searches(seeds, most):
-            if search.looks and not with_looks:
-                continue
-            found = run(search, seeds)
-            price = float(found.price.mean())
-            off = found.severity - wanted
-            bound = off.mean() + CONFIDENT * off.std() / math.sqrt(len(off))
-            if bound <= 0 and (best is None or price < best[1]):
-                best = search, price
-    return best
+    (true severity [slots]) in the mean, and its price; None if there is none. On prompts that nothing else learned
+    from: one half of them says what to try, the other whether it holds (`confirm.py`). with_looks: False: all seeds
+    are finished, so that the difference is what foreseeing is worth."""
+    ways = [
+        (search, run(search, seeds))
+        for seeds in choices for search in searches(seeds, most) if with_looks or not search.looks
+    ]  # fmt: skip
+    if not ways:
+        return None
+    price = np.array([found.price for _, found in ways])
+    taken = confirmed(price, np.array([found.severity for _, found in ways]) - wanted, prompt)
+    return None if taken is None else (ways[taken][0], float(price[taken].mean()))
