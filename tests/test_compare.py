@@ -193,6 +193,10 @@ def test_prompts_that_name_nothing_and_unreadable_pictures(pair, tmp_path) -> No
     nothing = compare(*pair, some(prompts=("hello", "world")), tmp_path / "n", device="cpu", reader=ColourReader())
     assert nothing.rows[0].mean("fidelity") is None and nothing.rows[0].mean("resemblance_a") is not None
     assert any("No prompt names" in note for note in nothing.notes)
+    partly = compare(
+        *pair, some(prompts=("hello", "a person, blue backdrop")), tmp_path / "p", device="cpu", reader=ColourReader()
+    )
+    assert any("1 of 2 prompts name nothing the reader knows ('hello');" in note for note in partly.notes)
     blind = compare(*pair, some(), tmp_path / "b", device="cpu", reader=ColourReader(blind=True))
     assert blind.rows[0].mean("fidelity") == 0 and blind.rows[0].as_dict()["unreadable"] == 1
 

@@ -15,6 +15,8 @@ from dodgeburn.merge.ranking import Measured, Row, measure
 from dodgeburn.merge.variants import Variant
 from dodgeburn.models.model import Model
 
+SHOWN = 3  # prompts that a note names
+
 
 class Measurer:
     """Figures of the pictures that one `PictureMaker` makes, against A's and B's of the same prompts and seeds.
@@ -82,8 +84,10 @@ def choose_gauges(
     if not any(known):
         return gauge, judge, ["No prompt names anything the reader knows, so there is no prompt fidelity to rank by."]
     if not all(known):
-        count = f"{known.count(False)} of {len(known)}"
-        return gauge, judge, [f"{count} prompts name nothing the reader knows; fidelity is over the others."]
+        others = [repr(prompt) for prompt, reads in zip(prompts, known, strict=True) if not reads]
+        named = ", ".join(others[:SHOWN]) + (", ..." if len(others) > SHOWN else "")
+        count = f"{len(others)} of {len(known)}"
+        return gauge, judge, [f"{count} prompts name nothing the reader knows ({named}); fidelity is over the others."]
     return gauge, judge, []
 
 
