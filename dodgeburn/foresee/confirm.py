@@ -1,57 +1,41 @@
-"""Which of many ways to save is taken: sifted on half of the prompts, confirmed on the other half.
+"""Which of many ways to save is taken: the cheapest that is good enough for sure, however many were tried.
 
-The cheapest of thousands that all seem good enough on the same prompts is the one that was luckiest there. So the
-prompts are divided. Pareto testing (Laufer-Goldshtein et al., arXiv:2210.07913): one half shows which ways nothing else
-beats in price and safety at once and puts them in order, the safest first; the other half tests them in that order and
-stops at the first that fails. As the order is fixed beforehand, the chance of taking one that is too bad stays that of
-a single test, however many ways were tried.
+The cheapest of thousands that all seem good enough on the same prompts may be the one that was luckiest there: a bound
+for one way says nothing of the best of many. So the bounds hold for all ways at once. What the largest of their
+deviations does by chance is drawn by a multiplier bootstrap over prompts (Chernozhukov, Chetverikov and Kato,
+arXiv:1212.6906), which takes less for ways that rise and fall together than a correction for their number would.
 """
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
-CONFIDENT = 1.645  # standard errors of a one-sided bound of 95 %
+SURE = 0.95  # with which all bounds hold
+DRAWS = 1000
 
 
-def halves(prompt: np.ndarray) -> np.ndarray:
-    """Which slots [slots] are sifted on: those of every second prompt, in the order in which prompts come."""
-    names = list(dict.fromkeys(prompt.tolist()))
-    return np.isin(prompt, names[::2])
-
-
-def bound(off: np.ndarray, prompt: np.ndarray) -> float:
-    """Upper 95 % bound of the mean of `off` [slots]; slots of one prompt count as what they are together (standard
-    error over clusters). Infinite for a single prompt, unless nothing is off at all."""
-    mean = float(off.mean())
+def upper_bounds(off: np.ndarray, prompt: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Upper 95 % bounds [ways] of the means of `off` [ways, slots], all at once; slots of one prompt [slots] count as
+    what they are together. Infinite where there is one prompt only, but for ways that are off by the same in every
+    slot."""
     names, of = np.unique(prompt, return_inverse=True)
+    mean = off.mean(axis=1)
+    same = np.ptp(off, axis=1) == 0
+    if len(names) < 2:
+        return np.where(same, mean, np.inf)
     k = len(names)
-    if not off.any():
-        return 0.0
-    if k < 2:
-        return math.inf
-    sums = np.bincount(of, weights=off - mean, minlength=k)
-    return mean + CONFIDENT * math.sqrt(float((sums**2).sum()) * k / (k - 1)) / len(off)
+    sums = np.stack([np.bincount(of, weights=row, minlength=k) for row in off - mean[:, None]]) / off.shape[1]
+    error = np.sqrt((sums**2).sum(axis=1) * k / (k - 1))
+    if same.all():
+        return mean
+    studentized = sums[~same] / error[~same, None]
+    weights = np.random.default_rng(seed).normal(size=(k, DRAWS))
+    factor = float(np.quantile((studentized @ weights).max(axis=0), SURE))
+    return np.asarray(mean + factor * np.where(same, 0.0, error))
 
 
-def confirmed(price: np.ndarray, off: np.ndarray, prompt: np.ndarray) -> int | None:
-    """The cheapest way whose pictures are good enough; None if the safest of them is not.
-
-    price: in whole pictures [ways, slots]; off: true severity above what is wanted [ways, slots]; prompt: of each slot
-    [slots].
-    """
-    sifted = halves(prompt)
-    if not len(price) or sifted.all():
-        return None
-    safety = np.array([bound(row[sifted], prompt[sifted]) for row in off])
-    prices = price[:, sifted].mean(axis=1)
-    taken, cheapest = None, math.inf
-    for way in np.lexsort((prices, safety)):
-        if prices[way] >= cheapest:  # one that comes before it is as safe and no dearer
-            continue
-        if bound(off[way, ~sifted], prompt[~sifted]) > 0:
-            break
-        taken, cheapest = int(way), float(prices[way])
-    return taken
+def surely_cheapest(price: np.ndarray, off: np.ndarray, prompt: np.ndarray) -> int | None:
+    """The cheapest way that is good enough; None if none surely is. price: mean of each way [ways], in whole pictures;
+    off: its true severity above what is wanted [ways, slots]; prompt: of each slot [slots]."""
+    enough = np.flatnonzero(upper_bounds(off, prompt) <= 0) if len(off) else np.zeros(0, dtype=np.int64)
+    return int(enough[np.argmin(price[enough])]) if len(enough) else None

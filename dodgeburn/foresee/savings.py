@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dodgeburn.foresee.confirm import confirmed
+from dodgeburn.foresee.confirm import surely_cheapest
 from dodgeburn.foresee.policy import GRID
 
 SHARES = (0.125, 0.25, 0.375, 0.5, 0.625)  # where estimators look
@@ -123,8 +123,7 @@ def cheapest(slots: Slots, wanted: np.ndarray, most: int) -> Funnel:
     ways = [*(Funnel(m) for m in range(1, n + 1)), *funnels(min(most, n))]
     off = np.array([run(funnel, slots) for funnel in ways]) - wanted
     off[np.abs(off) < 1e-9] = 0.0  # as many pictures as are wanted are as good, whatever the rounding
-    prices = np.array([funnel.price for funnel in ways])
-    taken = confirmed(np.repeat(prices[:, None], len(off[0]), axis=1), off, slots.prompt)
+    taken = surely_cheapest(np.array([funnel.price for funnel in ways]), off, slots.prompt)
     return Funnel(n) if taken is None else ways[taken]
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dodgeburn.foresee.ahead import SHARES, Plan
-from dodgeburn.foresee.confirm import confirmed
+from dodgeburn.foresee.confirm import surely_cheapest
 from dodgeburn.foresee.policy import NEAR, Looks, Way
 
 STRICT = (0.5, 0.65, 0.8, 0.9)  # shares of the pictures that a look lets through, in what is tried
@@ -128,15 +128,15 @@ def cheapest(
     choices: Sequence[Seeds], wanted: np.ndarray, prompt: np.ndarray, most: int, with_looks: bool = True
 ) -> tuple[Search, float] | None:  # fmt: skip
     """The cheapest search, under any of the plans, whose pictures are with 95 % confidence at least as good as `wanted`
-    (true severity [slots]) in the mean, and its price; None if there is none. On prompts that nothing else learned
-    from: one half of them says what to try, the other whether it holds (`confirm.py`). with_looks: False: all seeds
-    are finished, so that the difference is what foreseeing is worth."""
+    (true severity [slots]) in the mean, however many were tried (`confirm.py`), and its price; None if there is none.
+    On prompts that nothing else learned from: `prompt` of each slot [slots]. with_looks: False: all seeds are finished,
+    so that the difference is what foreseeing is worth."""
     ways = [
         (search, run(search, seeds))
         for seeds in choices for search in searches(seeds, most) if with_looks or not search.looks
     ]  # fmt: skip
     if not ways:
         return None
-    price = np.array([found.price for _, found in ways])
-    taken = confirmed(price, np.array([found.severity for _, found in ways]) - wanted, prompt)
-    return None if taken is None else (ways[taken][0], float(price[taken].mean()))
+    price = np.array([found.price.mean() for _, found in ways])
+    taken = surely_cheapest(price, np.array([found.severity for _, found in ways]) - wanted, prompt)
+    return None if taken is None else (ways[taken][0], float(price[taken]))
