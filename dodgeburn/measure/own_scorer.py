@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ def is_own_scorer(said: str) -> bool:
 def own_scorer(said: str) -> tuple[OwnScores, str, str]:
     """The function, its name and its file's name. Its answers are checked whenever it is called. Its file may import
     what lies beside it. Raises UserError for what is no function of a file, and for a function that fails or answers
-    with anything but one number a picture."""
+    with anything but one number a picture. It gets copies: what it does to them is not done to the pictures."""
     place, _, function = said.rpartition(":")
     path = Path(place).expanduser()
     if not is_own_scorer(said) or not path.is_file():
@@ -33,13 +34,12 @@ def own_scorer(said: str) -> tuple[OwnScores, str, str]:
     spec = spec_from_file_location(f"_scorer_{path.stem}", path)
     assert spec is not None and spec.loader is not None  # of a .py file
     module = module_from_spec(spec)
-    sys.path.insert(0, str(path.parent))
+    sys.modules[spec.name] = module  # where dataclasses look for their module
     try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # whatever a user's file does
-        raise UserError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
-    finally:
-        sys.path.remove(str(path.parent))
+        with _beside(path):
+            spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:  # whatever a user's file does
+        raise UserError(f"{path} cannot be imported: {_said(error)}") from error
     found = getattr(module, function, None)
     if not callable(found):
         raise UserError(f"{path} has no function {function}")
@@ -47,14 +47,32 @@ def own_scorer(said: str) -> tuple[OwnScores, str, str]:
 
     def scores(pictures: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
         try:
-            answer = np.asarray(own(pictures, list(prompts)), dtype=np.float64)
-        except Exception as error:
-            raise UserError(f"{path.name}:{function} failed: {type(error).__name__}: {error}") from error
+            with _beside(path):
+                answer = np.asarray(own(pictures.copy(), list(prompts)), dtype=np.float64)
+        except (Exception, SystemExit) as error:
+            raise UserError(f"{path.name}:{function} failed: {_said(error)}") from error
         if answer.shape != (len(pictures),):
             raise UserError(
                 f"{path.name}:{function} answered with shape {list(answer.shape)}: expected one number for each of "
                 f"{len(pictures)} pictures"
             )
+        if np.isinf(answer).any():
+            raise UserError(f"{path.name}:{function} answered with {answer[np.isinf(answer)][0]:g}: expected numbers, "
+                            "or NaN for a picture that cannot be rated")  # fmt: skip
         return answer
 
     return scores, function, path.name
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[None]:
+    """Within the context a file's neighbours can be imported: while it is, and by what it imports when it is called."""
+    sys.path.insert(0, str(path.parent))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(path.parent))
+
+
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
