@@ -3,40 +3,53 @@
 import numpy as np
 import pytest
 
-from dodgeburn.foresee.confirm import surely_cheapest, upper_bounds
+from dodgeburn.foresee.confirm import surely_cheapest, surely_good
+
+N = 200
+PROMPT = np.arange(N)
 
 
-def test_one_way_alone_has_its_own_bound_and_slots_of_one_prompt_count_as_one() -> None:
-    off = np.random.default_rng(0).normal(size=(1, 400))
-    prompt = np.arange(400)
-    alone = upper_bounds(off, prompt)[0]
-    assert alone == pytest.approx(off.mean() + 1.645 * off.std(ddof=1) / 20, abs=0.01)
-    # Four copies of each say no more than one: only the number of prompts counts.
-    assert upper_bounds(np.repeat(off, 4, axis=1), np.repeat(prompt, 4))[0] == pytest.approx(alone)
+def way(mean: float, seed: int = 0, n: int = N) -> np.ndarray:
+    """One that is off by `mean` standard errors in the mean of n slots: [1, n]."""
+    off = np.random.default_rng(seed).normal(size=(1, n))
+    off = (off - off.mean()) / off.std(ddof=1)
+    return off + mean / np.sqrt(n)
 
 
-def test_copies_of_one_way_cost_nothing_and_other_ways_do() -> None:
-    rng = np.random.default_rng(1)
-    one, others = rng.normal(size=(1, 200)), rng.normal(size=(300, 200))
-    alone = upper_bounds(one, np.arange(200))[0]
-    assert upper_bounds(np.repeat(one, 50, axis=0), np.arange(200))[0] == pytest.approx(alone)
-    assert upper_bounds(np.concatenate([one, others]), np.arange(200))[0] > alone + 1 / np.sqrt(200)
+def test_one_way_alone_needs_its_own_bound() -> None:
+    assert surely_good(way(-1.85), PROMPT).tolist() == [True]
+    assert surely_good(way(-1.45), PROMPT).tolist() == [False]
+
+
+def test_slots_of_one_prompt_count_as_one() -> None:
+    four = np.repeat(way(-1.45), 4, axis=1)
+    assert surely_good(four, np.arange(4 * N)).tolist() == [True]  # as if there were four times the prompts
+    assert surely_good(four, np.repeat(PROMPT, 4)).tolist() == [False]
+
+
+def test_what_else_was_tried_counts_where_it_could_have_been_lucky() -> None:
+    mine = way(-1.9)
+    doubtful, hopeless, sure = (
+        np.concatenate([way(m, seed) for seed in range(1, 201)]) for m in (0.0, 8.0, -9.0)
+    )  # fmt: skip
+    assert surely_good(np.repeat(mine, 50, axis=0), PROMPT).all()  # copies of it
+    assert not surely_good(np.concatenate([mine, doubtful]), PROMPT).any()
+    assert surely_good(np.concatenate([mine, hopeless]), PROMPT).tolist() == [True] + [False] * 200
+    assert surely_good(np.concatenate([mine, sure]), PROMPT).all()  # they pass first, then it has its own bound
 
 
 def test_the_cheapest_that_is_good_enough_is_taken() -> None:
-    rng = np.random.default_rng(2)
-    mean = np.array([-3.0, -1.0, -0.05, 0.5])  # the third is better than wanted, but not surely
-    off = mean[:, None] + 0.5 * rng.normal(size=(4, 60))
-    assert surely_cheapest(np.array([4.0, 3.0, 2.0, 1.0]), off, np.arange(60)) == 1
-    assert surely_cheapest(np.array([1.0, 3.0, 2.0, 1.0]), off, np.arange(60)) == 0
-    assert surely_cheapest(np.array([2.0, 1.0]), off[2:], np.arange(60)) is None
-    assert surely_cheapest(np.zeros(0), off[:0], np.arange(60)) is None
+    off = np.concatenate([way(-20.0, 1), way(-8.0, 2), way(-0.5, 3), way(3.0, 4)])
+    assert surely_cheapest(np.array([4.0, 3.0, 2.0, 1.0]), off, PROMPT) == 1
+    assert surely_cheapest(np.array([1.0, 3.0, 2.0, 1.0]), off, PROMPT) == 0
+    assert surely_cheapest(np.array([2.0, 1.0]), off[2:], PROMPT) is None
+    assert surely_cheapest(np.zeros(0), off[:0], PROMPT) is None
 
 
-def test_the_same_everywhere_needs_no_bound() -> None:
+@pytest.mark.parametrize("prompt, last", [(["a", "a", "a"], False), (["a", "b", "c"], True)])
+def test_the_same_everywhere_needs_no_bound_and_one_prompt_gives_none(prompt: list[str], last: bool) -> None:
     off = np.array([[0.0] * 3, [-1.0] * 3, [1.0] * 3, [-1.0, -1.0, -1.1]])
-    assert upper_bounds(off, np.array(["a", "a", "a"])).tolist() == [0, -1, 1, np.inf]
-    assert upper_bounds(off[:3], np.array(["a", "b", "c"])).tolist() == [0, -1, 1]
+    assert surely_good(off, np.array(prompt)).tolist() == [True, True, False, last]
 
 
 def test_of_hundreds_that_are_too_bad_one_is_taken_no_oftener_than_it_says() -> None:
