@@ -185,6 +185,14 @@ def test_a_folder_of_other_settings_is_refused(tmp_path: Path) -> None:
         fit(tmp_path, quick(lr=1e-3))
 
 
+@pytest.mark.parametrize("damaged", [b"PK\x03\x04 cut off", b"garbage"])
+def test_a_damaged_checkpoint_is_named(damaged: bytes, tmp_path: Path) -> None:
+    fit(tmp_path, quick())
+    (tmp_path / "line.checkpoint.pt").write_bytes(damaged)
+    with pytest.raises(UserError, match=f"line.checkpoint.pt cannot be read: take {tmp_path} away"):
+        fit(tmp_path, quick())
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     net = nn.Linear(1, 1)
     with pytest.raises(Diverged, match="no longer finite at step 1: train with a smaller lr than"):

@@ -15,6 +15,7 @@ import atexit
 import json
 import math
 import os
+import pickle
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -340,7 +341,10 @@ def _resume(
     """The step to go on with, and what was summed since the log's last row."""
     if not path.exists() or os.path.getsize(path) == 0:
         return 0, _Since()
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError):
+        raise UserError(f"{path} cannot be read: take {path.parent} away to begin this training anew") from None
     if state["settings"] != _fingerprint(settings):
         raise UserError(
             f"{path} was made with other settings: give those of that run, or take {path.parent} away to begin anew"

@@ -9,6 +9,7 @@ import numpy as np
 from torch import nn
 
 from dodgeburn.checkpoint.tensorfile import load_tensors, read_header, save_tensors, write_atomic
+from dodgeburn.errors import UserError
 from dodgeburn.jobs import KeptRows
 from dodgeburn.rework.bias.before_after import Measured
 from dodgeburn.rework.bias.remedies import Done
@@ -80,6 +81,7 @@ class FixParts:
         if self.folder is None:
             return self._best if self._best_of == name else None
         path = self.folder / BEST
-        if not path.exists() or read_header(path).metadata.get("method") != name:
-            return None
-        return load_tensors(path)
+        try:
+            return load_tensors(path) if read_header(path).metadata.get("method") == name else None
+        except UserError:
+            return None  # gone or damaged: made again
