@@ -109,6 +109,19 @@ def test_generate_takes_seeds_out_and_says_so(tmp_path: Path, capsys: pytest.Cap
     assert Path(said["chart"]).read_bytes().startswith(b"\x89PNG")
 
 
+def test_pictures_of_later_rounds_do_not_take_the_places_of_earlier_ones(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["generate", "a waving old person", "--best-of", "4", "--foresee", "-n", "6", "--steps", "8"]
+    assert main([*args, "--guidance", "12", "-o", str(tmp_path / "new"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    kept = [f for f in found["foresee"]["fates"] if f["fate"] == "kept"]
+    assert len({f["round"] for f in kept}) > 1, "seeds of several rounds, or this shows nothing"
+    by_slot = [f["seed"] for f in sorted(kept, key=lambda f: f["slot"])]
+    assert [p["seed"] for p in found["pictures"]] == by_slot and len(by_slot) == 6
+    assert all(Path(p["path"]).exists() for p in found["pictures"]) and found["kept"] == 0
+
+
 def test_generate_looks_ahead(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = ["generate", "a waving old person", "--best-of", "2", "--foresee", "--look-ahead", "--steps", "12"]
     assert main([*args, "-o", str(tmp_path / "new"), "--json"]) == 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -92,7 +92,9 @@ def run(
     )  # fmt: skip
     path = _free(options.out, prompt)
     draw_chart(found, path, prompt if len(prompt) <= 70 else prompt[:67] + "...")
-    return found.pictures, {**record(found, chosen, path), "summary": summary(found, chosen.best_of)}
+    # Seeds begun in other batches have the same places there; here each picture has its own.
+    pictures = [replace(picture, index=i) for i, picture in enumerate(found.pictures)]
+    return pictures, {**record(found, chosen, path), "summary": summary(found, chosen.best_of)}
 
 
 def _free(folder: Path, prompt: str) -> Path:
