@@ -131,6 +131,12 @@ def test_damaged_pickles_are_one_line(tmp_path: Path) -> None:
         with pytest.raises(UserError) as caught:
             open_tensors(tmp_path / "cut.ckpt")
         assert "\n" not in str(caught.value) and "cut.ckpt" in str(caught.value)
+    torch.save(TENSORS, tmp_path / "old.ckpt", _use_new_zipfile_serialization=False)
+    whole = (tmp_path / "old.ckpt").read_bytes()
+    for cut in range(1, len(whole) - 1, 7):
+        (tmp_path / "cut.ckpt").write_bytes(whole[:cut])
+        with pytest.raises(UserError, match=r"cut\.ckpt"):
+            open_tensors(tmp_path / "cut.ckpt")
     for content, message in (([1, 2], "expected tensors by name"), ({"a": 1}, "no tensors"), ({}, "no tensors")):
         torch.save(content, tmp_path / "odd.pt")
         with pytest.raises(UserError, match=message):

@@ -249,6 +249,7 @@ def load_pickle(path: Path) -> Any:
     """What a pickle holds, read with weights_only=True; UserError for one that holds more than tensors in plain
     containers, or is damaged."""
     import pickle
+    import struct
 
     import torch
 
@@ -265,7 +266,8 @@ def load_pickle(path: Path) -> Any:
         raise UserError(
             f"{path} is a pickle that could run code when read ({what}): refused; look for a .safetensors of it"
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError,
+            AssertionError, struct.error) as error:  # fmt: skip
         raise UserError(f"{path} is a damaged pickle: {_one_line(error)}") from None
 
 
