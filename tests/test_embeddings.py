@@ -12,6 +12,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 
+from dodgeburn.checkpoint import tensorfile
 from dodgeburn.checkpoint.embedding_file import TextEmbedding, read_embedding
 from dodgeburn.cli.main import main
 from dodgeburn.errors import DodgeburnWarning, UserError
@@ -85,13 +86,26 @@ def test_what_is_no_embedding(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(2, 16), "b": torch.zeros(2, 16), "c": torch.zeros(1)}, tmp_path / "m.safetensors")
     save_file({"emb_params": torch.zeros(2, 16, dtype=torch.int64)}, tmp_path / "int.safetensors")
     (tmp_path / "cut.safetensors").write_bytes(b"\x08")
+    torch.save({"a": torch.zeros(2, 16).to_sparse()}, tmp_path / "sparse.pt")
+    torch.save({"a": torch.zeros(2, 16, device="meta")}, tmp_path / "meta.pt")
+    # Tensors that claim to be larger than memory, of one value each.
+    torch.save({"a": torch.zeros(1).half().as_strided((1, 10**13), (0, 0))}, tmp_path / "wide.pt")
+    torch.save({"a": torch.zeros(1).half().as_strided((10**12, 16), (0, 0))}, tmp_path / "many.pt")
     for name, said in (
         ("evil.pt", "could run code"), ("list.pt", "no textual inversion"), ("deep.pt", "shape"),
         ("nan.safetensors", "NaN"), ("m.safetensors", "no textual inversion"),
         ("int.safetensors", "no textual inversion"), ("cut.safetensors", "cut"), ("none.pt", "is not there"),
+        ("sparse.pt", "sparse"), ("meta.pt", "without data"), ("wide.pt", "another architecture"), ("many.pt", "shape"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=said):
             read_embedding(tmp_path / name, [16])
+
+
+def test_a_file_of_another_shape_is_refused_before_it_is_read(tmp_path: Path, monkeypatch) -> None:
+    save_file({"token_embedding.weight": torch.zeros(5000, 16)}, tmp_path / "large.safetensors")
+    monkeypatch.setattr(tensorfile, "load_tensors", lambda path: pytest.fail("was read"))
+    with pytest.raises(UserError, match=r"\[5000, 16\]"):
+        read_embedding(tmp_path / "large.safetensors", [16])
 
 
 # -------------------- tokens and states

@@ -54,20 +54,19 @@ def read_embedding(path: str | Path, widths: Sequence[int]) -> TextEmbedding:
     from dodgeburn.checkpoint.tensorfile import sha256_file
 
     path = Path(path)
-    found = {name: tensor.float() for name, tensor in _tensors(path).items()}
-    for name, tensor in found.items():
-        if tensor.ndim != 2 or not 1 <= len(tensor) <= MOST_VECTORS:
-            raise UserError(f"{path}: {name} has the shape {list(tensor.shape)}, expected [vectors, width]: this is no "
-                            "textual inversion")  # fmt: skip
+    found = _tensors(path)
+    names = list(_NAMED if set(found) == set(_NAMED) else found)
+    # Shapes before values: a pickle's tensor can claim any shape and have a few bytes.
+    if [found[name].shape[1] for name in names] != list(widths):
+        raise UserError(
+            f"{path} is an embedding for text encoders {' and '.join(str(found[name].shape[1]) for name in names)} "
+            f"wide, the model's are {' and '.join(map(str, widths))}: it was trained for another architecture"
+        )
+    own = tuple(found[name].float() for name in names)
+    for name, tensor in zip(names, own, strict=True):
         if not bool(torch.isfinite(tensor).all()):
             raise UserError(f"{path}: {name} has NaN or infinite values: the file is damaged")
-    own = [found[name] for name in _NAMED] if set(found) == set(_NAMED) else list(found.values())
-    if [t.shape[1] for t in own] != list(widths):
-        raise UserError(
-            f"{path} is an embedding for text encoders {' and '.join(str(t.shape[1]) for t in own)} wide, the model's "
-            f"are {' and '.join(map(str, widths))}: it was trained for another architecture"
-        )
-    return TextEmbedding(path.stem, tuple(own), path.name, sha256_file(path))
+    return TextEmbedding(path.stem, own, path.name, sha256_file(path))
 
 
 def embedding_title(tensors: Mapping[str, TensorInfo]) -> str | None:
@@ -93,8 +92,12 @@ def _tensors(path: Path) -> Mapping[str, Tensor]:
     if not path.is_file():
         raise UserError(f"embedding {path} is not there")
     plain = path.suffix.lower() == ".safetensors"
-    if plain and len(read_header(path).tensors) > len(_NAMED):
-        raise UserError(f"{path} is no textual inversion but has {len(read_header(path).tensors)} tensors")
+    if plain:
+        infos = read_header(path).tensors
+        if len(infos) > len(_NAMED):
+            raise UserError(f"{path} is no textual inversion but has {len(infos)} tensors")
+        for name, info in infos.items():
+            _check_shape(path, name, info.shape)  # before a whole file is read
     said = load_tensors(path) if plain else load_pickle(path)
     if isinstance(said, dict) and isinstance(said.get("string_to_param"), dict):
         said = said["string_to_param"]
@@ -103,4 +106,15 @@ def _tensors(path: Path) -> Mapping[str, Tensor]:
                                          tensors.items()):  # fmt: skip
         raise UserError(f"{path} is no textual inversion: expected string_to_param, emb_params, clip_l and clip_g, or "
                         "one tensor under its word")  # fmt: skip
+    for name, v in tensors.items():
+        if v.layout != torch.strided or v.is_nested or v.device.type != "cpu":
+            raise UserError(f"{path}: tensor {name} is sparse, nested or without data: this is no textual inversion")
+        _check_shape(path, name, v.shape)
     return {name: v.detach()[None] if v.ndim == 1 else v.detach() for name, v in tensors.items()}
+
+
+def _check_shape(path: Path, name: str, shape: Sequence[int]) -> None:
+    """UserError unless these are a few vectors."""
+    if len(shape) not in (1, 2) or (len(shape) == 2 and not 1 <= shape[0] <= MOST_VECTORS):
+        raise UserError(f"{path}: {name} has the shape {list(shape)}, expected [vectors, width]: this is no textual "
+                        "inversion")  # fmt: skip
