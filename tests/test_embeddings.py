@@ -218,6 +218,33 @@ def test_pictures_say_their_embeddings_and_are_made_again(model_file: Path, plac
     assert [own is not None and "embeddings" in own for own in named] == [True, False]
 
 
+def test_each_cell_of_a_grid_has_the_embeddings_that_its_own_prompts_name(
+    model_file: Path, place: Path, capsys
+) -> None:
+    common = ["generate", "a hat", "--model", str(model_file), "--steps", "2", "--json"]
+    foo = str(place / "ti" / "foo.safetensors")
+    alone = [*common, "--negative", "foo", "--embedding", foo]
+    assert main([*alone, "-o", str(place / "alone")]) == 0
+    expected = (place / "alone" / "a-hat-0.png").read_bytes()
+    for number, more in enumerate((["--embedding", foo], ["--embedding-dir", str(place / "ti")])):
+        assert main([*common, "--x", "negative=ugly dog,foo", *more, "-o", str(place / f"g{number}")]) == 0
+        bare, named = (Path(row["path"]) for row in last(capsys)["pictures"])
+        assert named.read_bytes() == expected
+        assert "foo" not in str((read_png(bare).own or {}).get("embeddings"))
+    # One that no cell names is still refused.
+    assert main([*common, "--x", "negative=fool,bar", "--embedding", foo, "-o", str(place / "no")]) == 2
+    assert "has no effect: no prompt names it" in capsys.readouterr().err and not (place / "no").exists()
+
+
+def test_the_longest_name_alone_is_taken_from_the_folder(model_file: Path, place: Path, capsys) -> None:
+    save_file({"emb_params": vectors(2, 16)}, place / "ti" / "big.safetensors")  # for another architecture
+    (place / "ti" / "foo.safetensors").rename(place / "big-foo.safetensors")
+    args = ["generate", "a big-foo hat", "--model", str(model_file), "--steps", "2", "-o", str(place / "o"), "--json"]
+    assert main([*args, "--embedding-dir", str(place / "ti"), "--embedding", str(place / "big-foo.safetensors")]) == 0
+    own = read_png(last(capsys)["pictures"][0]["path"]).own
+    assert own is not None and [one["name"] for one in own["embeddings"]] == ["big-foo"]
+
+
 def test_an_a1111_picture_names_them_too(model_file: Path, place: Path, capsys) -> None:
     infotext = (
         "a foo hat\nNegative prompt: nasty\nSteps: 2, Sampler: Euler, Schedule type: Karras, CFG scale: 4, Seed: 1, "

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from dodgeburn.cli.embeddings import Embeddings, find_embeddings
+from dodgeburn.cli.embeddings import Embeddings, check_named, find_embeddings
 from dodgeburn.cli.lists import numbers, seeds_of
 from dodgeburn.cli.options import Grouped, as_option, given, parse
 from dodgeburn.cli.warned import said_at_once
@@ -174,7 +174,9 @@ def main(args: list[str]) -> int:
         ),
     )  # fmt: skip
     texts = [*prompts, *([] if search is None else search.prompts), chosen.negative]
-    embeddings, _ = find_embeddings(chosen.embedding, chosen.embedding_dir, texts, settings.generate.prompt_syntax)
+    syntax = settings.generate.prompt_syntax
+    embeddings, _ = find_embeddings(chosen.embedding, chosen.embedding_dir, texts, syntax)
+    check_named(chosen.embedding, embeddings, syntax)
     reader, judge = _gauges(chosen)
     with said_at_once():
         result = compare(

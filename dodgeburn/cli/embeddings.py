@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -32,38 +32,42 @@ def find_embeddings(
     files: Sequence[Path], folder: Path | None, texts: Sequence[str], syntax: str,
     used: Sequence[EmbeddingUse] = (), exact: bool = False,
 ) -> tuple[list[Path], list[str]]:  # fmt: skip
-    """`--embedding FILE`, those files in `--embedding-dir` (and below) that `texts` name, and lines about those that a
-    picture was made with (`used`) and that are not there; `exact`: that is an error. UserError for a file or folder
-    that is not there, for two files of one name, and for a name that no prompt has."""
+    """Those of `--embedding FILE` and of the files in `--embedding-dir` (and below) that `texts` name, and lines about
+    those that a picture was made with (`used`) and that are not there; `exact`: that is an error. UserError for a file
+    or folder that is not there, and for two files of one name."""
     from dodgeburn.checkpoint.embedding_file import ENDINGS
     from dodgeburn.sampling.embeddings import used_in
 
     for path in files:
         if not path.is_file():
             raise UserError(f"--embedding {path}: no such file")
-        if not used_in(texts, syntax, [path.stem]):
-            how = f"embedding:{path.stem}" if syntax == "comfy" else path.stem
-            raise UserError(f"--embedding {path} has no effect: no prompt names it, say {how!r} where it is to stand"
-                            + (" (and --prompt-syntax a1111)" if syntax == "plain" else ""))  # fmt: skip
-    found = {path.stem.lower(): path for path in files}
-    if len(found) < len(files):
+    there = {path.stem.lower(): path for path in files}
+    if len(there) < len(files):
         raise UserError("two --embedding files have one name: a prompt can't tell them apart")
-    there: dict[str, Path] = {}
     if folder is not None:
         if not folder.expanduser().is_dir():
             raise UserError(f"--embedding-dir {folder}: no such folder")
         for path in sorted(folder.expanduser().rglob("*")):
             if path.suffix.lower() in ENDINGS and path.is_file():
                 there.setdefault(path.stem.lower(), path)
-    names = [name for name in there if name not in found]
-    found |= {names[i]: there[names[i]] for i in used_in(texts, syntax, names)}
-    missed = [use for use in used if use.name.lower() not in found and used_in(texts, syntax, [use.name])]
+    names = list(there)
+    found = [there[names[i]] for i in used_in(texts, syntax, names)]
+    missed = [use for use in used if use.name.lower() not in there and used_in(texts, syntax, [use.name])]
     if missed and exact:
         raise UserError(
             f"the picture was made with the embedding {missed[0].file or missed[0].name} (sha256 "
             f"{missed[0].sha256[:10] or 'not known'}): say where it is with --embedding-dir or --embedding FILE"
         )
-    return list(found.values()), [f"embedding {use.name}: no such file, its name is read as words" for use in missed]
+    return found, [f"embedding {use.name}: no such file, its name is read as words" for use in missed]
+
+
+def check_named(files: Sequence[Path], found: Collection[Path], syntax: str) -> None:
+    """UserError for one of `--embedding`'s files that is not among those `found` in prompts."""
+    for path in files:
+        if path not in found:
+            how = f"embedding:{path.stem}" if syntax == "comfy" else path.stem
+            raise UserError(f"--embedding {path} has no effect: no prompt names it, say {how!r} where it is to stand"
+                            + (" (and --prompt-syntax a1111)" if syntax == "plain" else ""))  # fmt: skip
 
 
 def put_on(model: Model, paths: Sequence[Path], used: Sequence[EmbeddingUse] = (), tell: bool = True) -> None:

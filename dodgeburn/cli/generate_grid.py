@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin, g
 
 import tyro
 
+from dodgeburn.cli.embeddings import check_named
 from dodgeburn.cli.lists import numbers, seeds_of
 from dodgeburn.cli.picture_files import free_name, made_before, new_folder, picture_path, slug
 from dodgeburn.errors import UserError, did_you_mean
@@ -164,13 +165,14 @@ def cells_of(options: Generate, axes: dict[str, Axis], given: frozenset[str]) ->
         raise UserError(
             f"the grid has {count} pictures: {MOST_PICTURES} are the most, take fewer values or a smaller -n"
         )
+    named = {path for cell in out for path in cell.plan.embeddings}
+    check_named(options.embeddings.embedding, named, out[0].plan.settings.prompt_syntax)
     return out
 
 
 def _plan(options: Generate, given: frozenset[str], chosen: Sequence[tuple[str, list[Value], int]]) -> Plan:
     """The plan of one combination: (setting, all its values, which)."""
     from dodgeburn.cli.generate_plan import plan_of
-    from dodgeburn.sampling.settings import GenerateSettings
 
     by_name = {name: values[i] for name, values, i in chosen}
     asked = replace(options)
@@ -182,14 +184,12 @@ def _plan(options: Generate, given: frozenset[str], chosen: Sequence[tuple[str, 
             asked = replace(asked, prompt=prompt.replace(str(values[0]), str(values[i])))
         if name == "model":
             asked = replace(asked, model=str(values[i]))
-    plan = plan_of(asked, given)
+    kinds = _kinds()
+    plan = plan_of(asked, given, {name: value for name, value in by_name.items() if name in kinds})
     if plan.row is not None:  # a picture's place in its batch, which a grid doesn't keep
         plan.seeds, plan.row, plan.batch_size = plan.seeds[:1], None, options.batch_size
     if "seed" in by_name:
         plan.seeds = [int(str(by_name["seed"])) + i for i in range(len(plan.seeds))]
-    kinds = _kinds()
-    varied = {name: value for name, value in by_name.items() if name in kinds}
-    plan.settings = GenerateSettings(**{**plan.settings.model_dump(), **varied})
     for name, value in by_name.items():
         if name == "lora" or name.startswith("lora:"):
             _scale(plan, name.partition(":")[2], float(str(value)))

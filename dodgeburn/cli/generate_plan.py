@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dodgeburn.cli.embeddings import find_embeddings, put_on
+from dodgeburn.cli.embeddings import check_named, find_embeddings, put_on
 from dodgeburn.cli.generate_options import Generate
 from dodgeburn.cli.loras import Finder
 from dodgeburn.cli.tuned import TunedUse, tuned_use
@@ -65,9 +65,23 @@ def _settings(options: Generate) -> GenerateSettings:
     )  # fmt: skip
 
 
-def plan_of(options: Generate, given: frozenset[str]) -> Plan:
+def plan_of(options: Generate, given: frozenset[str], varied: Mapping[str, Any] | None = None) -> Plan:
     """The generation as asked for; with --from, the picture's settings under those given as options, whose names are
-    `given` (an option can be given its default)."""
+    `given` (an option can be given its default). varied: settings of a grid's cell, above both; another cell can then
+    be the one that names an --embedding."""
+    from dodgeburn.sampling.settings import GenerateSettings
+
+    plan = _asked(options, given)
+    if varied:
+        plan.settings = GenerateSettings(**{**plan.settings.model_dump(), **varied})
+    plan = _with_loras(plan, options)
+    if varied is None:
+        check_named(options.embedding, plan.embeddings, plan.settings.prompt_syntax)
+    return plan
+
+
+def _asked(options: Generate, given: frozenset[str]) -> Plan:
+    """The same without LoRAs and embeddings."""
     settings = _settings(options)
     if options.source is None:
         if options.prompt is None:
@@ -76,7 +90,7 @@ def plan_of(options: Generate, given: frozenset[str]) -> Plan:
         model = "pocket" if options.model is None else options.model
         plan = Plan(options.prompt, seeds, settings, model, options.batch_size, options.dtype)
         plan.tuned = tuned_use(options.tuned)
-        return _with_loras(plan, options)
+        return plan
     from dodgeburn.pocket.model import NAMES
     from dodgeburn.sampling.reproduce import request_of
     from dodgeburn.sampling.settings import GenerateSettings, Thresholding
@@ -103,7 +117,7 @@ def plan_of(options: Generate, given: frozenset[str]) -> Plan:
         # The last bit of a picture depends on its batch's size and its row there: it is made in the same place.
         plan.row, plan.batch_size = asked.batch
         plan.seeds = plan.seeds * plan.batch_size
-    return _with_loras(plan, options)
+    return plan
 
 
 def _with_loras(plan: Plan, options: Generate) -> Plan:
