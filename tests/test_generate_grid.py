@@ -80,6 +80,10 @@ def test_scales_of_a_lora_and_models(model_file: Path, tmp_path: Path, capsys, m
     assert all(p["loras"]["ours"] == p["x"] and p["seed"] == p["z"] for p in rows.values())
     assert [p["model"] for p in found["pictures"]] == (["tiny"] * 2 + ["other"] * 2) * 2
     assert len(loaded) == 2  # each once
+    # A sheet says the making of its first picture, which the last model did not draw.
+    sheet, first = read_png(found["sheet"]), read_png(rows["tiny", 0, 4]["path"])
+    assert sheet.own is not None and {k: v for k, v in sheet.own.items() if k != "grid"} == first.own
+    assert sheet.infotext == first.infotext
     assert (pixels(rows["tiny", 0, 4]["path"]) == pixels(rows["other", 0, 4]["path"])).all()
     assert (pixels(rows["tiny", 0, 4]["path"]) != pixels(rows["tiny", 1, 4]["path"])).any()
 

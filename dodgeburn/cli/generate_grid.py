@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from dodgeburn.cli.generate_options import Generate
     from dodgeburn.cli.generate_plan import Plan
-    from dodgeburn.models.model import Model
+    from dodgeburn.images.png import Infotext
     from dodgeburn.sampling.loop import Generated
 
 MOST_PICTURES = 500  # all stay in memory until their sheets are drawn
@@ -68,11 +68,12 @@ class Axis:
 
 @dataclass(frozen=True)
 class Made:
-    """A picture and its file."""
+    """A picture, its file, and what is said of its making: for that its model must be there, with its embeddings."""
 
     picture: Generated
     path: Path
-    model: str  # its name
+    infotext: Infotext
+    record: dict[str, Any]
 
 
 @dataclass
@@ -229,7 +230,7 @@ def run(options: Generate, axes: dict[str, Axis], cells: Sequence[Cell]) -> dict
     from dodgeburn.cli.loras import apply
     from dodgeburn.models.loading import load_model
     from dodgeburn.sampling.loop import planned, stream
-    from dodgeburn.sampling.saving import save_picture
+    from dodgeburn.sampling.saving import infotext_of, record_of, save_picture
 
     began, written, model = time.perf_counter(), 0, None
     total = sum(len(cell.plan.seeds) * cell.plan.settings.steps for cell in cells)
@@ -253,7 +254,7 @@ def run(options: Generate, axes: dict[str, Axis], cells: Sequence[Cell]) -> dict
                 cell, i = places[one.index]
                 path = picture_path(options.out, cell.plan.prompt, options.format, one, model)
                 if (before := made_before(path, one, model)) is not None:
-                    cell.pictures[i] = Made(before, path, model.name)
+                    cell.pictures[i] = Made(before, path, infotext_of(before, model), record_of(before, model))
                     there.add(one.index)
                     bar.update(plan.settings.steps)
             found = stream(
@@ -264,17 +265,16 @@ def run(options: Generate, axes: dict[str, Axis], cells: Sequence[Cell]) -> dict
                 cell, i = places[picture.index]
                 path = picture_path(options.out, cell.plan.prompt, options.format, picture, model)
                 save_picture(path, picture, model)
-                cell.pictures[i] = Made(picture, path, model.name)
+                cell.pictures[i] = Made(picture, path, infotext_of(picture, model), record_of(picture, model))
                 written += 1
-    assert model is not None
     rows = [
-        {"path": str(made.path), "prompt": made.picture.prompt, "seed": made.picture.seed, "model": made.model,
-         "settings": made.picture.settings.model_dump(),
+        {"path": str(made.path), "prompt": made.picture.prompt, "seed": made.picture.seed,
+         "model": made.record["model"], "settings": made.picture.settings.model_dump(),
          "loras": {use.name: use.scale for use in made.picture.adapters},
          **{k: axis.values[cell.at[k]] for k, axis in axes.items()}}
         for cell in cells for _, made in sorted(cell.pictures.items(), key=lambda item: item[0])
     ]  # fmt: skip
-    sheets = [str(_write(options, axes, cells, z, i, model)) for z, i in _sheets(axes, cells)]
+    sheets = [str(_write(options, axes, cells, z, i)) for z, i in _sheets(axes, cells)]
     return {
         "pictures": rows, "sheets": sheets, "sheet": sheets[0] if sheets else None,
         "axes": {k: {"name": axis.name, "values": axis.values} for k, axis in axes.items()},
@@ -301,11 +301,10 @@ def _sheets(axes: dict[str, Axis], cells: Sequence[Cell]) -> Iterator[tuple[int,
     yield from itertools.product(range(len(axes["z"].values) if "z" in axes else 1), range(most))
 
 
-def _write(options: Generate, axes: dict[str, Axis], cells: Sequence[Cell], z: int, number: int, model: Model) -> Path:
+def _write(options: Generate, axes: dict[str, Axis], cells: Sequence[Cell], z: int, number: int) -> Path:
     """One sheet; its path."""
     from dodgeburn.images.png import write_picture
     from dodgeburn.images.sheet import contact_sheet
-    from dodgeburn.sampling.saving import infotext_of, record_of
 
     labels = {k: [axes[k].label(i) for i in range(len(axes[k].values))] if k in axes else None for k in ("x", "y")}
     rows: list[list[Image.Image | None]] = []
@@ -313,12 +312,13 @@ def _write(options: Generate, axes: dict[str, Axis], cells: Sequence[Cell], z: i
     for y in range(len(labels["y"] or [""])):
         row = sorted((cell for cell in shown if cell.at["y"] == y), key=lambda cell: cell.at["x"])
         rows.append([cell.pictures[number].picture.image if number in cell.pictures else None for cell in row])
-    first = next(cell.pictures[number].picture for cell in shown if number in cell.pictures)
+    made = next(cell.pictures[number] for cell in shown if number in cell.pictures)
+    first = made.picture
     title = [first.prompt] if not any(axis.name == "prompt" for axis in axes.values()) else []
     title += [axes["z"].label(z)] if "z" in axes else []
     title += [f"seed {first.seed}"] if not any(axis.name == "seed" for axis in axes.values()) else []
     sheet = contact_sheet(rows, labels["y"], labels["x"], " · ".join(title))
-    record = {**record_of(first, model), "grid": {k: [axis.name, *axis.values] for k, axis in axes.items()}}
+    record = {**made.record, "grid": {k: [axis.name, *axis.values] for k, axis in axes.items()}}
     path = free_name(options.out, f"{slug(first.prompt)}-grid", options.format, record)
-    write_picture(path, sheet, infotext_of(first, model), record)
+    write_picture(path, sheet, made.infotext, record)
     return path
