@@ -88,6 +88,14 @@ def test_scales_of_a_lora_and_models(model_file: Path, tmp_path: Path, capsys, m
     assert (pixels(rows["tiny", 0, 4]["path"]) != pixels(rows["tiny", 1, 4]["path"])).any()
 
 
+def test_a_tuned_model_is_loaded_once(model_file: Path, tmp_path: Path, monkeypatch) -> None:
+    real, loaded = loading.load_model, []
+    monkeypatch.setattr(loading, "load_model", lambda *args: loaded.append(Path(args[0]).stem) or real(*args))
+    tuned = ["--tuned", str(model_file.with_name("other.safetensors:0.5"))]
+    assert run(model_file, tmp_path, "--x", "guidance=1,2,3", *tuned) == 0
+    assert sorted(loaded) == ["other", "tiny"]
+
+
 def test_settings_of_a_picture_are_varied(model_file: Path, tmp_path: Path, capsys) -> None:
     assert run(model_file, tmp_path, "--guidance", "2", "--seed", "5") == 0
     (picture,) = last(capsys)["pictures"]

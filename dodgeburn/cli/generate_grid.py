@@ -236,14 +236,17 @@ def run(options: Generate, axes: dict[str, Axis], cells: Sequence[Cell]) -> dict
     total = sum(len(cell.plan.seeds) * cell.plan.settings.steps for cell in cells)
     bar = tqdm(total=total, unit="step", disable=None, file=sys.stderr, leave=False)
     with new_folder(options.out), bar:
-        loaded, told = None, not any(axis.name.startswith("lora") for axis in axes.values())
+        loaded = beside = tuned = None
+        told = not any(axis.name.startswith("lora") for axis in axes.values())
         for number, group in enumerate(_groups(cells)):
             plan = group[0].plan
             if model is None or loaded != (plan.model, plan.dtype):
                 model = load_model(plan.model, options.device, plan.dtype, options.tokenizer)
                 loaded = plan.model, plan.dtype
                 tell_source(plan, model)
-            tuned = None if plan.tuned is None else plan.tuned.load(options.device, plan.dtype, options.tokenizer)
+            if plan.tuned is not None and beside != (plan.tuned, plan.dtype):  # every picture keeps hold of its own
+                tuned = plan.tuned.load(options.device, plan.dtype, options.tokenizer)
+                beside = plan.tuned, plan.dtype
             read_embeddings(plan, [model, None if tuned is None else tuned.model], not number)
             places = [(cell, i) for cell in group for i in range(len(cell.plan.seeds))]
             prompts = [cell.plan.prompts[i] for cell, i in places]
