@@ -8,9 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from dodgeburn.cli.main import main
+from dodgeburn.cli.picture_files import free_name
+from dodgeburn.images.png import read_png, write_picture
 from dodgeburn.sampling import saving
 
 
@@ -116,14 +118,44 @@ def test_a_grid_goes_on_too(model_file: Path, tmp_path: Path, capsys, monkeypatc
     assert apart(tmp_path / "two", tmp_path / "whole") <= 1
 
 
-def test_a_damaged_picture_is_made_again(model_file: Path, tmp_path: Path, capsys) -> None:
+def test_a_damaged_picture_is_made_again_under_its_name(model_file: Path, tmp_path: Path, capsys) -> None:
     assert run(model_file, tmp_path, "-n", "2") == 0
     whole = contents(tmp_path)
     (tmp_path / "a-red-hat-1.png").write_bytes(whole["a-red-hat-1.png"][:-200])
     capsys.readouterr()
     assert run(model_file, tmp_path, "-n", "2", "--resume", "--batch-size", "1") == 0
     found = last(capsys)
-    assert found["kept"] == 1 and apart_from(Path(found["pictures"][1]["path"]), whole["a-red-hat-1.png"]) <= 1
+    assert found["kept"] == 1 and found["pictures"][1]["path"] == str(tmp_path / "a-red-hat-1.png")
+    assert apart_from(tmp_path / "a-red-hat-1.png", whole["a-red-hat-1.png"]) <= 1
+    assert sorted(contents(tmp_path)) == sorted(whole)
+
+
+@pytest.mark.parametrize("batch", [5, "ab", [1, 2, 3], [0.5, 1], None])
+def test_a_picture_with_a_damaged_record_is_made_again(model_file: Path, tmp_path: Path, capsys, batch: object) -> None:
+    assert run(model_file, tmp_path) == 0
+    path = tmp_path / "a-red-hat-0.png"
+    own = read_png(path).own
+    assert own is not None
+    write_picture(path, Image.open(path), None, {**own, "batch": batch})
+    capsys.readouterr()
+    assert run(model_file, tmp_path, "--resume") == 0
+    found = last(capsys)
+    said = read_png(path).own
+    assert found["kept"] == 0 and found["pictures"][0]["path"] == str(path) and said is not None
+    assert said["batch"] == [0, 1]
+
+
+def test_names_are_found_without_a_look_at_pixels(tmp_path: Path, monkeypatch) -> None:
+    """A grid of one prompt and seed tries the names of all its pictures before each."""
+    for ending in ("png", "jpg", "webp"):
+        record = {"seed": 3, "batch": [0, 1]}
+        for name in ("a", "a-2"):
+            write_picture(tmp_path / f"{name}.{ending}", Image.new("RGB", (16, 16)), None, record | {"name": name})
+        monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("pixels were read"))
+        monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("pixels were read"))
+        assert free_name(tmp_path, "a", ending, record | {"name": "a-2"}) == tmp_path / f"a-2.{ending}"
+        assert free_name(tmp_path, "a", ending, record) == tmp_path / f"a-3.{ending}"
+        monkeypatch.undo()
 
 
 def test_seeds_that_are_chosen_among_cannot_go_on(model_file: Path, tmp_path: Path, capsys) -> None:

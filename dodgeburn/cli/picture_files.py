@@ -56,11 +56,11 @@ def slug(prompt: str) -> str:
 
 def held_in(path: Path, record: dict[str, object]) -> dict[str, Any] | None:
     """The record of the picture in a file where it is the one with this record, but for the batch that it was made in:
-    that moves the last bit only."""
+    that moves the last bit only. Its pixels are not looked at: a name is tried for every picture of a grid before."""
     from dodgeburn.images.png import read_png
 
     try:
-        there = read_png(path).own or {}
+        there = read_png(path, pixels=False).own or {}
     except UserError:
         return None  # something else under this name: leave it alone
     return there if {**there, "batch": None} == {**json.loads(json.dumps(record)), "batch": None} else None
@@ -87,20 +87,18 @@ def picture_path(out: Path, prompt: str, ending: str, picture: Planned, model: M
 
 
 def made_before(path: Path, picture: Planned, model: Model) -> Generated | None:
-    """The picture out of its file, where it is there already."""
-    from PIL import Image
-
+    """The picture out of its file, where it is there already and can be read."""
+    from dodgeburn.images.opening import open_picture
     from dodgeburn.sampling.saving import record_of
 
     record = held_in(path, record_of(picture, model)) if path.exists() else None
-    if record is None:
-        return None
-    row, of = record.get("batch") or picture.batch
-    try:
-        with Image.open(path) as image:
-            return replace(picture, batch=(row, of)).made(image.convert("RGB"))
-    except OSError:
-        return None  # damaged: made again
+    image = None if record is None else open_picture(path)
+    if record is None or image is None:
+        return None  # not there, or damaged: made again
+    match record.get("batch"):
+        case [int(row), int(of)]:
+            return replace(picture, batch=(row, of)).made(image)
+    return None  # where it was made is no part of the comparison, so it can be anything
 
 
 def is_picture_name(out: Path) -> bool:

@@ -180,17 +180,19 @@ def write_picture(
         write_atomic(path, exif_bytes(image, kind, infotext, own, graph))
 
 
-def read_png(path: str | Path) -> PngText:
-    """What a picture file (PNG, JPEG, WebP) says about its making.
+def read_png(path: str | Path, pixels: bool = True) -> PngText:
+    """What a picture file (PNG, JPEG, WebP) says about its making. pixels: read them too, and the texts that other
+    programs write behind them; what `write_picture` wrote stands before.
 
     Raises UserError for a missing file, one that is no picture, one with more than `MOST_TEXT` characters of text, or
     one whose pixels or texts unpack to more than a picture can need.
     """
     try:
         with Image.open(path, formats=list(KINDS.values())) as image:
-            image.load()  # text chunks may come after the pixels
+            if pixels:
+                image.load()  # text chunks may come after the pixels
             chunks = {str(k): v for k, v in image.info.items() if isinstance(v, str)}
-            exif = image.getexif()
+            exif = image.getexif() if pixels or image.format != "PNG" else Image.Exif()  # a PNG's reads the pixels
             comment = exif.get_ifd(EXIF_IFD).get(USER_COMMENT)
             tags = [exif.get(tag) for tag in (DESCRIPTION_TAG, MODEL_TAG)]
     except FileNotFoundError:
