@@ -26,7 +26,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -135,6 +135,7 @@ class Bench:
 
         class Pooled:
             name, classes, named = "pool", shown.classes, staticmethod(shown.named)
+            job: Mapping[str, Any] = {}
 
             def labels(self, pictures: np.ndarray) -> dict[str, np.ndarray]:
                 rows = pictures[:, 0, 0, 0].astype(int) * 65536 + pictures[:, 0, 0, 1].astype(int) * 256

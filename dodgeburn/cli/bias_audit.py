@@ -174,7 +174,8 @@ def _run(options: AuditOptions, settings: AuditSettings, model: Model, classifie
         # What decides the pictures and their labels; prompts and numbers of pictures may grow.
         told = {"model": model.sha256, "by": classifier.name, "classes": {k: list(v) for k, v in
                 classifier.classes.items()}, "margin": options.margin, "sampling": made.model_dump(mode="json"),
-                "audit": {k: v for k, v in asdict(settings).items() if k in ("n", "confirm", "seed")}}  # fmt: skip
+                "audit": {k: v for k, v in asdict(settings).items() if k in ("n", "confirm", "seed")},
+                **classifier.job}  # fmt: skip
         store = PartStore(options.out, told)
     total = settings.n * len(settings.prompts) * len(settings.guidance)
     with tqdm(total=total, unit="picture", desc="audit", disable=None, file=sys.stderr, leave=False) as bar:

@@ -146,7 +146,10 @@ def _run(options: FixOptions, methods: tuple[str, ...]) -> tuple[Fixed, Model]:
     job, sources, digest = _job(options, _settings(options))
     told = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()
             if k not in ("json", "out", "report", "device")}  # fmt: skip
-    parts = PartStore(_folder(options), {**told, "sha256": job.model.sha256, "pictures_sha256": digest}).folder
+    told |= {"sha256": job.model.sha256, "pictures_sha256": digest, **job.classifier.job}
+    if options.others is not None:
+        told["other_prompts"] = job.concept.others
+    parts = PartStore(_folder(options), told).folder
     job.folder = parts / "checkpoints"
     assert options.out is not None
     check_output(options.out)  # before minutes of work

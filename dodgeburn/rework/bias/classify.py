@@ -28,6 +28,11 @@ class Classifier(Protocol):
     name: str  # "reader", "judge", or "proxy: ..."
     classes: Mapping[str, tuple[str, ...]]  # by attribute
 
+    @property
+    def job(self) -> Mapping[str, Any]:
+        """What its labels depend on, among the settings of a job that keeps them; {} for what ships."""
+        ...
+
     def labels(self, pictures: np.ndarray, /) -> Labels:
         """Classes of uint8 pictures [n, h, w, 3]."""
         ...
@@ -39,6 +44,8 @@ class Classifier(Protocol):
 
 class PocketClassifier:
     """A reader of the pocket world; continuous attributes are cut into `BINS` equal classes."""
+
+    job: Mapping[str, Any] = {}
 
     def __init__(self, reader: ReadsPictures, name: str = "reader") -> None:
         self.reader, self.name = reader, name
@@ -79,6 +86,11 @@ class ClipClassifier:
         self.texts = {name: dict(texts) for name, texts in attributes.items()}
         self.name = f"proxy: {clip.name}"
         self.classes: Mapping[str, tuple[str, ...]] = {name: tuple(texts) for name, texts in attributes.items()}
+
+    @property
+    def job(self) -> Mapping[str, Any]:
+        """As `Classifier.job`: CLIP's weights and the texts."""
+        return {"clip_sha256": self.clip.sha256, "texts": self.texts}
 
     def labels(self, pictures: np.ndarray) -> Labels:
         """As `Classifier.labels`."""
