@@ -48,6 +48,21 @@ def test_names_in_the_dialects() -> None:
     assert as_comfy("(Bad:1.2), a.b", names) == "(embedding:bad:1.2), embedding:a.b"
 
 
+def test_names_are_found_as_the_prompt_is_read() -> None:
+    """Brackets are weights unless they are protected; a weight is no name."""
+    names = ["style(v2)", "foo", "1.2"]
+    model = tiny_model("sd15")
+    model.embeddings = [embedding(name, "sd15") for name in names]
+    for text, syntax, found in (
+        (r"a style\(v2\) hat", "a1111", [0]), ("a style(v2) hat", "a1111", []), ("(a hat:1.2)", "a1111", []),
+        ("(foo:1.2) 1.2", "a1111", [1, 2]), (r"embedding:style\(v2\).pt", "comfy", [0]),
+        ("(embedding:foo:1.2)", "comfy", [1]), ("foo", "plain", []),
+    ):  # fmt: skip
+        ids = [i for row in token_chunks(model.tokenizers[0], text, syntax, model.embeddings) for i in row.ids if i < 0]
+        assert used_in([text], syntax, names) == found and len(ids) == 2 * len(found)
+    assert as_comfy(r"a style\(v2\), foo", names) == r"a embedding:style\(v2\), embedding:foo"
+
+
 # -------------------- files
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dodgeburn.checkpoint.embedding_file import ENDINGS, TextEmbedding
+from dodgeburn.sampling.emphasis import pieces
 
 Found = str | int
 """A stretch of a prompt's text, or the number of an embedding."""
@@ -38,14 +39,17 @@ def named_in(text: str, syntax: str, names: Sequence[str]) -> list[Found]:
 
 def used_in(texts: Sequence[str], syntax: str, names: Sequence[str]) -> list[int]:
     """The numbers of the names that these prompts name, each once, in the order of `names`."""
-    found = {part for text in texts for part in named_in(text, syntax, names) if isinstance(part, int)}
+    read = [piece.text for text in texts for piece in pieces(text, syntax)]  # as they are encoded: weights taken out
+    found = {part for text in read for part in named_in(text, syntax, names) if isinstance(part, int)}
     return sorted(found)
 
 
 def as_comfy(text: str, names: Sequence[str]) -> str:
     """A1111's prompt with its embeddings named as ComfyUI wants them."""
-    parts = named_in(text, "a1111", names)
-    return "".join(part if isinstance(part, str) else f"embedding:{names[part]}" for part in parts)
+    protected = [re.sub(r"[()\[\]\\]", r"\\\g<0>", name) for name in names]  # as a prompt has a name with brackets
+    there = [re.sub(r"[()]", r"\\\g<0>", name) for name in names]
+    parts = named_in(text, "a1111", protected)
+    return "".join(part if isinstance(part, str) else f"embedding:{there[part]}" for part in parts)
 
 
 # -------------------- as tokens
