@@ -88,6 +88,13 @@ def test_scales_of_a_lora_and_models(model_file: Path, tmp_path: Path, capsys, m
     assert (pixels(rows["tiny", 0, 4]["path"]) != pixels(rows["tiny", 1, 4]["path"])).any()
 
 
+def test_a_grid_without_sheets(model_file: Path, tmp_path: Path, capsys) -> None:
+    assert run(model_file, tmp_path, "--x", "guidance=1,2", "--no-sheet") == 0
+    found = last(capsys)
+    assert found["sheets"] == [] and found["sheet"] is None
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a-red-hat-0-2.png", "a-red-hat-0.png"]
+
+
 def test_a_tuned_model_is_loaded_once(model_file: Path, tmp_path: Path, monkeypatch) -> None:
     real, loaded = loading.load_model, []
     monkeypatch.setattr(loading, "load_model", lambda *args: loaded.append(Path(args[0]).stem) or real(*args))

@@ -277,7 +277,7 @@ def run(options: Generate, axes: dict[str, Axis], cells: Sequence[Cell]) -> dict
          **{k: axis.values[cell.at[k]] for k, axis in axes.items()}}
         for cell in cells for _, made in sorted(cell.pictures.items(), key=lambda item: item[0])
     ]  # fmt: skip
-    sheets = [str(_write(options, axes, cells, z, i)) for z, i in _sheets(axes, cells)]
+    sheets = [str(_write(options, axes, cells, z, i)) for z, i in (_sheets(axes, cells) if options.sheet else ())]
     return {
         "pictures": rows, "sheets": sheets, "sheet": sheets[0] if sheets else None,
         "axes": {k: {"name": axis.name, "values": axis.values} for k, axis in axes.items()},
