@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
+from dodgeburn.cli import generate
 from dodgeburn.cli.main import main
 from dodgeburn.cli.picture_files import free_name
 from dodgeburn.images.png import read_png, write_picture
@@ -158,6 +159,13 @@ def test_names_are_found_without_a_look_at_pixels(tmp_path: Path, monkeypatch) -
         monkeypatch.undo()
 
 
-def test_seeds_that_are_chosen_among_cannot_go_on(model_file: Path, tmp_path: Path, capsys) -> None:
+def test_seeds_that_are_chosen_among_cannot_go_on(model_file: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    def interrupted(args: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(generate, "main", interrupted)
+        assert run(model_file, tmp_path, "--best-of=2") == 130
+    assert "--resume" not in capsys.readouterr().err
     assert run(model_file, tmp_path, "--best-of", "2", "--resume") == 2
     assert "--resume" in capsys.readouterr().err and not contents(tmp_path)

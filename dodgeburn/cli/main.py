@@ -54,7 +54,7 @@ def main(args: list[str]) -> int:
         again = "what is finished stays, nothing half-written"
         if verb in RESUMED:
             again = "run the same command again to go on"
-        elif verb == "generate":
+        elif verb == "generate" and not {arg.partition("=")[0] for arg in args} & {"--best-of", "--foresee"}:
             again = "what is finished stays; with --resume the same command makes the rest"
         print(f"interrupted: {again}", file=sys.stderr)
         return 130
