@@ -300,8 +300,12 @@ def test_inspect_says_what_it_is(place: Path, capsys) -> None:
     save_file({"emb_params": vectors(8, 768)}, place / "neg.safetensors")
     save_file({"<cat>": vectors(1, 768)[0]}, place / "cat.safetensors")
     save_file({"weight": vectors(2, 768)}, place / "odd.safetensors")
+    save_file({"emb_params": vectors(2, 768).int()}, place / "whole.safetensors")
+    save_file({"emb_params": torch.zeros(0, 768)}, place / "none.safetensors")
+    save_file({"emb_params": vectors(2, 768).bfloat16()}, place / "bf16.safetensors")
     for name, said in (("neg", "textual inversion of 8 vectors for SD1.5"), ("cat", "inversion of 1 vector for SD1.5"),
-                       ("odd", "unknown"), ("ti/foo", "2 vectors for text encoders 16 and 24 wide")):  # fmt: skip
+                       ("odd", "unknown"), ("whole", "unknown"), ("none", "unknown"), ("bf16", "2 vectors for SD1.5"),
+                       ("ti/foo", "2 vectors for text encoders 16 and 24 wide")):  # fmt: skip
         assert main(["inspect", str(place / f"{name}.safetensors")]) == 0
         assert said in capsys.readouterr().out
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dodgeburn.checkpoint.header import FLOAT_DTYPES
 from dodgeburn.checkpoint.sources import load_pickle
 from dodgeburn.errors import UserError
 
@@ -76,7 +77,9 @@ def embedding_title(tensors: Mapping[str, TensorInfo]) -> str | None:
     shapes = [info.shape if len(info.shape) == 2 else (1, *info.shape) for info in tensors.values()]
     known = {(768,): "SD1.5", (768, 1280): "SDXL", (1024,): "SD2"}
     widths = tuple(sorted(shape[-1] for shape in shapes))
-    if any(len(shape) != 2 or shape[0] > MOST_VECTORS for shape in shapes):
+    if any(len(shape) != 2 or not 1 <= shape[0] <= MOST_VECTORS for shape in shapes):
+        return None
+    if any(info.dtype not in FLOAT_DTYPES for info in tensors.values()):
         return None
     n = max(shape[0] for shape in shapes)
     what = known.get(widths, f"text encoders {' and '.join(map(str, widths))} wide")
