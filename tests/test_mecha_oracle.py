@@ -102,8 +102,8 @@ def ours(folder: Path, files: str, letters: str, **settings: Any) -> Tensors:
     more = [paths[letter] for letter in letters[2:]]
     if settings.pop("over_c", False):
         settings["base_model"] = paths["c"]
-    merge(paths[letters[0]], paths[letters[1]], folder / "ours", more=more, **settings)
-    return load_tensors(folder / "ours")
+    merge(paths[letters[0]], paths[letters[1]], folder / "ours.safetensors", more=more, **settings)
+    return load_tensors(folder / "ours.safetensors")
 
 
 def compare(found: Tensors, expected: Tensors, tolerance: float) -> None:
