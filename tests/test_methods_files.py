@@ -124,6 +124,21 @@ def test_output_types(dtype: str, four: dict[str, Path], tmp_path: Path) -> None
     assert dtype != "fp8_e4m3fn" or {t.dtype for t in out.values()} == {torch.float16, torch.float8_e4m3fn}
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+def test_bytes_of_b_in_another_type_than_a(
+    dtype: str, four: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dodgeburn.merge.tiles.TILE", 8)  # tensors of two tiles, and some that share one
+    kind = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
+    save_tensors(four["b"], small(1, kind), {})
+    for other in {torch.float16, torch.float32} - {kind}:
+        save_tensors(four["a"], small(0, other), {})
+        result = merge(four["a"], four["b"], tmp_path / "m.safetensors", base=1, keep=["vae"], dtype=dtype)
+        assert {w.action for w in result.plan.work} == {"copy_b", "cast_a"}
+        expected = small(1, kind) | {k: t.to(kind) for k, t in small(0, other).items() if k.startswith("first_stage")}
+        assert same(load_tensors(tmp_path / "m.safetensors"), expected)
+
+
 def test_rules_and_components(four: dict[str, Path], tmp_path: Path) -> None:
     merge(
         four["a"], four["b"], tmp_path / "m.safetensors", base=0.5, components={"clip_g": 1, "vae": 0},

@@ -76,7 +76,7 @@ def tiles(plan: Plan, files: Sequence[Tensors]) -> Iterator[Tile]:
 def _kind(plan: Plan, work: Work, files: Sequence[Tensors]) -> object:
     """Tensors of one kind may lie in one tile; None if the tensor must be alone."""
     if work.action in ("copy_a", "copy_b"):
-        return work.action, work.info.dtype
+        return work.action, work.out_dtype
     if work.action == "merge" and (not plan.method.elementwise or plan.method.random or plan.method.uneven):
         return None
     used = files[:1] if work.action == "cast_a" else files
@@ -182,13 +182,13 @@ class _Job:
         """Bytes as they are: types of less than a byte have no torch values. Tiles begin at multiples of 8 values."""
         import torch
 
-        dtype = tile.works[0].info.dtype
+        dtype = tile.works[0].out_dtype  # also the source's: B's may be another than A's
         spans = []
         for work in tile.works:
-            info = work.info
-            count = tile.count if len(tile.works) == 1 else info.numel
-            first = info.nbytes * tile.start // info.numel
-            spans.append((work.name, first, info.nbytes * (tile.start + count) // info.numel - first))
+            total, size = work.info.numel, work.out_nbytes
+            count = tile.count if len(tile.works) == 1 else total
+            first = size * tile.start // total
+            spans.append((work.name, first, size * (tile.start + count) // total - first))
         raw, view = self.buffers.viewed("copy", sum(size for _, _, size in spans), torch.uint8)
         at = 0
         for name, first, size in spans:
