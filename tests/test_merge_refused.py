@@ -20,7 +20,7 @@ from dodgeburn.checkpoint.tensorfile import (
     save_tensors,
 )
 from dodgeburn.errors import DodgeburnWarning, UserError
-from dodgeburn.merge.run import merge
+from dodgeburn.merge.run import dry_run, merge
 
 __all__ = ["files"]  # a fixture
 
@@ -104,6 +104,7 @@ def test_models_that_predict_different_things_are_warned_of(tmp_path: Path) -> N
     shutil.copy(a, other)
     with pytest.warns(DodgeburnWarning, match="a.safetensors predicts epsilon, b.safetensors v_prediction"):
         merge(a, b, out)
+    assert "\nwarning: a.safetensors predicts epsilon, b.safetensors v_prediction" in dry_run(a, b)[1]
     quiet = [
         {"components": {"unet": 0.0}},  # text encoders and VAE do not predict noise
         {"method": "add_difference", "base_model": same},  # what B learned beyond a base of its kind
@@ -250,3 +251,5 @@ def test_one_file_given_as_two_models_is_said(tmp_path: Path) -> None:
     (tmp_path / "link.safetensors").symlink_to(a)
     with pytest.warns(DodgeburnWarning, match="models 1 and 3 are the same file, link.safetensors"):
         merge(a, b, tmp_path / "m.safetensors", method="average", more=[tmp_path / "link.safetensors"])
+    assert "\nwarning: models 1 and 2 are the same file" in dry_run(a, a)[1]
+    assert "\nwarning: no tensor takes anything from B" in dry_run(a, b, base=0)[1]

@@ -91,11 +91,14 @@ class Plan:
         return total
 
     def warnings(self) -> list[str]:
-        """The issues a user should hear of, one counted line each."""
-        lines = [*self.odd, *(issue_line(kind, self.issues[kind]) for kind in WARNED if self.issues.get(kind))]
+        """What a user should hear of: the issues, one counted line each, and the remarks."""
+        return [*self.remarks(), *(issue_line(kind, self.issues[kind]) for kind in WARNED if self.issues.get(kind))]
+
+    def remarks(self) -> list[str]:
+        """What is odd about the merge as a whole."""
         if all(w.action in ("copy_a", "cast_a") for w in self.work):
-            lines.append("no tensor takes anything from B: the output will hold A's tensors")
-        return lines
+            return [*self.odd, "no tensor takes anything from B: the output will hold A's tensors"]
+        return self.odd
 
 
 def issue_line(kind: str, names: list[str]) -> str:

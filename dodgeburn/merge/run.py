@@ -108,7 +108,8 @@ def dry_run(
         if out is not None:
             check_weights_output(out, [file for source in sources for file in files_of(source)])
         memory = peak_memory(plan, len(sources), _thread_count(None))
-        return plan, describe(plan, _models(sources), memory)
+        odd = [f"warning: {line}" for line in (*_given_twice(sources), *plan.remarks())]
+        return plan, "\n".join([describe(plan, _models(sources), memory), *odd])
 
 
 def _opened(
